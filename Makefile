@@ -1,0 +1,62 @@
+# The commands of this project; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What another checkout or environment set must not leak into ours.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types bench check migrate revision lock clean
+
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## Make the environment in .venv
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; say which: make PYTHON=python3.12")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: install ## Run a day of a real network on a database of its own
+	$(BIN)/python examples/mesh_day.py
+
+test: install ## Run all tests against a real PostgreSQL
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered $(T)
+
+lint: install ## Check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: install ## Bring the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: install ## Check the types
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+check: lint types test ## Everything that CI runs
+	MESH_STORAGE_URL=memory: $(BIN)/python tools/check_schema.py
+
+bench: install ## Measure against plain psycopg
+	$(BIN)/python -m benchmarks $(ARGS)
+
+migrate: install ## Deploy the schema to MESH_STORAGE_URL
+	$(BIN)/alembic upgrade head
+
+revision: install ## Begin a migration: make revision m="what it does"
+	$(BIN)/alembic revision --rev-id $$($(BIN)/python -c 'from mesh_storage.schema import head; print(f"{int(head()) + 1:04}")') -m "$(m)"
+
+lock: ## Choose the newest versions of all packages for requirements.lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet uv
+	$(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-emit-index-url --all-extras --group dev pyproject.toml --output-file requirements.lock --upgrade
+	rm -rf $(VENV)-lock
+
+clean: ## Remove what the commands made
+	rm -rf $(VENV) .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache dist

@@ -1,0 +1,96 @@
+"""How Alembic reaches the database: by the settings of mesh_storage, one migrator at a time."""
+
+from __future__ import annotations
+
+from logging.config import fileConfig
+from typing import Any
+
+import psycopg.errors
+import sqlalchemy.exc
+from alembic import context
+from sqlalchemy.dialects.postgresql import DOMAIN
+
+from mesh_storage import migration
+from mesh_storage.models import Base
+from mesh_storage.server import open_server
+from mesh_storage.settings import Settings
+
+config = context.config
+if config.config_file_name is not None:
+    fileConfig(config.config_file_name, disable_existing_loggers=False)
+
+
+NOT_REFLECTED = {
+    index.name
+    for table in Base.metadata.tables.values()
+    for index in table.indexes
+    if index.info.get("not_reflected")
+}
+
+
+def include_object(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:
+    """Leave alone what is not ours: other systems' tables, and what refers to them from ours."""
+    if kind == "index" and name in NOT_REFLECTED:
+        return False
+    if not reflected or compare_to is not None:
+        return True
+    if kind == "table":
+        return name in Base.metadata.tables
+    if kind == "foreign_key_constraint":
+        return item.referred_table.name in Base.metadata.tables
+    return True
+
+
+def compare_type(_context: Any, _column: Any, _metadata_column: Any, inspected: Any, _metadata: Any) -> bool | None:
+    """Take the earlier Go service's domain for ids as the text that it is."""
+    return False if isinstance(inspected, DOMAIN) and inspected.name == "ulid" else None
+
+
+def compare_server_default(_context: Any, _column: Any, _metadata_column: Any, inspected: str | None, *_: Any) -> bool | None:
+    """Keep the earlier Go service's default for ids."""
+    return False if inspected is not None and "generate_ulid(" in inspected else None
+
+
+OPTIONS: dict[str, Any] = {
+    "target_metadata": Base.metadata,
+    "transaction_per_migration": True,
+    "include_object": include_object,
+    "compare_type": compare_type,
+    "compare_server_default": compare_server_default,
+}
+
+
+def run_offline() -> None:
+    """Write the SQL instead of running it."""
+    context.configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"}, **OPTIONS)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def run_online(connect: dict[str, Any]) -> None:
+    """Run the migrations; one that gets no lock in time is undone and tried again, so that the traffic goes on."""
+    engine = migration.create_engine(connect)
+    with migration.turn(connect):
+        for attempt in range(1, migration.LOCK_ATTEMPTS + 1):
+            try:
+                with engine.connect() as connection:
+                    context.configure(connection=connection, **OPTIONS)
+                    with context.begin_transaction():
+                        context.run_migrations()
+            except sqlalchemy.exc.OperationalError as error:
+                if not isinstance(error.orig, psycopg.errors.LockNotAvailable) or attempt == migration.LOCK_ATTEMPTS:
+                    raise
+            else:
+                return
+
+
+if context.is_offline_mode():
+    run_offline()
+elif (connect_arguments := config.attributes.get("connect")) is not None:
+    run_online(connect_arguments)
+else:
+    server = open_server(Settings())
+    try:
+        run_online(server.connect)
+    finally:
+        server.close()

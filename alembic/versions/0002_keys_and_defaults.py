@@ -1,0 +1,24 @@
+"""The authentication keys of a mesh, and the time of a message that comes without one."""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Add the columns; a constant default does not rewrite the table."""
+    op.execute("ALTER TABLE mesh ADD COLUMN mesh_public_key text NOT NULL DEFAULT ''")
+    op.execute("ALTER TABLE mesh ADD COLUMN mesh_join_key_hash text")
+    op.execute("ALTER TABLE mesh_messages ALTER COLUMN timestamp SET DEFAULT EXTRACT(epoch FROM now())::bigint")
+
+
+def downgrade() -> None:
+    """Drop them."""
+    op.execute("ALTER TABLE mesh_messages ALTER COLUMN timestamp DROP DEFAULT")
+    op.execute("ALTER TABLE mesh DROP COLUMN mesh_join_key_hash")
+    op.execute("ALTER TABLE mesh DROP COLUMN mesh_public_key")

@@ -1,0 +1,34 @@
+"""Times with a zone in the infrastructure tables; those without one are read as UTC.
+
+In a session whose zone is UTC the two types have the same values, and PostgreSQL changes the type without rewriting the
+table (release notes of PostgreSQL 12).
+"""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Change the type of `created` and `updated`."""
+    _change("timestamptz")
+
+
+def downgrade() -> None:
+    """Change it back."""
+    _change("timestamp")
+
+
+def _change(kind: str) -> None:
+    op.execute("SET LOCAL timezone TO 'UTC'")
+    for table in ("mesh", "nodes", "routes"):
+        changes = ", ".join(
+            f"ALTER COLUMN {column} TYPE {kind}, ALTER COLUMN {column} SET DEFAULT CURRENT_TIMESTAMP"
+            for column in ("created", "updated")
+        )
+        op.execute(f"ALTER TABLE {table} {changes}")

@@ -1,0 +1,40 @@
+"""The indexes that the queries of the repositories go by."""
+
+from __future__ import annotations
+
+from alembic import op
+
+from mesh_storage import migration
+
+revision = "0007"
+down_revision = "0006"
+branch_labels = None
+depends_on = None
+
+INDEXES = {
+    "nodes_status_node_id_idx": ("nodes", "status, node_id"),
+    "nodes_region_id_node_id_idx": ("nodes", "region_id, node_id"),
+    "routes_source_node_id_route_id_idx": ("routes", "source_node_id, route_id"),
+    "routes_target_node_id_route_id_idx": ("routes", "target_node_id, route_id"),
+    "mesh_messages_timestamp_id_idx": ("mesh_messages", "timestamp, id"),
+    "mesh_messages_to_node_timestamp_id_idx": ("mesh_messages", "to_node, timestamp, id"),
+    "mesh_messages_from_node_timestamp_id_idx": ("mesh_messages", "from_node, timestamp, id"),
+    "mesh_messages_from_node_to_node_timestamp_id_idx": ("mesh_messages", "from_node, to_node, timestamp, id"),
+    "mesh_state_key_c_idx": ("mesh_state", 'key COLLATE "C"'),
+    "mesh_runtime_config_key_c_idx": ("mesh_runtime_config", 'key COLLATE "C"'),
+}
+
+
+def upgrade() -> None:
+    """Create them, each beside the traffic."""
+    with op.get_context().autocommit_block():
+        for name, (table, columns) in INDEXES.items():
+            migration.create_index(name, table, columns)
+        migration.create_index("mesh_consensus_log_index_key", "mesh_consensus_log", "index", unique=True)
+
+
+def downgrade() -> None:
+    """Drop them."""
+    with op.get_context().autocommit_block():
+        for name in ("mesh_consensus_log_index_key", *INDEXES):
+            migration.drop_index(name)

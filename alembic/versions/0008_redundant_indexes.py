@@ -1,0 +1,40 @@
+"""The indexes of the Go service that others make redundant go: each of them costs every write."""
+
+from __future__ import annotations
+
+from alembic import op
+
+from mesh_storage import migration
+
+revision = "0008"
+down_revision = "0007"
+branch_labels = None
+depends_on = None
+
+INDEXES = {
+    "idx_mesh_messages_timestamp": ("mesh_messages", "timestamp"),
+    "idx_mesh_messages_from_node": ("mesh_messages", "from_node"),
+    "idx_mesh_messages_to_node": ("mesh_messages", "to_node"),
+    "idx_mesh_messages_from_to": ("mesh_messages", "from_node, to_node"),
+    "idx_mesh_state_key": ("mesh_state", "key"),
+    "idx_mesh_node_state_node_id": ("mesh_node_state", "node_id"),
+    "idx_mesh_consensus_log_term": ("mesh_consensus_log", "term"),
+    "idx_mesh_consensus_log_index": ("mesh_consensus_log", "index"),
+    "idx_mesh_consensus_log_term_index": ("mesh_consensus_log", "term, index"),
+    "idx_mesh_routing_table_destination": ("mesh_routing_table", "destination"),
+    "idx_mesh_runtime_config_key": ("mesh_runtime_config", "key"),
+}
+
+
+def upgrade() -> None:
+    """Drop them, each beside the traffic."""
+    with op.get_context().autocommit_block():
+        for name in INDEXES:
+            migration.drop_index(name)
+
+
+def downgrade() -> None:
+    """Create them again."""
+    with op.get_context().autocommit_block():
+        for name, (table, columns) in INDEXES.items():
+            migration.create_index(name, table, columns)

@@ -1,0 +1,160 @@
+"""From Settings to an Engine: the only place where the arguments of engines and connections are."""
+
+from __future__ import annotations
+
+import math
+import select
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import psycopg
+import sqlalchemy
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import event, exc
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+from mesh_storage import jsonb
+from mesh_storage.errors import ConfigurationError
+from mesh_storage.settings import Settings
+
+_connect_deadline: ContextVar[float | None] = ContextVar("connect_deadline", default=None)
+
+_SERVER_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+_POOL_RECYCLE_S = 1800
+"""Connections are replaced after this time, so that a failover or a new address is found in the end."""
+
+# A peer that vanished without a word is noticed within about half a minute (PostgreSQL manual, 34.1.2).
+_KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+
+
+def split_scheme(url: str) -> tuple[str, str]:
+    """Split a URL into its scheme and the rest after the colon.
+
+    Raises:
+        ConfigurationError: The scheme is none that mesh_storage knows.
+    """
+    scheme, colon, rest = url.partition(":")
+    if colon and scheme in (*_SERVER_SCHEMES, "embedded", "memory"):
+        return scheme, rest
+    raise ConfigurationError(
+        "bad setting url: it must begin with postgresql://, postgres://, postgresql+psycopg://, embedded: or memory:"
+    )
+
+
+def connect_arguments(settings: Settings) -> dict[str, Any]:
+    """Make the arguments of `psycopg.connect` for a server.
+
+    Raises:
+        ConfigurationError: The URL cannot be parsed; the message does not repeat it.
+    """
+    arguments: dict[str, Any] = {} if settings.url is None else _parse(settings.url.get_secret_value())
+    fields = {
+        "host": settings.host,
+        "port": settings.port,
+        "user": settings.user,
+        "password": settings.password.get_secret_value() if settings.password else None,
+        "dbname": settings.database,
+        "sslmode": settings.sslmode,
+        "application_name": settings.application_name,
+        "connect_timeout": max(2, math.ceil(settings.connect_timeout)) if settings.connect_timeout else 0,
+        **_KEEPALIVES,
+    }
+    for name, value in fields.items():
+        if value is not None:
+            arguments.setdefault(name, value)
+    limits = {
+        "statement_timeout": settings.statement_timeout,
+        "lock_timeout": settings.lock_timeout,
+        "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout,
+    }
+    ours = " ".join(f"-c {name}={math.ceil(seconds * 1000)}" for name, seconds in limits.items())
+    ours += " -c timezone=UTC"
+    # Later options go before earlier ones, so what the URL says has the last word.
+    arguments["options"] = f"{ours} {arguments.get('options', '')}".strip()
+    return arguments
+
+
+def engine_arguments(settings: Settings, connect: dict[str, Any]) -> dict[str, Any]:
+    """Make the arguments that `create_engine` and `create_async_engine` take alike."""
+    return {
+        "url": "postgresql+psycopg://",
+        "connect_args": connect,
+        "pool_size": settings.pool_size,
+        "max_overflow": 0,
+        "pool_timeout": settings.pool_timeout,
+        "pool_recycle": _POOL_RECYCLE_S,
+        "pool_use_lifo": True,
+        "hide_parameters": True,
+        "skip_autocommit_rollback": True,
+        "use_native_hstore": False,
+        "json_serializer": jsonb.dumps,
+        "json_deserializer": jsonb.loads,
+    }
+
+
+def create_engine(settings: Settings, connect: dict[str, Any]) -> sqlalchemy.Engine:
+    """Make the engine for the given connect arguments, which `connect_arguments` or the bundled server provides."""
+    engine = sqlalchemy.create_engine(**engine_arguments(settings, connect))
+    watch_connections(engine)
+    return engine
+
+
+@contextmanager
+def connect_before(deadline: float | None) -> Generator[None]:
+    """Let a new connection that is made in the block take no longer than to a moment of `time.monotonic()`."""
+    token = _connect_deadline.set(deadline)
+    try:
+        yield
+    finally:
+        _connect_deadline.reset(token)
+
+
+def watch_connections(engine: sqlalchemy.Engine) -> None:
+    """Limit how long a connection may take to be made, and let the pool replace a connection that died while it lay in the pool, without a round trip.
+
+    Nothing is under way on a pooled connection, so a socket that is readable holds the server's last words or the
+    end of the stream.
+    """
+
+    @event.listens_for(engine, "do_connect")
+    def limit(_dialect: Any, _entry: Any, _args: Any, parameters: dict[str, Any]) -> None:
+        deadline = _connect_deadline.get()
+        if deadline is not None:
+            # psycopg takes whole seconds, at least 2.
+            remaining = max(2, math.ceil(deadline - time.monotonic()))
+            parameters["connect_timeout"] = min(parameters["connect_timeout"] or remaining, remaining)
+
+    @event.listens_for(engine, "checkout")
+    def check(connection: DBAPIConnection, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection) -> None:
+        driver = entry.driver_connection
+        if driver is None or driver.closed or _readable(driver.fileno()):
+            raise exc.DisconnectionError
+
+
+def _readable(file_descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(file_descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _parse(url: str) -> dict[str, Any]:
+    scheme, rest = split_scheme(url)
+    if scheme not in _SERVER_SCHEMES:
+        raise ConfigurationError(f"bad setting url: {scheme}: is the bundled PostgreSQL, not a server")
+    try:
+        arguments: dict[str, Any] = dict(conninfo_to_dict(f"postgresql:{rest}"))
+    except psycopg.Error:
+        arguments = {}
+        parsed = False
+    else:
+        parsed = rest.startswith("//")
+    if not parsed:
+        # Outside of the handler: libpq's message repeats parts of the URL, the password perhaps.
+        raise ConfigurationError(
+            "bad setting url: it is no valid PostgreSQL URL; percent-encode special characters in the user and password"
+        )
+    return arguments

@@ -1,0 +1,78 @@
+"""What a health check finds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from sqlalchemy import false, func, literal_column, or_, select
+
+from mesh_storage import schema
+from mesh_storage.connection import Connection, Statement
+from mesh_storage.errors import MeshStorageError
+
+TIMEOUT_S = 2.0
+"""Seconds that a health check may take."""
+
+_READ_ONLY = Statement(
+    select(or_(func.pg_is_in_recovery(), func.current_setting(literal_column("'default_transaction_read_only'")) == literal_column("'on'")))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a health check found."""
+
+    connected: bool
+    """Whether a connection was got and a query answered."""
+    writable: bool
+    """Whether the server takes writes: it is no standby and not read-only."""
+    round_trip_ms: float | None
+    """Milliseconds that the query took; None when not connected."""
+    revision: str | None
+    """The schema revision of the database; None where it is not known or there is no schema."""
+    head: str
+    """The schema revision that this version of mesh_storage works with."""
+    pool_size: int
+    """Connections at most."""
+    pool_in_use: int
+    """Connections that units of work had when the check began."""
+    error: MeshStorageError | None = None
+    """Why it is not connected."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is well: connected, writable, and the schema is the right one."""
+        return self.connected and self.writable and self.revision == self.head
+
+
+def examine(connection: Connection, *, pool_size: int, pool_in_use: int) -> Health:
+    """Ask a database how it is; writes nothing."""
+    begun = time.perf_counter()
+    row = connection.fetch_one(_READ_ONLY)
+    round_trip_ms = (time.perf_counter() - begun) * 1000
+    with connection.guarded():
+        revision = schema.current(connection.sqlalchemy)
+    return Health(
+        connected=True,
+        writable=row is not None and not row[0],
+        round_trip_ms=round_trip_ms,
+        revision=revision,
+        head=schema.head(),
+        pool_size=pool_size,
+        pool_in_use=pool_in_use,
+    )
+
+
+def unreachable(error: MeshStorageError, *, pool_size: int, pool_in_use: int) -> Health:
+    """Make the finding about a database that does not answer."""
+    return Health(
+        connected=False,
+        writable=False,
+        round_trip_ms=None,
+        revision=None,
+        head=schema.head(),
+        pool_size=pool_size,
+        pool_in_use=pool_in_use,
+        error=error,
+    )

@@ -1,0 +1,96 @@
+"""How a JSON value gets into jsonb and out again equal, or is refused.
+
+PostgreSQL keeps the numbers of jsonb as numeric (manual, 8.14): exact, but without an exponent, so that 1e308 would
+come back as an integer and lose its type. Such floats are written out with a fraction, which numeric preserves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from decimal import Decimal
+
+from pydantic_core import from_json
+
+from mesh_storage.errors import InvalidInputError
+from mesh_storage.models.base import JSON
+
+MAX_DEPTH = 200
+"""How deep lists and dicts may be nested: what the fast parser of pydantic-core reads back."""
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def dumps(value: JSON, field: str = "value") -> str:
+    """Write a JSON value as text for jsonb.
+
+    Raises:
+        InvalidInputError: The value, or one inside it, is none that JSON has or jsonb keeps: NaN, an infinity, a key
+            that is no str, a tuple, a set, NUL or a lone surrogate in a text, an integer of over 4,300 digits, or
+            nesting deeper than `MAX_DEPTH`.
+    """
+    exponents = _check(value, field, MAX_DEPTH)
+    try:
+        return _spell_out(value) if exponents else _encode(value)
+    except ValueError:  # The interpreter's own limit on the digits of an integer.
+        raise InvalidInputError(f"{field} holds an integer of too many digits", field=field) from None
+
+
+def loads(text: str | bytes) -> JSON:
+    """Read the text of a jsonb value."""
+    try:
+        return from_json(text)
+    except ValueError:
+        return json.loads(text)  # Others may have stored what is nested deeper.
+
+
+def _check(value: JSON, field: str, depth: int) -> bool:
+    """Refuse what JSON does not have; say whether a float needs to be written without its exponent."""
+    kind = type(value)
+    if kind is str:
+        check_text(value, field)
+        return False
+    if kind is int or kind is bool or value is None:
+        return False
+    if kind is float:
+        if not math.isfinite(value):
+            raise InvalidInputError(f"{field} holds {value}, which JSON does not have", field=field)
+        return value >= 1e16 or value <= -1e16  # From here on repr() uses an exponent.
+    if depth == 0:
+        raise InvalidInputError(f"{field} is nested deeper than {MAX_DEPTH} levels", field=field)
+    exponents = False
+    if isinstance(value, dict):
+        for key, member in value.items():
+            if not isinstance(key, str):
+                raise InvalidInputError(f"{field} has a key of type {type(key).__name__}; JSON takes str", field=field)
+            check_text(key, field)
+            exponents |= _check(member, field, depth - 1)
+        return exponents
+    if isinstance(value, list):
+        for member in value:
+            exponents |= _check(member, field, depth - 1)
+        return exponents
+    if isinstance(value, str):
+        return _check(str(value), field, depth)
+    raise InvalidInputError(f"{field} holds a {kind.__name__}, which is no JSON value", field=field)
+
+
+def check_text(value: str, field: str) -> None:
+    """Refuse a text that PostgreSQL cannot keep (manual, 8.3 and 8.14): one with NUL or a lone surrogate."""
+    if "\0" in value:
+        raise InvalidInputError(f"{field} holds NUL, which PostgreSQL cannot store in a text", field=field)
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidInputError(f"{field} holds a lone surrogate, which is no valid Unicode", field=field) from None
+
+
+def _spell_out(value: JSON) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_encode(str(key))}:{_spell_out(member)}" for key, member in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_spell_out, value)) + "]"
+    if isinstance(value, float) and abs(value) >= 1e16:
+        return format(Decimal(repr(value)), "f") + ".0"
+    return _encode(value)

@@ -1,0 +1,19 @@
+"""The mapped classes, one for each table; importing this package fills the metadata that Alembic compares with."""
+
+from mesh_storage.models.base import JSON, Base
+from mesh_storage.models.infrastructure import Mesh, Node, Route
+from mesh_storage.models.runtime import ConfigEntry, LogEntry, Message, NodeState, RoutingEntry, StateEntry
+
+__all__ = [
+    "JSON",
+    "Base",
+    "ConfigEntry",
+    "LogEntry",
+    "Mesh",
+    "Message",
+    "Node",
+    "NodeState",
+    "Route",
+    "RoutingEntry",
+    "StateEntry",
+]

@@ -1,0 +1,92 @@
+"""The infrastructure layer: what administrators configured and what rarely changes."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+from sqlalchemy import CheckConstraint, ForeignKey, Index, Numeric, String, Text, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from mesh_storage.models.base import Base
+from mesh_storage.models.columns import NOT_EMPTY, ULID, CreatedAt, Status, ULIDKey, UpdatedAt, not_empty, status, ulid
+
+
+class Mesh(Base):
+    """A mesh network: its name, who may join it, and the keys it is known by."""
+
+    __tablename__ = "mesh"
+    __table_args__ = (
+        ulid("mesh_id"),
+        not_empty("mesh_name"),
+        status(),
+    )
+
+    id: Mapped[ULIDKey] = mapped_column("mesh_id")
+    name: Mapped[str] = mapped_column("mesh_name", String(255), unique=True, info=NOT_EMPTY)
+    description: Mapped[str | None] = mapped_column("mesh_description", Text, default="", server_default="")
+    allow_join: Mapped[bool | None] = mapped_column(default=False, server_default=text("false"))
+    status: Mapped[Status]
+    created: Mapped[CreatedAt]
+    updated: Mapped[UpdatedAt]
+    public_key: Mapped[str] = mapped_column("mesh_public_key", Text, default="", server_default="")
+    join_key_hash: Mapped[str | None] = mapped_column("mesh_join_key_hash", Text)
+    """The join key as `meshes.set_join_key` leaves it: a salted scrypt hash (RFC 7914), never the key."""
+
+
+class Node(Base):
+    """A node that may take part in the mesh: where it is and how it is reached."""
+
+    __tablename__ = "nodes"
+    __table_args__ = (
+        ulid("node_id"),
+        not_empty("node_name"),
+        not_empty("ip_address"),
+        CheckConstraint("port BETWEEN 1 AND 65535", name="port"),
+        status(),
+        Index(None, "status", "node_id"),
+        Index(None, "region_id", "node_id"),
+    )
+
+    id: Mapped[ULIDKey] = mapped_column("node_id")
+    name: Mapped[str] = mapped_column("node_name", String(255), unique=True, info=NOT_EMPTY)
+    description: Mapped[str | None] = mapped_column("node_description", Text, default="", server_default="")
+    platform: Mapped[str | None] = mapped_column("node_platform", String(255), default="linux-amd64", server_default="linux-amd64")
+    version: Mapped[str | None] = mapped_column("node_version", String(255), default="1.0.0", server_default="1.0.0")
+    region_id: Mapped[str | None] = mapped_column(Text, info=ULID)
+    """The id of a region, which another system keeps."""
+    public_key: Mapped[str | None] = mapped_column("node_public_key", Text, default="", server_default="")
+    ip_address: Mapped[str] = mapped_column(String(255), info=NOT_EMPTY)
+    port: Mapped[int | None] = mapped_column(default=8443, server_default=text("8443"))
+    status: Mapped[Status]
+    created: Mapped[CreatedAt]
+    updated: Mapped[UpdatedAt]
+
+
+class Route(Base):
+    """A configured network path between two nodes, with what it costs."""
+
+    __tablename__ = "routes"
+    __table_args__ = (
+        ulid("route_id"),
+        CheckConstraint("source_node_id <> target_node_id", name="target_node_id"),
+        CheckConstraint("route_latency >= 0 AND route_latency < 'Infinity'", name="route_latency"),
+        CheckConstraint("route_bandwidth >= 0 AND route_bandwidth < 'Infinity'", name="route_bandwidth"),
+        CheckConstraint("route_cost >= 0", name="route_cost"),
+        status(),
+        Index(None, "source_node_id", "route_id"),
+        Index(None, "target_node_id", "route_id"),
+    )
+
+    id: Mapped[ULIDKey] = mapped_column("route_id")
+    source_node_id: Mapped[str] = mapped_column(ForeignKey("nodes.node_id", ondelete="CASCADE", onupdate="CASCADE"), info=ULID)
+    target_node_id: Mapped[str] = mapped_column(ForeignKey("nodes.node_id", ondelete="CASCADE", onupdate="CASCADE"), info=ULID)
+    bidirectional: Mapped[bool | None] = mapped_column("route_bidirectional", default=False, server_default=text("false"))
+    latency_ms: Mapped[Decimal | None] = mapped_column("route_latency", Numeric, default=0, server_default=text("0"))
+    """Milliseconds one way."""
+    bandwidth_mbps: Mapped[Decimal | None] = mapped_column("route_bandwidth", Numeric, default=0, server_default=text("0"))
+    """Megabits a second."""
+    cost: Mapped[int | None] = mapped_column("route_cost", default=100, server_default=text("100"))
+    """What routing prefers to keep low; no unit."""
+    status: Mapped[Status]
+    created: Mapped[CreatedAt]
+    updated: Mapped[UpdatedAt]

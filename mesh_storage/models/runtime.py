@@ -1,0 +1,102 @@
+"""The runtime layer: what the mesh is doing now and what changes all the time."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, CheckConstraint, Index, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from mesh_storage.models.base import Base
+from mesh_storage.models.columns import NOT_REFLECTED, Content, CreatedAt, Id64, JsonValue, Key, NodeName, UpdatedAt, not_empty
+
+
+class Message(Base):
+    """A message on its way from one node to another."""
+
+    __tablename__ = "mesh_messages"
+    __table_args__ = (
+        not_empty("id"),
+        not_empty("from_node"),
+        not_empty("to_node"),
+        Index(None, "timestamp", "id"),
+        Index(None, "to_node", "timestamp", "id"),
+        Index(None, "from_node", "timestamp", "id"),
+        Index(None, "from_node", "to_node", "timestamp", "id"),
+    )
+
+    id: Mapped[Id64]
+    from_node: Mapped[NodeName]
+    to_node: Mapped[NodeName]
+    content: Mapped[Content]
+    timestamp: Mapped[int] = mapped_column(BigInteger, server_default=text("EXTRACT(epoch FROM now())::bigint"))
+    """Unix seconds; the database's clock at `store` when none is given."""
+    created_at: Mapped[CreatedAt]
+
+
+class StateEntry(Base):
+    """A value that all nodes share, as bytes."""
+
+    __tablename__ = "mesh_state"
+    __table_args__ = (
+        not_empty("key"),
+        Index("mesh_state_key_c_idx", text('key COLLATE "C"'), info=NOT_REFLECTED),
+    )
+
+    key: Mapped[Key]
+    value: Mapped[Content]
+    created_at: Mapped[CreatedAt]
+    updated_at: Mapped[UpdatedAt]
+
+
+class NodeState(Base):
+    """What one node last said about itself."""
+
+    __tablename__ = "mesh_node_state"
+    __table_args__ = (not_empty("node_id"),)
+
+    node_id: Mapped[Id64]
+    state: Mapped[JsonValue]
+    created_at: Mapped[CreatedAt]
+    updated_at: Mapped[UpdatedAt]
+
+
+class LogEntry(Base):
+    """An entry of the consensus log (Ongaro and Ousterhout, "In Search of an Understandable Consensus Algorithm", 5.3)."""
+
+    __tablename__ = "mesh_consensus_log"
+    __table_args__ = (
+        CheckConstraint("term >= 0", name="term"),
+        CheckConstraint("index >= 1", name="index"),
+        Index("mesh_consensus_log_index_key", "index", unique=True),
+    )
+
+    term: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    index: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    entry: Mapped[JsonValue]
+    created_at: Mapped[CreatedAt]
+
+
+class RoutingEntry(Base):
+    """The best way to reach a destination right now."""
+
+    __tablename__ = "mesh_routing_table"
+    __table_args__ = (not_empty("destination"),)
+
+    destination: Mapped[Key]
+    route: Mapped[JsonValue]
+    created_at: Mapped[CreatedAt]
+    updated_at: Mapped[UpdatedAt]
+
+
+class ConfigEntry(Base):
+    """An operational setting that may change while the mesh runs."""
+
+    __tablename__ = "mesh_runtime_config"
+    __table_args__ = (
+        not_empty("key"),
+        Index("mesh_runtime_config_key_c_idx", text('key COLLATE "C"'), info=NOT_REFLECTED),
+    )
+
+    key: Mapped[Key]
+    value: Mapped[JsonValue]
+    created_at: Mapped[CreatedAt]
+    updated_at: Mapped[UpdatedAt]

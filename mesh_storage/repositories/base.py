@@ -1,0 +1,184 @@
+"""What the repositories share: listing in pages, and everything that works by the primary key alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from sqlalchemy import ARRAY, Column, Integer, Table, TableValuedAlias, bindparam, delete, func, select
+from sqlalchemy.types import TypeEngine
+
+from mesh_storage.connection import Connection, Statement
+from mesh_storage.errors import InvalidInputError, NotFoundError
+from mesh_storage.models.base import Base, attribute_names, loader
+from mesh_storage.repositories import checks
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Base)
+
+MAX_ROWS = 10_000
+"""Rows that one page or batch may have."""
+
+Position: TypeAlias = tuple[str | int, ...]
+"""The key of a row, in the order of the listing."""
+LIMIT = bindparam("limit", type_=Integer)
+
+
+def rows_of(types: Mapping[str, TypeEngine[Any]]) -> TableValuedAlias:
+    """Make a table of array parameters, one for each column by its name: many rows in one statement of a fixed text."""
+    arrays = (bindparam(name, type_=ARRAY(kind)) for name, kind in types.items())
+    columns = (Column(name, kind) for name, kind in types.items())
+    return func.unnest(*arrays).table_valued(*columns, name="input").render_derived()
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """A part of a listing, in the order of its key."""
+
+    items: list[T]
+    next: str | None
+    """The cursor to give as `after` for the next page; None at the end. Its form is no promise."""
+
+
+class Listing(Generic[T]):
+    """A listing by key: each part is one statement that begins behind the last key, so its cost does not grow."""
+
+    def __init__(
+        self,
+        fetch: Callable[[Position | None, int], list[T]],
+        position: Callable[[T], Position],
+        shape: tuple[type[str] | type[int], ...] = (str,),
+    ) -> None:
+        self._fetch = fetch
+        self._position = position
+        self._shape = shape
+
+    def page(self, after: str | None, limit: int) -> Page[T]:
+        """Give up to `limit` rows from behind the cursor `after`."""
+        checks.integer("limit", limit, 1, MAX_ROWS)
+        items = self._fetch(None if after is None else self._decode(after), limit + 1)
+        if len(items) <= limit:
+            return Page(items, None)
+        return Page(items[:limit], self._encode(items[limit - 1]))
+
+    def stream(self, batch_size: int) -> Generator[T]:
+        """Give all rows, with no more than `batch_size` in memory and nothing open on the server in between."""
+        checks.integer("batch_size", batch_size, 1, MAX_ROWS)
+        position = None
+        while True:
+            batch = self._fetch(position, batch_size)
+            yield from batch
+            if len(batch) < batch_size:
+                return
+            position = self._position(batch[-1])
+
+    def _encode(self, item: T) -> str:
+        return base64.urlsafe_b64encode(json.dumps(self._position(item)).encode()).decode()
+
+    def _decode(self, cursor: str) -> Position:
+        try:
+            values = json.loads(base64.b64decode(cursor, altchars=b"-_", validate=True))
+            kinds = tuple(type(value) for value in values)
+        except (TypeError, ValueError):
+            kinds = ()
+        if kinds != self._shape:
+            raise InvalidInputError("after must be the `next` of a page of this listing", field="after")
+        return tuple(
+            checks.text("after", value) if isinstance(value, str) else checks.integer("after", value) for value in values
+        )
+
+
+class Aggregate(Generic[M]):
+    """How one kind of aggregate is found by its key: statements that are compiled once, and the maker of its objects."""
+
+    def __init__(self, model: type[M]) -> None:
+        self.model = model
+        self.name = model.__name__
+        self.load = loader(model)
+        table = model.__table__
+        assert isinstance(table, Table)
+        self.table = table
+        self.names = attribute_names(model)
+        key: Column[Any] = table.primary_key.columns[0]
+        self.key_name = self.names[list(table.columns).index(key)]
+        self.check_key = checks.of_column(f"{self.name}.{self.key_name}", key)
+        by_key = key == bindparam("key")
+        self.select = Statement(select(table).where(by_key))
+        self.delete = Statement(delete(table).where(by_key))
+        self.count = Statement(select(func.count()).select_from(table))
+        self.page = Statement(select(table).where(key > bindparam("after")).order_by(key).limit(LIMIT))
+
+
+class Repository(Generic[M]):
+    """One kind of aggregate in the database, for as long as its unit of work lasts."""
+
+    def __init__(self, connection: Connection, aggregate: Aggregate[M]) -> None:
+        self._connection = connection
+        self._aggregate = aggregate
+
+    def _fetch_all(self, statement: Statement, **parameters: object) -> list[M]:
+        load = self._aggregate.load
+        return [load(row) for row in self._connection.fetch_all(statement, parameters)]
+
+    def _fetch_one(self, statement: Statement, **parameters: object) -> M | None:
+        row = self._connection.fetch_one(statement, parameters)
+        return None if row is None else self._aggregate.load(row)
+
+    def _fetch_value(self, statement: Statement, **parameters: object) -> Any:
+        row = self._connection.fetch_one(statement, parameters)
+        assert row is not None, "the statement gives one row always"
+        return row[0]
+
+    def _get(self, key: object, found: M | None) -> M:
+        if found is None:
+            raise NotFoundError(self._aggregate.name, key)
+        return found
+
+
+class KeyedRepository(Repository[M]):
+    """A kind of aggregate with one text as its key."""
+
+    def find(self, key: str) -> M | None:
+        """Give the aggregate with this key, or None."""
+        return self._fetch_one(self._aggregate.select, key=self._aggregate.check_key(key))
+
+    def get(self, key: str) -> M:
+        """Give the aggregate with this key.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        return self._get(key, self.find(key))
+
+    def delete(self, key: str) -> None:
+        """Delete the aggregate with this key.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        if not self._connection.execute(self._aggregate.delete, {"key": self._aggregate.check_key(key)}):
+            raise NotFoundError(self._aggregate.name, key)
+
+    def page(self, *, after: str | None = None, limit: int = 100) -> Page[M]:
+        """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        return self._by_key().page(after, limit)
+
+    def stream(self, *, batch_size: int = 1000) -> Generator[M]:
+        """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
+        yield from self._by_key().stream(batch_size)
+
+    def count(self) -> int:
+        """Count the aggregates; exact, so it reads them all."""
+        return int(self._fetch_value(self._aggregate.count))
+
+    def _by_key(self) -> Listing[M]:
+        def fetch(after: Position | None, limit: int) -> list[M]:
+            return self._fetch_all(self._aggregate.page, after="" if after is None else after[0], limit=limit)
+
+        return Listing(fetch, self._position)
+
+    def _position(self, item: M) -> Position:
+        return (getattr(item, self._aggregate.key_name),)

@@ -1,0 +1,110 @@
+"""What may be stored in a column: every value is checked before it is sent, and refused by the name of its field."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, TypeAlias
+
+from sqlalchemy import BigInteger, Boolean, Column, DateTime, Integer, LargeBinary, Numeric, String
+from sqlalchemy.dialects.postgresql import JSONB
+
+from mesh_storage import jsonb
+from mesh_storage.errors import InvalidInputError
+from mesh_storage.jsonb import check_text
+
+Check: TypeAlias = Callable[[Any], Any]
+"""Takes a value as the caller gave it and returns it as it is sent, or raises InvalidInputError."""
+
+INT64_MAX = 2**63 - 1
+INT64_MIN = -(2**63)
+_INT32_MAX = 2**31 - 1
+
+_ULID = re.compile(r"[a-z]{2,10}_[0-9A-HJKMNP-TV-Z]{26}\Z")
+
+
+def text(field: str, value: object, limit: int | None = None, *, empty: bool = False) -> str:
+    """Check a text of 1 (or 0, where it may be empty) to `limit` characters."""
+    if not isinstance(value, str):
+        raise InvalidInputError(f"{field} must be a str, not {type(value).__name__}", field=field)
+    if not value and not empty:
+        raise InvalidInputError(f"{field} must not be empty", field=field)
+    if limit is not None and len(value) > limit:
+        raise InvalidInputError(f"{field} has {len(value)} characters; {limit} is the limit", field=field)
+    check_text(value, field)
+    return value
+
+
+def integer(field: str, value: object, low: int = INT64_MIN, high: int = INT64_MAX) -> int:
+    """Check a whole number from `low` to `high`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidInputError(f"{field} must be an int, not {type(value).__name__}", field=field)
+    if not low <= value <= high:
+        raise InvalidInputError(f"{field} must be from {low} to {high}", field=field)
+    return value
+
+
+def content(field: str, value: object) -> bytes:
+    """Check bytes; PostgreSQL keeps up to 1 GB (manual, appendix K)."""
+    if not isinstance(value, bytes):
+        raise InvalidInputError(f"{field} must be bytes, not {type(value).__name__}", field=field)
+    return value
+
+
+def ulid(field: str, value: object) -> str:
+    """Check a prefixed ULID."""
+    if not _ULID.match(text(field, value)):
+        raise InvalidInputError(f"{field} must be a prefix, '_' and a ULID of 26 characters", field=field)
+    return str(value)
+
+
+def number(field: str, value: object) -> Decimal:
+    """Check a number of zero or more; a float is kept as the exact decimal that it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+        raise InvalidInputError(f"{field} must be a Decimal, int or float, not {type(value).__name__}", field=field)
+    if not math.isfinite(value) or value < 0:
+        raise InvalidInputError(f"{field} must be a finite number of 0 or more", field=field)
+    return Decimal(value)
+
+
+def time(field: str, value: object) -> datetime:
+    """Check a moment, which needs a time zone."""
+    if not isinstance(value, datetime):
+        raise InvalidInputError(f"{field} must be a datetime, not {type(value).__name__}", field=field)
+    if value.utcoffset() is None:
+        raise InvalidInputError(f"{field} must have a time zone", field=field)
+    return value
+
+
+def flag(field: str, value: object) -> bool:
+    """Check a bool."""
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"{field} must be a bool, not {type(value).__name__}", field=field)
+    return value
+
+
+def of_column(field: str, column: Column[Any]) -> Check:
+    """Make the check of a column's type."""
+    kind = column.type
+    if isinstance(kind, JSONB):
+        return lambda value: jsonb.dumps(value, field)
+    if isinstance(kind, LargeBinary):
+        return lambda value: content(field, value)
+    if isinstance(kind, DateTime):
+        return lambda value: time(field, value)
+    if isinstance(kind, Boolean):
+        return lambda value: flag(field, value)
+    if isinstance(kind, BigInteger):
+        return lambda value: integer(field, value)
+    if isinstance(kind, Integer):
+        return lambda value: integer(field, value, 0, _INT32_MAX)
+    if isinstance(kind, Numeric):
+        return lambda value: number(field, value)
+    assert isinstance(kind, String), kind
+    if column.info.get("ulid"):
+        return lambda value: ulid(field, value)
+    empty = not column.info.get("not_empty")
+    return lambda value: text(field, value, kind.length, empty=empty)

@@ -1,0 +1,229 @@
+"""The consensus log of Raft (Ongaro and Ousterhout, "In Search of an Understandable Consensus Algorithm", 5.3).
+
+An index exists once, terms never fall, and there are no gaps. The unique index of the table decides between two
+appends of one index, and an append needs its predecessor, so that no lock is needed for them. What takes a
+predecessor away, or begins a log, locks the table against appends for its transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from sqlalchemy import BigInteger, Text, bindparam, cast, delete, desc, func, literal_column, select, text
+from sqlalchemy.dialects.postgresql import JSONB, insert
+
+from mesh_storage import jsonb
+from mesh_storage.connection import Connection, Statement
+from mesh_storage.errors import ConflictError, InvalidInputError
+from mesh_storage.models import JSON, LogEntry
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.base import Aggregate, Repository, rows_of
+
+_LOG = Aggregate(LogEntry)
+_TABLE = _LOG.table
+_TERM, _INDEX, _ENTRY, _CREATED_AT = _TABLE.columns
+
+_GET = Statement(select(_TABLE).where(_INDEX == bindparam("index")))
+_RANGE = Statement(
+    select(_TABLE).where(_INDEX.between(bindparam("start"), bindparam("end"))).order_by(_INDEX)
+)
+_FIRST = Statement(select(_TERM, _INDEX).order_by(_INDEX).limit(literal_column("1")))
+_LAST_ENTRY = select(_TERM, _INDEX).order_by(desc(_INDEX)).limit(literal_column("1"))
+_LAST = Statement(_LAST_ENTRY)
+_LOCK = Statement(text("LOCK TABLE mesh_consensus_log IN SHARE ROW EXCLUSIVE MODE"))
+_DELETE = Statement(delete(_TABLE).where(_INDEX.between(bindparam("start"), bindparam("end"))))
+
+_ROWS = rows_of({"term": BigInteger(), "index": BigInteger(), "entry": Text()})
+_NEW = select(_ROWS.c.term, _ROWS.c.index, cast(_ROWS.c.entry, JSONB))
+_LAST_SUBQUERY = _LAST_ENTRY.subquery("last")
+_BEGIN = Statement(
+    insert(_TABLE).from_select([_TERM, _INDEX, _ENTRY], _NEW).on_conflict_do_nothing()
+)
+_EXTEND = Statement(
+    insert(_TABLE)
+    .from_select(
+        [_TERM, _INDEX, _ENTRY],
+        _NEW.where(
+            select(literal_column("1"))
+            .select_from(_LAST_SUBQUERY)
+            .where(
+                _LAST_SUBQUERY.c.index == bindparam("previous_index", type_=BigInteger),
+                _LAST_SUBQUERY.c.term <= bindparam("highest_term", type_=BigInteger),
+            )
+            .exists()
+        ),
+    )
+    .on_conflict_do_nothing()
+)
+_EXTEND_BY_ONE = Statement(
+    insert(_TABLE)
+    .from_select(
+        [_TERM, _INDEX, _ENTRY],
+        select(
+            bindparam("term", type_=BigInteger), bindparam("index", type_=BigInteger), bindparam("entry", type_=JSONB)
+        )
+        .select_from(_LAST_SUBQUERY)
+        .where(
+            _LAST_SUBQUERY.c.index == bindparam("index", type_=BigInteger) - literal_column("1"),
+            _LAST_SUBQUERY.c.term <= bindparam("term", type_=BigInteger),
+        ),
+    )
+    .on_conflict_do_nothing()
+    .returning(_CREATED_AT)
+)
+
+
+class ConsensusLogRepository(Repository[LogEntry]):
+    """The consensus log."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection, _LOG)
+
+    def append(self, term: int, index: int, entry: JSON) -> LogEntry:
+        """Append an entry at the index behind the last one; the same entry again changes nothing.
+
+        Terms are from 0, indexes from 1, both to 2**63 - 1. An empty log may begin at any index.
+
+        Raises:
+            ConflictError: Another entry is at this index, the index leaves a gap, or the term is lower than the last.
+        """
+        _check(term, index)
+        sent = jsonb.dumps(entry, "LogEntry.entry")
+        row = self._connection.fetch_one(_EXTEND_BY_ONE, {"term": term, "index": index, "entry": sent})
+        if row is not None:
+            return self._aggregate.load((term, index, jsonb.loads(sent), row[0]))
+        self._append_slowly([(term, index, sent)])
+        return self.get(index)
+
+    def append_many(self, entries: Iterable[LogEntry]) -> None:
+        """Append entries of consecutive indexes in one statement; those that are there already must be the same.
+
+        Raises:
+            ConflictError: As for `append`; the unit of work can only roll back if others appended meanwhile.
+        """
+        rows = []
+        for entry in entries:
+            if not isinstance(entry, LogEntry):
+                raise InvalidInputError(f"entries must be LogEntry, not {type(entry).__name__}", field="entries")
+            _check(entry.term, entry.index)
+            rows.append((entry.term, entry.index, jsonb.dumps(entry.entry, "LogEntry.entry")))
+        for (term, index, _), (next_term, next_index, _) in pairwise(rows):
+            if next_index != index + 1:
+                raise ConflictError(f"index {next_index} does not follow index {index}")
+            if next_term < term:
+                raise ConflictError(f"term {next_term} at index {next_index} is lower than term {term} before it")
+        if rows and not self._extend(rows):
+            self._append_slowly(rows)
+
+    def find(self, index: int) -> LogEntry | None:
+        """Give the entry at this index, or None."""
+        return self._fetch_one(_GET, index=checks.integer("LogEntry.index", index))
+
+    def get(self, index: int) -> LogEntry:
+        """Give the entry at this index.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        return self._get(index, self.find(index))
+
+    def range(self, start: int, end: int) -> list[LogEntry]:
+        """Give the entries from index `start` to index `end`, both included, in order; those that exist."""
+        return self._fetch_all(_RANGE, start=checks.integer("start", start), end=checks.integer("end", end))
+
+    def first_index(self) -> int:
+        """Give the lowest index, 0 for an empty log."""
+        return self._end(_FIRST)[1]
+
+    def last_index(self) -> int:
+        """Give the highest index, 0 for an empty log."""
+        return self._end(_LAST)[1]
+
+    def last_term(self) -> int:
+        """Give the term of the entry with the highest index, 0 for an empty log."""
+        return self._end(_LAST)[0]
+
+    def delete_range(self, start: int, end: int) -> int:
+        """Delete the entries from index `start` to index `end`, both included, and give their number.
+
+        The range is a prefix of the log (after a snapshot) or a suffix (after a conflict); it may reach beyond. Appends
+        of others wait until this unit of work ends. In a "repeatable read" unit of work, make it the first call.
+
+        Raises:
+            InvalidInputError: The range would leave a gap.
+        """
+        checks.integer("start", start)
+        checks.integer("end", end)
+        self._connection.execute(_LOCK)
+        first, last = self.first_index(), self.last_index()
+        if start > end or end < first or start > last:
+            return 0
+        if start > first and end < last:
+            raise InvalidInputError(
+                f"the log has indexes {first} to {last}; a range from its middle would leave a gap", field="start"
+            )
+        return self._connection.execute(_DELETE, {"start": start, "end": end})
+
+    def count(self) -> int:
+        """Count the entries."""
+        return int(self._fetch_value(self._aggregate.count))
+
+    def _end(self, statement: Statement) -> tuple[int, int]:
+        row = self._connection.fetch_one(statement)
+        return (0, 0) if row is None else (row[0], row[1])
+
+    def _extend(self, rows: Sequence[tuple[int, int, str]]) -> bool:
+        """Insert behind the last entry; say whether the last entry was the predecessor."""
+        stored = self._connection.execute(
+            _EXTEND, _arrays(rows) | {"previous_index": rows[0][1] - 1, "highest_term": rows[0][0]}
+        )
+        if 0 < stored < len(rows):
+            # Somebody appended at the same moment, and a part of ours may have gone behind theirs.
+            raise self._connection.fail(ConflictError("another appended to the log at the same moment", retryable=True))
+        return stored > 0
+
+    def _append_slowly(self, rows: Sequence[tuple[int, int, str]]) -> None:
+        """Append to an empty log or over entries that exist, or find out what the conflict is."""
+        for _ in range(3):  # Others may append between the question and the answer.
+            if self._append_behind_last(rows):
+                return
+        raise ConflictError("others append to the log at this moment", retryable=True)
+
+    def _append_behind_last(self, rows: Sequence[tuple[int, int, str]]) -> bool:
+        last_term, last_index = self._end(_LAST)
+        if not last_index:
+            self._connection.execute(_LOCK)
+            last_term, last_index = self._end(_LAST)
+            if not last_index:
+                self._connection.execute(_BEGIN, _arrays(rows))
+                return True
+        first_given = rows[0][1]
+        if first_given > last_index + 1:
+            raise ConflictError(f"index {first_given} leaves a gap: the last index is {last_index}")
+        stored = {entry.index: entry for entry in self.range(first_given, rows[-1][1])}
+        for term, index, sent in rows:
+            if index > last_index:
+                break
+            there = stored.get(index)
+            if there is None:
+                raise ConflictError(f"index {index} is before the first entry of the log")
+            if there.term != term or there.entry != jsonb.loads(sent):
+                raise ConflictError(f"index {index} holds another entry, of term {there.term}")
+        rest = [row for row in rows if row[1] > last_index]
+        if rest and rest[0][0] < last_term:
+            raise ConflictError(f"term {rest[0][0]} is lower than the term {last_term} of the last entry")
+        return not rest or self._extend(rest)
+
+
+def _check(term: int, index: int) -> None:
+    checks.integer("LogEntry.term", term, 0)
+    checks.integer("LogEntry.index", index, 1)
+
+
+def _arrays(rows: Sequence[tuple[int, int, str]]) -> dict[str, object]:
+    return {
+        "term": [term for term, _, _ in rows],
+        "index": [index for _, index, _ in rows],
+        "entry": [sent for _, _, sent in rows],
+    }

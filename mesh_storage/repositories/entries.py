@@ -1,0 +1,79 @@
+"""What the four runtime tables of a key and a value share: state, node states, routing table, runtime config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, Text, bindparam, cast, func, select
+from sqlalchemy.dialects.postgresql import Insert, insert
+
+from mesh_storage import jsonb
+from mesh_storage.connection import Statement
+from mesh_storage.errors import InvalidInputError
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, rows_of
+
+
+class Entries(Aggregate[M]):
+    """A key, a value (bytes or JSON) and the times of the database's clock, by which an entry is put."""
+
+    def __init__(self, model: type[M]) -> None:
+        super().__init__(model)
+        self.key, self.value, self.created_at, self.updated_at = self.table.columns
+        self.check_value = checks.of_column(f"{self.name}.{self.names[1]}", self.value)
+        self.is_json = not isinstance(self.value.type.python_type, type) or self.value.type.python_type is not bytes
+        one = insert(self.table).values({self.key: bindparam("key"), self.value: bindparam("value")})
+        self.put = Statement(self.replacing(one).returning(self.created_at, self.updated_at))
+        self.put_many = Statement(
+            self.replacing(self.insert_many()).returning(self.key, self.created_at, self.updated_at)
+        )
+
+    def insert_many(self) -> Insert:
+        """Insert the arrays `key` and `value`, a row for each position."""
+        rows = rows_of({"key": Text(), "value": Text() if self.is_json else self.value.type})
+        value = cast(rows.c.value, self.value.type) if self.is_json else rows.c.value
+        return insert(self.table).from_select([self.key, self.value], select(rows.c.key, value))
+
+    def replacing(self, statement: Insert, where: ColumnElement[bool] | None = None) -> Insert:
+        """Let an insert replace the value of a key that is there (PostgreSQL manual, INSERT, ON CONFLICT)."""
+        return statement.on_conflict_do_update(
+            index_elements=[self.key],
+            set_={self.value: statement.excluded[self.value.name], self.updated_at: func.now()},
+            where=where,
+        )
+
+    def stored(self, key: str, sent: Any, created_at: object, updated_at: object) -> M:
+        """Make the entry that was stored by what was sent for its value."""
+        return self.load((key, jsonb.loads(sent) if self.is_json else sent, created_at, updated_at))
+
+
+class EntryRepository(KeyedRepository[M]):
+    """A kind of entry that is put under a key."""
+
+    _aggregate: Entries[M]
+
+    def _put(self, key: str, value: object) -> M:
+        sent = self._aggregate.check_value(value)
+        parameters = {"key": self._aggregate.check_key(key), "value": sent}
+        row = self._connection.fetch_one(self._aggregate.put, parameters)
+        assert row is not None, "an upsert gives its row"
+        return self._aggregate.stored(key, sent, *row)
+
+    def _put_many(self, entries: Mapping[str, object]) -> list[M]:
+        if not entries:
+            return []
+        arrays = self._arrays(entries)
+        sent = dict(zip(arrays["key"], arrays["value"], strict=True))
+        rows = self._connection.fetch_all(self._aggregate.put_many, arrays)
+        stored = {row[0]: self._aggregate.stored(row[0], sent[row[0]], row[1], row[2]) for row in rows}
+        return [stored[key] for key in entries]
+
+    def _arrays(self, entries: Mapping[str, object]) -> dict[str, list[Any]]:
+        """Check the entries and sort them by key, so that two that put the same keys cannot deadlock."""
+        if not isinstance(entries, Mapping):
+            raise InvalidInputError(f"entries must be a mapping, not {type(entries).__name__}", field="entries")
+        check_key, check_value = self._aggregate.check_key, self._aggregate.check_value
+        checked: Iterable[tuple[str, Any]] = ((check_key(key), value) for key, value in entries.items())
+        ordered = sorted(checked, key=lambda entry: entry[0])
+        return {"key": [key for key, _ in ordered], "value": [check_value(value) for _, value in ordered]}

@@ -1,0 +1,205 @@
+"""Messages: stored once under an id, listed in the order of their time."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from typing import Any
+
+from sqlalchemy import ARRAY, BigInteger, Column, LargeBinary, Text, bindparam, func, select, tuple_
+from sqlalchemy.dialects.postgresql import insert
+
+from mesh_storage.connection import Connection, Statement
+from mesh_storage.errors import AlreadyExistsError, ConflictError, InvalidInputError
+from mesh_storage.models import Message
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.base import LIMIT, Aggregate, KeyedRepository, Listing, Page, Position, rows_of
+
+_MESSAGES = Aggregate(Message)
+_TABLE = _MESSAGES.table
+_COLUMNS = [_TABLE.c.id, _TABLE.c.from_node, _TABLE.c.to_node, _TABLE.c.content, _TABLE.c.timestamp]
+_CHECKS = {column.name: checks.of_column(f"Message.{column.name}", column) for column in _COLUMNS}
+_CLOCK = func.extract("epoch", func.now()).cast(BigInteger)
+
+_STORE = Statement(
+    insert(_TABLE)
+    .values(
+        {column: bindparam(column.name) for column in _COLUMNS}
+        | {_TABLE.c.timestamp: func.coalesce(bindparam("timestamp", type_=BigInteger), _CLOCK)}
+    )
+    .on_conflict_do_nothing()
+    .returning(_TABLE.c.timestamp, _TABLE.c.created_at)
+)
+_ROWS = rows_of({column.name: column.type for column in _COLUMNS})
+_STORE_MANY = Statement(
+    insert(_TABLE)
+    .from_select(
+        _COLUMNS,
+        select(*(_ROWS.c[column.name] for column in _COLUMNS[:-1]), func.coalesce(_ROWS.c.timestamp, _CLOCK)),
+    )
+    .on_conflict_do_nothing()
+)
+_SELECT_MANY = Statement(select(_TABLE).where(_TABLE.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))))
+
+
+class _Traffic:
+    """The statements that list the messages to a node, from a node, between two, or all."""
+
+    def __init__(self, *ends: Column[Any]) -> None:
+        by_time = tuple_(_TABLE.c.timestamp, _TABLE.c.id)
+        within = (
+            *(end == bindparam(end.name) for end in ends),
+            by_time > tuple_(bindparam("time", type_=BigInteger), bindparam("id", type_=Text)),
+            _TABLE.c.timestamp <= bindparam("last", type_=BigInteger),
+        )
+        self.page = Statement(
+            select(_TABLE).where(*within).order_by(_TABLE.c.timestamp, _TABLE.c.id).limit(LIMIT)
+        )
+        self.count = Statement(select(func.count()).select_from(_TABLE).where(*within))
+
+
+_TRAFFIC = {
+    (False, False): _Traffic(),
+    (True, False): _Traffic(_TABLE.c.to_node),
+    (False, True): _Traffic(_TABLE.c.from_node),
+    (True, True): _Traffic(_TABLE.c.from_node, _TABLE.c.to_node),
+}
+
+
+class MessageRepository(KeyedRepository[Message]):
+    """The messages of the mesh."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection, _MESSAGES)
+
+    def store(self, message: Message) -> Message:
+        """Store a message and give it back with its `timestamp` and `created_at`; the same message again changes nothing.
+
+        A message without a timestamp gets the database's clock.
+
+        Raises:
+            AlreadyExistsError: A different message has this id.
+            InvalidInputError: Names the field.
+        """
+        values = _checked(message)
+        for _ in range(3):  # The row in the way may be deleted before it is read.
+            row = self._connection.fetch_one(_STORE, values)
+            if row is None:
+                found = self.find(message.id)
+                if found is None:
+                    continue
+                if not _same(found, values):
+                    raise AlreadyExistsError(f"another message is stored under {message.id!r}")
+                row = (found.timestamp, found.created_at)
+            message.timestamp, message.created_at = row
+            return message
+        raise ConflictError(f"others store and delete {message.id!r} at this moment", retryable=True)
+
+    def store_many(self, messages: Iterable[Message]) -> int:
+        """Store many messages in one statement and give the number of those that were not there before.
+
+        Raises:
+            AlreadyExistsError: A different message has one of the ids; the unit of work can only roll back.
+            InvalidInputError: Names the field; nothing was stored.
+        """
+        by_id: dict[str, dict[str, Any]] = {}
+        for message in messages:
+            values = _checked(message)
+            if by_id.setdefault(values["id"], values) != values:
+                raise AlreadyExistsError(f"two different messages are given for {values['id']!r}")
+        if not by_id:
+            return 0
+        rows = [by_id[id_] for id_ in sorted(by_id)]  # In one order, so that two stores cannot deadlock.
+        stored = self._connection.execute(_STORE_MANY, {name: [row[name] for row in rows] for name in _CHECKS})
+        if stored < len(rows):
+            for found in self._fetch_all(_SELECT_MANY, ids=list(by_id)):
+                if not _same(found, by_id[found.id]):
+                    raise self._connection.fail(AlreadyExistsError(f"another message is stored under {found.id!r}"))
+        return stored
+
+    def page(
+        self,
+        *,
+        to_node: str | None = None,
+        from_node: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> Page[Message]:
+        """Give up to `limit` (10,000 at most) messages in the order of their time, from behind the cursor `after`.
+
+        `since` (included) and `until` (not included) are Unix seconds.
+        """
+        return self._by_time(to_node, from_node, since, until).page(after, limit)
+
+    def stream(
+        self,
+        *,
+        to_node: str | None = None,
+        from_node: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        batch_size: int = 1000,
+    ) -> Generator[Message]:
+        """Give all messages in the order of their time, with no more than `batch_size` in memory.
+
+        `since` (included) and `until` (not included) are Unix seconds.
+        """
+        yield from self._by_time(to_node, from_node, since, until).stream(batch_size)
+
+    def count(
+        self,
+        *,
+        to_node: str | None = None,
+        from_node: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+    ) -> int:
+        """Count messages; exact, so it reads the index of all that it counts.
+
+        `since` (included) and `until` (not included) are Unix seconds.
+        """
+        traffic, parameters = _traffic(to_node, from_node, since, until)
+        return int(self._fetch_value(traffic.count, **parameters))
+
+    def _by_time(
+        self, to_node: str | None, from_node: str | None, since: int | None, until: int | None
+    ) -> Listing[Message]:
+        traffic, parameters = _traffic(to_node, from_node, since, until)
+
+        def fetch(after: Position | None, limit: int) -> list[Message]:
+            start = {} if after is None or after[0] < parameters["time"] else {"time": after[0], "id": after[1]}
+            return self._fetch_all(traffic.page, limit=limit, **{**parameters, **start})
+
+        return Listing(fetch, lambda message: (message.timestamp, message.id), (int, str))
+
+
+def _checked(message: Message) -> dict[str, Any]:
+    if not isinstance(message, Message):
+        raise InvalidInputError(f"message must be a Message, not {type(message).__name__}", field="message")
+    values: dict[str, Any] = {}
+    for name, check in _CHECKS.items():
+        value = getattr(message, name)
+        values[name] = None if value is None and name == "timestamp" else check(value)
+    return values
+
+
+def _same(found: Message, values: dict[str, Any]) -> bool:
+    return all(
+        getattr(found, name) == value for name, value in values.items() if value is not None or name != "timestamp"
+    )
+
+
+def _traffic(
+    to_node: str | None, from_node: str | None, since: int | None, until: int | None
+) -> tuple[_Traffic, dict[str, Any]]:
+    """Choose the statements for a filter and make their parameters; no id is empty, so ('since', '') is before all."""
+    parameters: dict[str, Any] = {
+        "time": checks.INT64_MIN if since is None else checks.integer("since", since),
+        "id": "",
+        "last": checks.INT64_MAX if until is None else checks.integer("until", until, checks.INT64_MIN + 1) - 1,
+    }
+    for name, node in (("to_node", to_node), ("from_node", from_node)):
+        if node is not None:
+            parameters[name] = checks.text(name, node, 64)
+    return _TRAFFIC[to_node is not None, from_node is not None], parameters

@@ -1,0 +1,113 @@
+"""Nodes: what may take part in the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from sqlalchemy import Column, Text, bindparam, func, select
+
+from mesh_storage.connection import Connection, Statement
+from mesh_storage.models import Node, NodeState
+from mesh_storage.models.base import loader
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.base import LIMIT, Listing, Page, Position
+from mesh_storage.repositories.infrastructure import Infrastructure, InfrastructureRepository
+
+_NODES = Infrastructure(Node, prefix="node")
+_TABLE = _NODES.table
+_STATES = NodeState.__table__
+_BY_NAME = Statement(select(_TABLE).where(_TABLE.c.node_name == bindparam("name")))
+_AFTER = _TABLE.c.node_id > bindparam("after", type_=Text)
+_WITH_STATE = Statement(
+    select(_TABLE, _STATES)
+    .select_from(_TABLE.outerjoin(_STATES, _STATES.c.node_id == _TABLE.c.node_id))
+    .where(_AFTER)
+    .order_by(_TABLE.c.node_id)
+    .limit(LIMIT)
+)
+_load_state = loader(NodeState)
+
+
+class _Filtered:
+    """The statements that list the nodes with a status, in a region, both, or all."""
+
+    def __init__(self, *columns: Column[Any]) -> None:
+        matches = [column == bindparam(column.name) for column in columns]
+        self.page = Statement(select(_TABLE).where(*matches, _AFTER).order_by(_TABLE.c.node_id).limit(LIMIT))
+        self.count = Statement(select(func.count()).select_from(_TABLE).where(*matches))
+
+
+_FILTERED = {
+    (False, False): _Filtered(),
+    (True, False): _Filtered(_TABLE.c.status),
+    (False, True): _Filtered(_TABLE.c.region_id),
+    (True, True): _Filtered(_TABLE.c.status, _TABLE.c.region_id),
+}
+
+
+class NodeRepository(InfrastructureRepository[Node]):
+    """The nodes."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection, _NODES)
+
+    def get_by_name(self, name: str) -> Node:
+        """Give the node of this name.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        return self._get(name, self._fetch_one(_BY_NAME, name=checks.text("name", name, 255)))
+
+    def page(
+        self, *, status: str | None = None, region_id: str | None = None, after: str | None = None, limit: int = 100
+    ) -> Page[Node]:
+        """Give up to `limit` (10,000 at most) nodes in the order of their ids, from behind the cursor `after`."""
+        return self._filtered(status, region_id).page(after, limit)
+
+    def stream(
+        self, *, status: str | None = None, region_id: str | None = None, batch_size: int = 1000
+    ) -> Generator[Node]:
+        """Give all nodes in the order of their ids, with no more than `batch_size` in memory."""
+        yield from self._filtered(status, region_id).stream(batch_size)
+
+    def count(self, *, status: str | None = None, region_id: str | None = None) -> int:
+        """Count the nodes; exact, so it reads them all."""
+        statements, parameters = _choose(status, region_id)
+        return int(self._fetch_value(statements.count, **parameters))
+
+    def with_state(self, *, batch_size: int = 1000) -> Generator[tuple[Node, NodeState | None]]:
+        """Give each node beside its runtime state (by its id; None where it has none), in the order of the ids."""
+
+        def fetch(after: Position | None, limit: int) -> list[tuple[Node, NodeState | None]]:
+            parameters = {"after": "" if after is None else after[0], "limit": limit}
+            return [_load_both(row) for row in self._connection.fetch_all(_WITH_STATE, parameters)]
+
+        listing = Listing(fetch, lambda both: self._position(both[0]))
+        yield from listing.stream(batch_size)
+
+    def _filtered(self, status: str | None, region_id: str | None) -> Listing[Node]:
+        statements, parameters = _choose(status, region_id)
+
+        def fetch(after: Position | None, limit: int) -> list[Node]:
+            return self._fetch_all(
+                statements.page, after="" if after is None else after[0], limit=limit, **parameters
+            )
+
+        return Listing(fetch, self._position)
+
+
+def _choose(status: str | None, region_id: str | None) -> tuple[_Filtered, dict[str, str]]:
+    parameters = {}
+    if status is not None:
+        parameters["status"] = checks.text("status", status, 255)
+    if region_id is not None:
+        parameters["region_id"] = checks.text("region_id", region_id)
+    return _FILTERED[status is not None, region_id is not None], parameters
+
+
+def _load_both(row: tuple[Any, ...]) -> tuple[Node, NodeState | None]:
+    width = len(_NODES.names)
+    state = row[width:]
+    return _NODES.load(row[:width]), None if state[0] is None else _load_state(state)

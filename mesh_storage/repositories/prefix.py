@@ -1,0 +1,74 @@
+"""Listing by the prefix of a key, character by character: `%` and `_` are ordinary, and an index is used."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from sqlalchemy import bindparam, collate, func, select
+
+from mesh_storage.connection import Statement
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.base import LIMIT, Listing, M, Page, Position
+from mesh_storage.repositories.entries import Entries, EntryRepository
+
+_LAST_CHARACTER = "\U0010ffff"
+_SURROGATES = range(0xD800, 0xE000)
+
+
+class PrefixEntries(Entries[M]):
+    """Entries whose keys have an order by code point (collation "C") beside that of the database."""
+
+    def __init__(self, model: type[M]) -> None:
+        super().__init__(model)
+        key = collate(self.key, "C")
+        range_ = (key >= bindparam("start"), key < bindparam("stop"))
+        self.page = Statement(select(self.table).where(*range_).order_by(key).limit(LIMIT))
+        self.all = Statement(select(self.key, self.value).where(*range_).order_by(key))
+        self.count = Statement(select(func.count()).select_from(self.table).where(*range_))
+
+
+class PrefixRepository(EntryRepository[M]):
+    """A kind of entry that is listed by the prefix of its key, in the order of code points."""
+
+    _aggregate: PrefixEntries[M]
+
+    def page(self, prefix: str = "", *, after: str | None = None, limit: int = 100) -> Page[M]:
+        """Give up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind the cursor `after`."""
+        return self._by_prefix(prefix).page(after, limit)
+
+    def stream(self, prefix: str = "", *, batch_size: int = 1000) -> Generator[M]:
+        """Give all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
+        yield from self._by_prefix(prefix).stream(batch_size)
+
+    def count(self, prefix: str = "") -> int:
+        """Count the entries whose key begins with `prefix`; exact, so it reads them all."""
+        return int(self._fetch_value(self._aggregate.count, **_range(prefix)))
+
+    def _all(self, prefix: str) -> dict[str, Any]:
+        """Give the keys and values in one statement, which sees one version of the table."""
+        return dict(self._connection.fetch_all(self._aggregate.all, _range(prefix)))
+
+    def _by_prefix(self, prefix: str) -> Listing[M]:
+        whole = _range(prefix)
+
+        def fetch(after: Position | None, limit: int) -> list[M]:
+            # No text can have NUL, so U+0001 makes the next one in the order.
+            start = prefix if after is None else max(prefix, f"{after[0]}\x01")
+            return self._fetch_all(self._aggregate.page, limit=limit, **{**whole, "start": start})
+
+        return Listing(fetch, self._position)
+
+
+def _range(prefix: str) -> dict[str, str]:
+    checks.text("prefix", prefix, empty=True)
+    return {"start": prefix, "stop": _behind(prefix)}
+
+
+def _behind(prefix: str) -> str:
+    """Give the first text in the order of code points that is behind all that begin with `prefix`."""
+    stem = prefix.rstrip(_LAST_CHARACTER)
+    if not stem:
+        return _LAST_CHARACTER * 256  # Behind every key of up to 255 characters.
+    following = ord(stem[-1]) + 1
+    return stem[:-1] + chr(_SURROGATES.stop if following in _SURROGATES else following)

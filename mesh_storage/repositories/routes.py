@@ -1,0 +1,37 @@
+"""Routes: the configured network paths between nodes."""
+
+from __future__ import annotations
+
+from sqlalchemy import bindparam, select, union_all
+
+from mesh_storage.connection import Connection, Statement
+from mesh_storage.models import Route
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.infrastructure import Infrastructure, InfrastructureRepository
+
+_ROUTES = Infrastructure(Route, prefix="route")
+_TABLE = _ROUTES.table
+_SOURCE, _TARGET, _BOTH_WAYS = _TABLE.c.source_node_id, _TABLE.c.target_node_id, _TABLE.c.route_bidirectional
+
+# Each half goes by an index of its own, which one condition with OR would not.
+_FROM = select(_TABLE).where(_SOURCE == bindparam("node_id"))
+_TO = select(_TABLE).where(_TARGET == bindparam("node_id"), _BOTH_WAYS)
+_FOR_NODE = Statement(union_all(_FROM, _TO).order_by(_TABLE.c.route_id.name))
+_THERE = select(_TABLE).where(_SOURCE == bindparam("a"), _TARGET == bindparam("b"))
+_BACK = select(_TABLE).where(_SOURCE == bindparam("b"), _TARGET == bindparam("a"), _BOTH_WAYS)
+_BETWEEN = Statement(union_all(_THERE, _BACK).order_by(_TABLE.c.route_id.name))
+
+
+class RouteRepository(InfrastructureRepository[Route]):
+    """The routes."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection, _ROUTES)
+
+    def between(self, a: str, b: str) -> list[Route]:
+        """Give the routes that lead from node `a` to node `b`, bidirectional ones from `b` to `a` among them, by id."""
+        return self._fetch_all(_BETWEEN, a=checks.ulid("a", a), b=checks.ulid("b", b))
+
+    def for_node(self, node_id: str) -> list[Route]:
+        """Give the routes that can be taken from a node: those that begin there, and bidirectional ones that end there."""
+        return self._fetch_all(_FOR_NODE, node_id=checks.ulid("node_id", node_id))

@@ -1,0 +1,56 @@
+"""The routing table: for each destination the best route right now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqlalchemy import Text, delete, select, text
+
+from mesh_storage.connection import Connection, Statement
+from mesh_storage.models import JSON, RoutingEntry
+from mesh_storage.repositories.base import rows_of
+from mesh_storage.repositories.entries import Entries, EntryRepository
+
+_ROUTING_TABLE = Entries(RoutingEntry)
+_TABLE = _ROUTING_TABLE.table
+
+# One statement, so that it sees one version of the table.
+_ALL = Statement(select(_TABLE.c.destination, _TABLE.c.route).order_by(_TABLE.c.destination))
+# Two swaps at once would mix; this makes the second wait for the first, and lets everybody read meanwhile.
+_LOCK = Statement(text("LOCK TABLE mesh_routing_table IN SHARE ROW EXCLUSIVE MODE"))
+_KEPT = rows_of({"key": Text()})
+_DELETE_OTHERS = Statement(delete(_TABLE).where(_TABLE.c.destination.not_in(select(_KEPT.c.key))))
+_INSERT = _ROUTING_TABLE.insert_many()
+_PUT_CHANGED = Statement(
+    _ROUTING_TABLE.replacing(_INSERT, where=_TABLE.c.route.is_distinct_from(_INSERT.excluded.route))
+)
+
+
+class RoutingTableRepository(EntryRepository[RoutingEntry]):
+    """The routing table."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection, _ROUTING_TABLE)
+
+    def put(self, destination: str, route: JSON) -> RoutingEntry:
+        """Store the route to a destination of 1 to 255 characters, in place of the one that is there."""
+        return self._put(destination, route)
+
+    def put_many(self, routes: Mapping[str, JSON]) -> list[RoutingEntry]:
+        """Store the routes to many destinations in one statement."""
+        return self._put_many(routes)
+
+    def all(self) -> dict[str, JSON]:
+        """Give the whole table as destination and route, in the order of the destinations."""
+        return dict(self._connection.fetch_all(_ALL))
+
+    def replace_all(self, routes: Mapping[str, JSON]) -> None:
+        """Make the table exactly this: others see the old one or the new one, at no time a mixture.
+
+        Routes that stay the same are not written again. Other writers of the table wait until this unit of work ends.
+        """
+        arrays = self._arrays(routes)
+        self._connection.execute(_LOCK)
+        self._connection.execute(_DELETE_OTHERS, {"key": arrays["key"]})
+        if routes:
+            self._connection.execute(_PUT_CHANGED, arrays)

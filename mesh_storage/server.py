@@ -1,0 +1,72 @@
+"""Which server the settings mean: one with an address, or the bundled one, which is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from mesh_storage.embedded import DATABASE, EmbeddedServer
+from mesh_storage.engine import connect_arguments, split_scheme
+from mesh_storage.settings import Settings
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a database is reached, and the bundled server that must run for that."""
+
+    connect: dict[str, Any]
+    """The arguments for `psycopg.connect`."""
+    embedded: EmbeddedServer | None = None
+
+    @property
+    def kind(self) -> str:
+        """`server` or `embedded`."""
+        return "server" if self.embedded is None else "embedded"
+
+    def close(self) -> None:
+        """Stop the bundled server, if there is one that nobody else uses."""
+        if self.embedded is not None:
+            self.embedded.close()
+
+
+def open_server(settings: Settings) -> Server:
+    """Find the server of the settings; start the bundled one if they mean that.
+
+    Raises:
+        ConfigurationError: A setting is wrong, or the extra `embedded` is not installed.
+        UnavailableError: The bundled server does not start.
+    """
+    embedded = _open_embedded(settings)
+    if embedded is None:
+        return Server(connect_arguments(settings))
+    connect = connect_arguments(settings.model_copy(update={"url": None})) | embedded.connect_arguments
+    try:
+        _create_database(connect)
+    except BaseException:
+        embedded.close()
+        raise
+    return Server(connect, embedded)
+
+
+def _open_embedded(settings: Settings) -> EmbeddedServer | None:
+    if settings.url is None:
+        return None if settings.host else EmbeddedServer.open()
+    scheme, rest = split_scheme(settings.url.get_secret_value())
+    if scheme == "memory":
+        return EmbeddedServer.throw_away()
+    if scheme == "embedded":
+        path = rest.removeprefix("//")
+        return EmbeddedServer.open(Path(path) if path else None)
+    return None
+
+
+def _create_database(connect: dict[str, Any]) -> None:
+    with psycopg.connect(**{**connect, "dbname": "postgres"}, autocommit=True) as connection:
+        if connection.execute("SELECT FROM pg_database WHERE datname = %s", [DATABASE]).fetchone() is None:
+            try:
+                connection.execute(f'CREATE DATABASE "{DATABASE}"')
+            except (psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
+                pass  # Another process that shares the server was faster.

@@ -1,0 +1,77 @@
+"""Where the database is and how to reach it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from mesh_storage.errors import ConfigurationError
+
+Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+
+ENV_PREFIX = "MESH_STORAGE_"
+
+
+class Settings(BaseSettings):
+    """The settings of a storage, from arguments, the environment (prefix `MESH_STORAGE_`) and a file `.env`.
+
+    An argument goes before the environment, which goes before `.env`. What the URL says goes before the separate
+    fields, which fill in what it leaves out. Without a URL and a host, the bundled PostgreSQL is used.
+
+    Raises:
+        ConfigurationError: A setting is unknown or has a bad value; the message names the setting, never its value.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    url: SecretStr | None = None
+    """`postgresql://`, `postgres://` or `postgresql+psycopg://` (several hosts, libpq's parameters), `embedded:`,
+    `embedded:PATH` or `memory:`."""
+    host: str | None = None
+    """Host name, address or socket directory; several with commas."""
+    port: str | int | None = None
+    """Port; several with commas, as many as hosts."""
+    user: str | None = None
+    password: SecretStr | None = None
+    database: str | None = None
+    sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None = None
+    """How TLS is used and checked (PostgreSQL manual, 34.19); the default of libpq is `prefer`."""
+    application_name: str = "mesh_storage"
+    """How the connections show in `pg_stat_activity`."""
+    pool_size: Annotated[int, Field(ge=1, le=10_000)] = 10
+    """Connections at most; as many units of work may be open at once."""
+    pool_timeout: Seconds = 10.0
+    """Seconds to wait for a free connection of the pool."""
+    connect_timeout: Seconds = 5.0
+    """Seconds to wait for a server to answer; libpq rounds up to whole seconds, at least 2."""
+    statement_timeout: Seconds = 30.0
+    """Seconds that one statement may take; 0 for no limit."""
+    lock_timeout: Seconds = 10.0
+    """Seconds that a statement may wait for a lock; 0 for no limit."""
+    idle_in_transaction_timeout: Seconds = 60.0
+    """Seconds that a transaction may wait for its caller before the server ends it and frees its locks; 0 for no limit."""
+    slow_unit_of_work: Seconds = 1.0
+    """Seconds from which a unit of work is logged as slow; 0 to log none."""
+
+    def __init__(self, **values: Any) -> None:
+        problem = _unknown(values, set(type(self).model_fields))
+        if problem is None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                problem = "; ".join(
+                    f"{'.'.join(str(part) for part in detail['loc'][:1])}: {detail['msg']}"
+                    for detail in error.errors(include_input=False, include_context=False, include_url=False)
+                )
+        if problem is not None:
+            # Outside of the handler: the validation error carries the values, passwords among them.
+            raise ConfigurationError(f"bad setting {problem} (in code by this name, in the environment as {ENV_PREFIX}...)")
+
+
+def _unknown(values: dict[str, Any], known: set[str]) -> str | None:
+    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
+    return f"{', '.join(unknown)}: there is no such setting" if unknown else None

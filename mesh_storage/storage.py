@@ -1,0 +1,286 @@
+"""MeshStorage: where a service opens the storage and its units of work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, TypeVar
+
+from pydantic import SecretStr
+
+from mesh_storage import health, schema
+from mesh_storage.connection import Characteristics, Connection, Durability, Isolation
+from mesh_storage.engine import connect_before, create_engine
+from mesh_storage.errors import (
+    ClosedError,
+    ConfigurationError,
+    MeshStorageError,
+    StorageTimeoutError,
+    UnavailableError,
+    translate,
+)
+from mesh_storage.health import Health
+from mesh_storage.retry import check_attempts, pause
+from mesh_storage.server import Server, open_server
+from mesh_storage.settings import Settings
+from mesh_storage.unit_of_work import UnitOfWork
+
+logger = logging.getLogger("mesh_storage")
+
+T = TypeVar("T")
+
+_storages: weakref.WeakSet[MeshStorage] = weakref.WeakSet()
+# A pool that a forked child inherits is kept for ever: to close its connections would end them for the parent.
+_inherited_by_fork: list[object] = []
+
+
+class MeshStorage:
+    """The storage of a mesh: a pool of connections to one database, and the units of work on it.
+
+    One object serves all threads of a process. It works on by itself after the server was away, and in a forked child.
+    """
+
+    def __init__(self, settings: Settings, server: Server) -> None:
+        """Use `open` instead, which finds the server and checks its schema."""
+        self._settings = settings
+        self._server = server
+        self._engine = create_engine(settings, server.connect)
+        # The same pool; without transactions, for what only reads.
+        self._reading_engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._free = threading.BoundedSemaphore(settings.pool_size)
+        self._in_use = 0
+        self._closed = False
+        self._finalizer = weakref.finalize(self, server.close)
+        _storages.add(self)
+
+    @classmethod
+    def open(cls, url: str | None = None, *, settings: Settings | None = None) -> Self:
+        """Open the storage at a URL, by settings, or by the environment and `.env`.
+
+        On `embedded:` and `memory:` the schema is deployed; on a server it must be there.
+
+        Raises:
+            ConfigurationError: A setting is missing or wrong; the message names it.
+            SchemaMismatchError: The schema is behind or ahead of this version of mesh_storage.
+            UnavailableError: The database cannot be reached.
+        """
+        settings = _settings(url, settings)
+        server = open_server(settings)
+        storage = None
+        try:
+            storage = cls(settings, server)
+            storage._check_schema()
+        except BaseException:
+            if storage is None:
+                server.close()
+            else:
+                storage.close()
+            raise
+        logger.info("storage opened", extra={"event": "open", "server": server.kind, "pool_size": settings.pool_size})
+        return storage
+
+    @contextmanager
+    def unit_of_work(
+        self,
+        *,
+        read_only: bool = False,
+        isolation: Isolation | None = None,
+        durability: Durability = "strict",
+        timeout: float | None = None,
+    ) -> Generator[UnitOfWork]:
+        """Open a unit of work, which is rolled back at the end of the block unless `commit()` was called.
+
+        Args:
+            read_only: Refuse writes with `InvalidInputError`; cheaper, since at READ COMMITTED it needs no transaction.
+            isolation: "repeatable read" or "serializable" (PostgreSQL manual, 13.2) instead of "read committed".
+            durability: "relaxed" lets a commit return before it is on disk: a crash of the server may lose the last
+                commits, at most three times `wal_writer_delay` (manual, 30.4), but never leaves half of one.
+            timeout: Seconds for the whole of it: the wait for a connection, locks and the commit included.
+
+        Raises:
+            UnavailableError: There is no connection within `pool_timeout` or `connect_timeout`.
+            StorageTimeoutError: The time is over.
+            ClosedError: The storage was closed.
+        """
+        with self._open(Characteristics(read_only, isolation, durability, timeout)) as connection:
+            uow = UnitOfWork(connection)
+            try:
+                yield uow
+            finally:
+                uow.close()
+
+    @contextmanager
+    def begin(
+        self,
+        *,
+        read_only: bool = False,
+        isolation: Isolation | None = None,
+        durability: Durability = "strict",
+        timeout: float | None = None,
+    ) -> Generator[UnitOfWork]:
+        """Open a unit of work that is committed at the end of the block, and rolled back when the block raises.
+
+        The arguments and errors are those of `unit_of_work`.
+        """
+        with self.unit_of_work(
+            read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
+        ) as uow:
+            yield uow
+            uow.commit()
+
+    def run(
+        self,
+        work: Callable[[UnitOfWork], T],
+        *,
+        attempts: int = 5,
+        read_only: bool = False,
+        isolation: Isolation | None = None,
+        durability: Durability = "strict",
+        timeout: float | None = None,
+    ) -> T:
+        """Call `work` with a unit of work, commit, and give what `work` returned; do it again after a retryable error.
+
+        Each attempt has a fresh unit of work and its own `timeout`; the pauses between them grow, with jitter, from
+        20 ms to 2 s. When the connection is lost during a commit, nobody can tell whether it was made, and `work` is
+        done again: it should be safe to do twice, as the repositories' `store`, `put` and `append` are.
+
+        Raises:
+            MeshStorageError: What the last attempt raised, or one that is not retryable.
+        """
+        check_attempts(attempts)
+        for attempt in range(1, attempts + 1):
+            try:
+                with self.begin(
+                    read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
+                ) as uow:
+                    result = work(uow)
+            except MeshStorageError as error:
+                if not error.retryable or attempt == attempts:
+                    raise
+                time.sleep(pause(error, attempt))
+            else:
+                return result
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def health(self) -> Health:
+        """Check within 2 s that the database answers, takes writes and has the right schema; writes nothing.
+
+        Raises:
+            ClosedError: The storage was closed.
+        """
+        pool = {"pool_size": self._settings.pool_size, "pool_in_use": self._in_use}
+        try:
+            with self._open(Characteristics(read_only=True, timeout=health.TIMEOUT_S)) as connection:
+                return health.examine(connection, **pool)
+        except ClosedError:
+            raise
+        except MeshStorageError as error:
+            return health.unreachable(error, **pool)
+
+    def close(self) -> None:
+        """Close all connections that are not in use; those in use are closed when their unit of work ends."""
+        if self._closed:
+            return
+        self._closed = True
+        _storages.discard(self)
+        self._engine.dispose()
+        self._finalizer()
+        logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
+
+    def __enter__(self) -> Self:
+        """Give the storage itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the storage."""
+        self.close()
+
+    @contextmanager
+    def _open(self, characteristics: Characteristics) -> Generator[Connection]:
+        """Take a connection of the pool for a block, within the limits of the settings and the caller."""
+        characteristics.check()
+        begun = time.monotonic()
+        deadline = None if characteristics.timeout is None else begun + characteristics.timeout
+        free = self._free
+        self._wait_for(free, characteristics.timeout)
+        try:
+            connection = self._connect(characteristics, deadline)
+            self._in_use += 1
+            try:
+                yield connection
+            finally:
+                self._in_use -= 1
+                connection.close(discard=self._closed)
+                log_if_slow(time.monotonic() - begun, self._settings.slow_unit_of_work)
+        finally:
+            free.release()
+
+    def _wait_for(self, free: threading.BoundedSemaphore, timeout: float | None) -> None:
+        if self._closed:
+            raise ClosedError("this storage is closed; open another one")
+        pool_timeout = self._settings.pool_timeout
+        wait = pool_timeout if timeout is None else min(pool_timeout, timeout)
+        if not free.acquire(timeout=wait):
+            if wait < pool_timeout:
+                raise StorageTimeoutError("the time was over before a connection of the pool was free")
+            raise UnavailableError(
+                f"all {self._settings.pool_size} connections of the pool are in use for {pool_timeout:g} s (pool_timeout); "
+                "end units of work sooner, or raise pool_size"
+            )
+
+    def _connect(self, characteristics: Characteristics, deadline: float | None) -> Connection:
+        engine = self._reading_engine if characteristics.autocommit else self._engine
+        try:
+            with connect_before(deadline):
+                connection = engine.connect()
+        except Exception as error:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise StorageTimeoutError("the time was over before the server answered") from error
+            raise translate(error) from error
+        return Connection(characteristics.apply(connection), characteristics, deadline=deadline)
+
+    def _check_schema(self) -> None:
+        with self._open(Characteristics(read_only=True)) as connection, connection.guarded():
+            revision = schema.current(connection.sqlalchemy)
+        if self._server.embedded is not None and (revision is None or revision in schema.revisions()[:-1]):
+            schema.upgrade_server(self._server)
+        else:
+            schema.check(revision)
+
+    def _after_fork(self) -> None:
+        _inherited_by_fork.append(self._engine.pool)
+        self._engine.dispose(close=False)
+        self._free = threading.BoundedSemaphore(self._settings.pool_size)
+        self._in_use = 0
+        if self._server.embedded is not None:
+            self._server.embedded.after_fork()
+
+
+def _after_fork_in_child() -> None:
+    for storage in list(_storages):
+        storage._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _settings(url: str | None, settings: Settings | None) -> Settings:
+    if url is not None and settings is not None:
+        raise ConfigurationError("give a url or settings, not both")
+    if settings is not None:
+        return settings
+    return Settings() if url is None else Settings(url=SecretStr(url))
+
+
+def log_if_slow(seconds: float, limit: float) -> None:
+    """Leave a record of a unit of work that took long; a limit of 0 is none."""
+    if 0 < limit <= seconds:
+        logger.warning("slow unit of work", extra={"event": "slow_unit_of_work", "duration_s": round(seconds, 3)})

@@ -1,0 +1,217 @@
+"""The process that runs a bundled PostgreSQL for as long as some process uses it.
+
+Started by embedded.py as a script of its own, so it needs the standard library only. Each user holds a connection to
+its control socket, which ends with the process however that dies. When the last one is gone, the server stops. When the
+server dies while it has users, it is started again and recovers what was committed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+CRASHES_IN_A_ROW = 10
+FIRST_USER_TIMEOUT_S = 10.0
+
+
+class Supervisor:
+    """One server, its users, and what is to be left behind."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.home = Path(config["home"])
+        self.sockets = Path(config["sockets"])
+        self.programs = Path(config["programs"])
+        self.parameters: list[str] = config["parameters"]
+        self.account: dict[str, Any] = config["account"]
+        self.throw_away: bool = config["throw_away"]
+        self.data = self.home / "data"
+        self.users: set[socket.socket] = set()
+        self.last: socket.socket | None = None
+        self.server: subprocess.Popen[bytes] | None = None
+        self.failure = ""
+        self.ready = False
+        self.crashes = 0
+        self.selector = selectors.DefaultSelector()
+
+    def run(self) -> None:
+        """Serve until the last user is gone."""
+        listener = self._listen()
+        wakeup_read, wakeup_write = socket.socketpair()
+        wakeup_read.setblocking(False)
+        wakeup_write.setblocking(False)
+        signal.set_wakeup_fd(wakeup_write.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        self.selector.register(listener, selectors.EVENT_READ)
+        self.selector.register(wakeup_read, selectors.EVENT_READ)
+        self._create()
+        self._start()
+        patience = time.monotonic() + FIRST_USER_TIMEOUT_S
+        while self.users or (self.last is None and time.monotonic() < patience):
+            waiting = self.server is not None and not self.ready
+            for key, _ in self.selector.select(0.02 if waiting else 1.0):
+                if key.fileobj is listener:
+                    self._welcome(listener)
+                elif key.fileobj is wakeup_read:
+                    with suppress(BlockingIOError):
+                        wakeup_read.recv(4096)
+                else:
+                    self._part(key.fileobj)
+            self._watch()
+        listener.close()
+
+    def stop(self) -> None:
+        """Stop the server and remove what is not to stay."""
+        if self.server is not None and self.server.poll() is None:
+            # SIGINT is the fast shutdown (PostgreSQL manual, 18.5); a throw-away server has nothing to save.
+            self.server.send_signal(signal.SIGQUIT if self.throw_away else signal.SIGINT)
+            try:
+                self.server.wait(60)
+            except subprocess.TimeoutExpired:
+                self.server.send_signal(signal.SIGQUIT)
+                self.server.wait()
+        shutil.rmtree(self.sockets, ignore_errors=True)
+        if self.throw_away:
+            shutil.rmtree(self.home, ignore_errors=True)
+        else:
+            (self.home / "control").unlink(missing_ok=True)
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX)
+        path = self.sockets / "control"
+        listener.bind(str(path))
+        listener.listen(128)
+        pointer = self.home / "control"
+        temporary = pointer.with_name("control.new")
+        temporary.write_text(str(path))
+        temporary.replace(pointer)
+        return listener
+
+    def _create(self) -> None:
+        """Make the cluster under another name first, so that a half-made one is never taken for a whole one."""
+        if (self.data / "PG_VERSION").exists():
+            return
+        unfinished = self.home / "data.new"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(mode=0o700)
+        if "user" in self.account:
+            os.chown(unfinished, self.account["user"], self.account["group"])
+        options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-instructions"]
+        if self.throw_away:
+            options.append("--no-sync")
+        done = subprocess.run(
+            [str(self.programs / "initdb"), *options, "--pgdata", str(unfinished)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd="/",
+            check=False,
+            **self.account,
+        )
+        if done.returncode:
+            self.failure = f"initdb failed: {done.stderr.decode(errors='replace').strip()[-2000:]}"
+        else:
+            unfinished.replace(self.data)
+
+    def _start(self) -> None:
+        if self.failure:
+            return
+        self._stop_orphan()
+        self.ready = False
+        command = [str(self.programs / "postgres"), "-D", str(self.data), "-k", str(self.sockets)]
+        for parameter in self.parameters:
+            command += ["-c", parameter]
+        with (self.home / "server.log").open("ab") as log:
+            self.server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **self.account
+            )
+
+    def _stop_orphan(self) -> None:
+        """Stop a server whose supervisor was killed; two cannot run on one cluster."""
+        try:
+            process = int((self.data / "postmaster.pid").read_text().split("\n", 1)[0])
+            command = Path(f"/proc/{process}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return
+        if str(self.data).encode() in command:
+            subprocess.run(
+                [str(self.programs / "pg_ctl"), "stop", "-D", str(self.data), "-m", "fast", "-w"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                check=False,
+                **self.account,
+            )
+
+    def _watch(self) -> None:
+        """See whether the server has become ready, or has died."""
+        if self.server is None:
+            return
+        if self.server.poll() is not None:
+            self.crashes += 1
+            if self.crashes >= CRASHES_IN_A_ROW:
+                self.failure = f"the server ends as soon as it starts; see {self.home / 'server.log'}"
+                self.server = None
+                self._tell_all()
+                return
+            time.sleep(0.1 * self.crashes)
+            self._start()
+        elif not self.ready:
+            with suppress(OSError):
+                status = (self.data / "postmaster.pid").read_text().split("\n")
+                if len(status) > 7 and status[0] == str(self.server.pid) and status[7].strip() == "ready":
+                    self.ready = True
+                    self.crashes = 0
+                    self._tell_all()
+
+    def _welcome(self, listener: socket.socket) -> None:
+        user, _ = listener.accept()
+        self.users.add(user)
+        self.selector.register(user, selectors.EVENT_READ)
+        if self.ready or self.failure:
+            self._tell(user)
+
+    def _part(self, user: Any) -> None:
+        with suppress(OSError):
+            if user.recv(1):
+                return
+        self.selector.unregister(user)
+        self.users.discard(user)
+        if self.users:
+            user.close()
+        else:
+            self.last = user  # Left open until this process ends, so that the last user can wait for that.
+
+    def _tell_all(self) -> None:
+        for user in self.users:
+            self._tell(user)
+
+    def _tell(self, user: socket.socket) -> None:
+        with suppress(OSError):
+            user.sendall((self.failure or "ready").encode() + b"\n")
+
+
+def main() -> None:
+    """Run in the background with the configuration that embedded.py gives as the first argument."""
+    if os.fork():
+        os._exit(0)
+    supervisor = Supervisor(json.loads(sys.argv[1]))
+    try:
+        supervisor.run()
+    finally:
+        supervisor.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""What a service's own test suite uses: pytest fixtures for a fresh, real database a test, and factories of aggregates.
+
+Put `pytest_plugins = ["mesh_storage.testing"]` into the top `conftest.py`. Then `mesh_storage` is an open storage and
+`mesh_storage_url` the URL of its database. The databases are copies of a template on a throw-away server in RAM, or on
+the server of `MESH_STORAGE_TEST_URL` (as a role that may create databases).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote, urlencode
+
+import factory
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from mesh_storage import MeshStorage, schema
+from mesh_storage.embedded import EmbeddedServer
+from mesh_storage.models import (
+    ConfigEntry,
+    LogEntry,
+    Mesh,
+    Message,
+    Node,
+    NodeState,
+    Route,
+    RoutingEntry,
+    StateEntry,
+)
+from mesh_storage.models.base import new_id
+from mesh_storage.server import Server
+from mesh_storage.unit_of_work import UnitOfWork
+
+M = TypeVar("M")
+
+
+class Databases:
+    """Fresh databases on one server, each a copy of a template that has the schema."""
+
+    def __init__(self, connect: dict[str, Any]) -> None:
+        self._connect = connect
+        self._admin = psycopg.connect(**{**connect, "dbname": connect.get("dbname", "postgres")}, autocommit=True)
+        self._prefix = f"mesh_storage_{os.getpid()}"
+        self._numbers = itertools.count(1)
+        self._template = f"{self._prefix}_template"
+        self._execute("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'", self._template)
+        schema.upgrade_server(Server({**connect, "dbname": self._template}))
+
+    @contextmanager
+    def fresh(self, *, with_schema: bool = True) -> Generator[str]:
+        """Make a database for a block and give its URL; it is dropped afterwards, whoever is still connected."""
+        name = f"{self._prefix}_{next(self._numbers)}"
+        template = self._template if with_schema else "template0"
+        self._execute("CREATE DATABASE {} TEMPLATE {}", name, template)
+        try:
+            yield self._url(name)
+        finally:
+            self._execute("DROP DATABASE {} WITH (FORCE)", name)
+
+    def close(self) -> None:
+        """Drop the template."""
+        self._execute("DROP DATABASE {} WITH (FORCE)", self._template)
+        self._admin.close()
+
+    def _execute(self, statement: str, *names: str) -> None:
+        template: Any = statement  # psycopg asks for a literal, which all of ours are.
+        self._admin.execute(sql.SQL(template).format(*map(sql.Identifier, names)))
+
+    def _url(self, name: str) -> str:
+        parameters = {**self._connect, "dbname": name}
+        user, password = quote(str(parameters.pop("user", "")), ""), parameters.pop("password", None)
+        login = f"{user}:{quote(str(password), '')}@" if password else f"{user}@" if user else ""
+        return f"postgresql://{login}/{quote(parameters.pop('dbname'), '')}?{urlencode(parameters)}"
+
+
+@contextmanager
+def databases() -> Generator[Databases]:
+    """Give what makes fresh databases: on a server of its own, or on the one of `MESH_STORAGE_TEST_URL`."""
+    url = os.environ.get("MESH_STORAGE_TEST_URL")
+    server = None if url else EmbeddedServer.throw_away()
+    connect: dict[str, Any]
+    if server is None:
+        connect = dict(conninfo_to_dict(url or ""))
+    else:
+        connect = {**server.connect_arguments, "dbname": "postgres"}
+    try:
+        made = Databases(connect)
+        try:
+            yield made
+        finally:
+            made.close()
+    finally:
+        if server is not None:
+            server.close()
+
+
+@pytest.fixture(scope="session")
+def mesh_storage_databases() -> Iterator[Databases]:
+    """What makes fresh databases, for a whole test run."""
+    with databases() as made:
+        yield made
+
+
+@pytest.fixture
+def mesh_storage_url(mesh_storage_databases: Databases) -> Iterator[str]:
+    """Give the URL of a fresh database that has the schema."""
+    with mesh_storage_databases.fresh() as url:
+        yield url
+
+
+@pytest.fixture
+def mesh_storage(mesh_storage_url: str) -> Iterator[MeshStorage]:
+    """Give a storage that is open on a fresh database."""
+    with MeshStorage.open(mesh_storage_url) as storage:
+        yield storage
+
+
+class AggregateFactory(factory.Factory[M], Generic[M]):
+    """Makes aggregates: `build()` in memory, `create(uow=uow)` stored through the unit of work."""
+
+    class Meta:
+        """factory_boy's options."""
+
+        abstract = True
+
+    @classmethod
+    def _create(cls, model_class: type[M], *args: Any, uow: UnitOfWork, **kwargs: Any) -> M:
+        return cls.store(uow, model_class(*args, **kwargs))
+
+    @classmethod
+    def _build(cls, model_class: type[M], *args: Any, uow: UnitOfWork | None = None, **kwargs: Any) -> M:
+        del uow
+        return model_class(*args, **kwargs)
+
+    @classmethod
+    def store(cls, uow: UnitOfWork, entity: M) -> M:
+        """Store an aggregate by the repository of its kind."""
+        raise NotImplementedError
+
+
+class MeshFactory(AggregateFactory[Mesh]):
+    """Makes meshes."""
+
+    class Meta:
+        """factory_boy's options."""
+
+        model = Mesh
+
+    name = factory.Sequence(lambda n: f"mesh-{n}")
+    description = "a mesh"
+    allow_join = True
+
+    @classmethod
+    def store(cls, uow: UnitOfWork, entity: Mesh) -> Mesh:
+        """Add the mesh."""
+        return uow.meshes.add(entity)
+
+
+class NodeFactory(AggregateFactory[Node]):
+    """Makes nodes."""
+
+    class Meta:
+        """factory_boy's options."""
+
+        model = Node
+
+    name = factory.Sequence(lambda n: f"node-{n}")
+    ip_address = factory.Sequence(lambda n: f"10.{n >> 16 & 255}.{n >> 8 & 255}.{n & 255}")
+    port = 8443
+
+    @classmethod
+    def store(cls, uow: UnitOfWork, entity: Node) -> Node:
+        """Add the node."""
+        return uow.nodes.add(entity)
+
+
+class RouteFactory(AggregateFactory[Route]):
+    """Makes routes; `create` makes the nodes at its ends too where none are given."""
+
+    class Meta:
+        """factory_boy's options."""
+
+        model = Route
+
+    source_node_id = factory.LazyFunction(lambda: new_id("node"))
+    target_node_id = factory.LazyFunction(lambda: new_id("node"))
+    bidirectional = True
+    latency_ms = 10
+    bandwidth_mbps = 1000
+    cost = 100
+
+    @classmethod
+    def store(cls, uow: UnitOfWork, entity: Route) -> Route:
+        """Add the route, and its nodes where they are not there."""
+        for node_id in (entity.source_node_id, entity.target_node_id):
+            if uow.nodes.find(node_id) is None:
+                NodeFactory.create(uow=uow, id=node_id)
+        return uow.routes.add(entity)
+
+
+class MessageFactory(AggregateFactory[Message]):
+    """Makes messages."""
+
+    class Meta:
+        """factory_boy's options."""
+
+        model = Message
+
+    id = factory.LazyFunction(lambda: new_id("msg"))
+    from_node = "node-a"
+    to_node = "node-b"
+    content = factory.Sequence(lambda n: f"message {n}".encode())
+    timestamp = factory.Sequence(lambda n: 1_700_000_000 + n)
+
+    @classmethod
+    def store(cls, uow: UnitOfWork, entity: Message) -> Message:
+        """Store the message."""
+        return uow.messages.store(entity)
+
+
+class StateEntryFactory(AggregateFactory[StateEntry]):
+    """Makes entries of the shared state."""
+
+    class Meta:
+        """factory_boy's options."""
+
+        model = StateEntry
+
+    key = factory.Sequence(lambda n: f"key-{n}")
+    value = factory.Sequence(lambda n: f"value {n}".encode())
+
+    @classmethod
+    def store(cls, uow: UnitOfWork, entity: StateEntry) -> StateEntry:
+        """Put the entry."""
+        return uow.state.put(entity.key, entity.value)
+
+
+class NodeStateFactory(AggregateFactory[NodeState]):
+    """Makes states of nodes."""
+
+    class Meta:
+        """factory_boy's options."""
+
+        model = NodeState
+
+    node_id = factory.LazyFunction(lambda: new_id("node"))
+    state = factory.Sequence(lambda n: {"status": "active", "connections": n})
+
+    @classmethod
+    def store(cls, uow: UnitOfWork, entity: NodeState) -> NodeState:
+        """Put the state."""
+        return uow.node_states.put(entity.node_id, entity.state)
+
+
+class LogEntryFactory(AggregateFactory[LogEntry]):
+    """Makes entries of the consensus log, from index 1 on; `create` appends behind the last one."""
+
+    class Meta:
+        """factory_boy's options."""
+
+        model = LogEntry
+
+    term = 1
+    index = factory.Sequence(lambda n: n + 1)
+    entry = factory.LazyAttribute(lambda made: {"command": "set", "key": f"key-{made.index}"})
+
+    @classmethod
+    def store(cls, uow: UnitOfWork, entity: LogEntry) -> LogEntry:
+        """Append the entry behind the last one, whatever its index was."""
+        return uow.consensus_log.append(entity.term, uow.consensus_log.last_index() + 1, entity.entry)
+
+
+class RoutingEntryFactory(AggregateFactory[RoutingEntry]):
+    """Makes entries of the routing table."""
+
+    class Meta:
+        """factory_boy's options."""
+
+        model = RoutingEntry
+
+    destination = factory.Sequence(lambda n: f"destination-{n}")
+    route = factory.LazyFunction(lambda: {"next_hop": "node-a", "latency_ms": 10})
+
+    @classmethod
+    def store(cls, uow: UnitOfWork, entity: RoutingEntry) -> RoutingEntry:
+        """Put the route."""
+        return uow.routing_table.put(entity.destination, entity.route)
+
+
+class ConfigEntryFactory(AggregateFactory[ConfigEntry]):
+    """Makes entries of the runtime configuration."""
+
+    class Meta:
+        """factory_boy's options."""
+
+        model = ConfigEntry
+
+    key = factory.Sequence(lambda n: f"setting.{n}")
+    value = factory.Sequence(lambda n: n)
+
+    @classmethod
+    def store(cls, uow: UnitOfWork, entity: ConfigEntry) -> ConfigEntry:
+        """Put the setting."""
+        return uow.runtime_config.put(entity.key, entity.value)

@@ -1,0 +1,133 @@
+"""The unit of work: all repositories in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import cached_property
+
+from sqlalchemy.orm import Session
+
+from mesh_storage.connection import Connection
+from mesh_storage.repositories import (
+    ConsensusLogRepository,
+    MeshRepository,
+    MessageRepository,
+    NodeRepository,
+    NodeStateRepository,
+    RouteRepository,
+    RoutingTableRepository,
+    RuntimeConfigRepository,
+    StateRepository,
+)
+
+
+class UnitOfWork:
+    """The repositories over one transaction, which is rolled back unless `commit()` was called.
+
+    It belongs to one thread. After `commit()` or `rollback()` it goes on with a new transaction. Aggregates that were
+    read stay readable when it ends; to change one of the infrastructure, change it and `update()` it.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._session: Session | None = None
+
+    @cached_property
+    def meshes(self) -> MeshRepository:
+        """The meshes."""
+        return MeshRepository(self._connection)
+
+    @cached_property
+    def nodes(self) -> NodeRepository:
+        """The nodes."""
+        return NodeRepository(self._connection)
+
+    @cached_property
+    def routes(self) -> RouteRepository:
+        """The configured routes between nodes."""
+        return RouteRepository(self._connection)
+
+    @cached_property
+    def messages(self) -> MessageRepository:
+        """The messages."""
+        return MessageRepository(self._connection)
+
+    @cached_property
+    def state(self) -> StateRepository:
+        """The shared state."""
+        return StateRepository(self._connection)
+
+    @cached_property
+    def node_states(self) -> NodeStateRepository:
+        """The runtime states of the nodes."""
+        return NodeStateRepository(self._connection)
+
+    @cached_property
+    def consensus_log(self) -> ConsensusLogRepository:
+        """The consensus log."""
+        return ConsensusLogRepository(self._connection)
+
+    @cached_property
+    def routing_table(self) -> RoutingTableRepository:
+        """The routing table."""
+        return RoutingTableRepository(self._connection)
+
+    @cached_property
+    def runtime_config(self) -> RuntimeConfigRepository:
+        """The runtime configuration."""
+        return RuntimeConfigRepository(self._connection)
+
+    @property
+    def session(self) -> Session:
+        """The SQLAlchemy session of this transaction, for what the repositories do not offer.
+
+        `commit()` of the unit of work flushes it; its own `commit()` only flushes, and its `rollback()` rolls back
+        everything. Its errors are SQLAlchemy's.
+        """
+        if self._session is None:
+            self._connection.begin_for_session()
+            self._session = Session(
+                self._connection.sqlalchemy, expire_on_commit=False, join_transaction_mode="rollback_only"
+            )
+        return self._session
+
+    def commit(self) -> None:
+        """Make everything since the last commit permanent, all of it or nothing.
+
+        Raises:
+            MeshStorageError: A call failed before and its error was caught; everything was rolled back.
+            UnavailableError: The connection was lost; if that was during the commit, it may have been made or not.
+        """
+        if self._session is not None:
+            with self._connection.guarded():
+                self._session.flush()
+        self._connection.commit()
+
+    def rollback(self) -> None:
+        """Undo everything since the last commit."""
+        if self._session is not None:
+            self._session.rollback()
+        self._connection.rollback()
+
+    @contextmanager
+    def savepoint(self) -> Generator[None]:
+        """Undo only what the block did if it raises, so that the unit of work can go on after the error is caught."""
+        if self._session is not None:
+            with self._connection.guarded():
+                self._session.flush()
+        try:
+            with self._connection.savepoint():
+                yield
+                if self._session is not None:
+                    with self._connection.guarded():
+                        self._session.flush()
+        except BaseException:
+            if self._session is not None:
+                self._session.expunge_all()
+            raise
+
+    def close(self) -> None:
+        """Let the session go; the connection rolls back when its own block ends."""
+        if self._session is not None:
+            self._session.close()

@@ -1,0 +1,35 @@
+"""The fixtures of all tests: those that services use, and a second storage on the same database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from mesh_storage import MeshStorage, UnitOfWork
+
+pytest_plugins = ["mesh_storage.testing"]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the environment and the .env of whoever runs the tests out of them."""
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("MESH_STORAGE_") and name != "MESH_STORAGE_TEST_URL":
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture
+def storage(mesh_storage: MeshStorage) -> MeshStorage:
+    """Give the storage by a shorter name."""
+    return mesh_storage
+
+
+@pytest.fixture
+def uow(mesh_storage: MeshStorage) -> Iterator[UnitOfWork]:
+    """Give an open unit of work that nobody commits."""
+    with mesh_storage.unit_of_work() as unit:
+        yield unit
