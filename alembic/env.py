@@ -21,14 +21,11 @@ if config.config_file_name is not None:
 
 
 NOT_REFLECTED = {
-    index.name
-    for table in Base.metadata.tables.values()
-    for index in table.indexes
-    if index.info.get("not_reflected")
+    index.name for table in Base.metadata.tables.values() for index in table.indexes if index.info.get("not_reflected")
 }
 
 
-def include_object(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:
+def include_object(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:  # noqa: FBT001 - Alembic's signature
     """Leave alone what is not ours: other systems' tables, and what refers to them from ours."""
     if kind == "index" and name in NOT_REFLECTED:
         return False
@@ -46,7 +43,9 @@ def compare_type(_context: Any, _column: Any, _metadata_column: Any, inspected: 
     return False if isinstance(inspected, DOMAIN) and inspected.name == "ulid" else None
 
 
-def compare_server_default(_context: Any, _column: Any, _metadata_column: Any, inspected: str | None, *_: Any) -> bool | None:
+def compare_server_default(
+    _context: Any, _column: Any, _metadata_column: Any, inspected: str | None, *_: Any
+) -> bool | None:
     """Keep the earlier Go service's default for ids."""
     return False if inspected is not None and "generate_ulid(" in inspected else None
 

@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import psycopg
 import sqlalchemy
-from sqlalchemy.dialects.postgresql import psycopg as dialect
+import sqlalchemy.exc
+from sqlalchemy.engine import make_url
 from sqlalchemy.sql import Executable
 from sqlalchemy.sql.elements import CompilerElement
 
@@ -40,9 +41,11 @@ Parameters = Mapping[str, Any]
 
 
 class Executor(Protocol):
-    """What sends one statement over the driver's connection and gives its rows and their number."""
+    """What sends one statement over the driver's connection."""
 
-    def __call__(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]: ...
+    def __call__(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
+        """Give the statement's rows, and how many it found or changed."""
+        ...
 
 
 _READ_ONLY_SQL_TRANSACTION = "25006"
@@ -72,6 +75,10 @@ class Characteristics(NamedTuple):
         if self.timeout is not None and not 0 < self.timeout < math.inf:
             raise InvalidInputError("timeout must be a positive number of seconds", field="timeout")
 
+    def deadline(self) -> float | None:
+        """Give the moment of `time.monotonic()` at which the time will be over, when it begins now."""
+        return None if self.timeout is None else time.monotonic() + self.timeout
+
     @property
     def autocommit(self) -> bool:
         """Whether each statement may run alone: at READ COMMITTED each has its own snapshot anyway."""
@@ -97,8 +104,8 @@ class Statement:
     def sql(self) -> bytes:
         """The SQL in psycopg's form, its parameters by name."""
         assert isinstance(self._element, CompilerElement)
-        compiled = self._element.compile(dialect=dialect.dialect())
-        fixed = [name for name, value in compiled.params.items() if value is not None]
+        compiled = self._element.compile(dialect=make_url("postgresql+psycopg://").get_dialect()())
+        fixed = [name for name, value in (compiled.params or {}).items() if value is not None]
         assert not fixed, f"make {fixed} a named parameter or a literal of the statement"
         return str(compiled).encode()
 
@@ -155,7 +162,7 @@ class Connection:
                 self._execute(b"SET LOCAL synchronous_commit = off")
 
     def begin_for_session(self) -> None:
-        """Begin the transaction that an ORM session works in; where there was none, one that the server keeps read-only."""
+        """Begin the transaction that an ORM session works in; the server keeps it read-only where that is asked."""
         if self._autocommit:
             self._autocommit = False
             self.sqlalchemy.execution_options(isolation_level="READ COMMITTED", postgresql_readonly=True)
@@ -169,7 +176,7 @@ class Connection:
         An error is translated, and remembered as what ended the transaction.
         """
         with self._alone():
-            self._check_open(writes)
+            self._check_open(writes=writes)
             with self._translated():
                 self.begin()
                 self._limit_time()
@@ -219,7 +226,7 @@ class Connection:
         if transaction is not None and self._process == os.getpid():
             try:
                 transaction.rollback()
-            except Exception as error:
+            except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
                 # The server undoes the work of a connection that it lost; what is left is to drop our end of it.
                 self.sqlalchemy.invalidate(error)
 
@@ -263,15 +270,15 @@ class Connection:
         with self.guarded(writes=statement.writes):
             return self._execute(sql, parameters)
 
-    def _check_open(self, writes: bool) -> None:
+    def _check_open(self, *, writes: bool) -> None:
         if self._closed:
             raise ClosedError("this unit of work has ended; open another one")
         if self._process != os.getpid():
             raise ClosedError("this unit of work belongs to the parent process; open another one")
         if self._failure is not None:
             raise MeshStorageError(
-                "a call in this unit of work failed before, so PostgreSQL takes no more statements; roll back, or use a "
-                "savepoint() around what may fail",
+                "a call in this unit of work failed before, so PostgreSQL takes no more statements; roll back, or use "
+                "a savepoint() around what may fail",
                 retryable=self._failure.retryable,
             ) from self._failure
         if writes and self.characteristics.read_only:
@@ -321,9 +328,8 @@ _LIMIT_TIME = (
 
 def _blocking_executor(connection: sqlalchemy.Connection) -> Executor:
     """Make the executor of psycopg's blocking connection, with one cursor for all statements."""
-    driver = connection.connection.driver_connection
-    assert isinstance(driver, psycopg.Connection)
-    cursor = driver.cursor(binary=True)
+    driver: psycopg.Connection[Row] | Any = connection.connection.driver_connection
+    cursor: psycopg.Cursor[Row] = driver.cursor(binary=True)
 
     def execute(sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
         cursor.execute(sql, parameters)

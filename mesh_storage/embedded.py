@@ -51,7 +51,9 @@ class EmbeddedServer:
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
             return cls._join(home, version, throw_away=False)
         except OSError as error:
-            raise ConfigurationError(f"bad setting url: the path {str(home)!r} cannot be used: {error.strerror}") from error
+            raise ConfigurationError(
+                f"bad setting url: the path {str(home)!r} cannot be used: {error.strerror}"
+            ) from error
 
     @classmethod
     def throw_away(cls, *, version: str = "18") -> EmbeddedServer:
@@ -61,7 +63,7 @@ class EmbeddedServer:
             ConfigurationError: The extra `embedded` is not installed.
             UnavailableError: The server does not start.
         """
-        ram = Path("/dev/shm")
+        ram = Path("/dev/shm")  # noqa: S108 - a directory of its own is made in it
         home = Path(tempfile.mkdtemp(prefix="mesh_storage-", dir=ram if os.access(ram, os.W_OK) else None))
         try:
             return cls._join(home, version, throw_away=True)
@@ -121,7 +123,9 @@ class EmbeddedServer:
             control.close()
             if answer:
                 raise UnavailableError(f"the bundled PostgreSQL does not start: {answer}")
-        raise UnavailableError(f"the bundled PostgreSQL under {str(home)!r} did not start within {_START_TIMEOUT_S:.0f} s")
+        raise UnavailableError(
+            f"the bundled PostgreSQL under {str(home)!r} did not start within {_START_TIMEOUT_S:.0f} s"
+        )
 
     @staticmethod
     def _connect(path: Path) -> socket.socket:
@@ -172,9 +176,9 @@ def _spawn(home: Path, lock: int, version: str, *, throw_away: bool) -> None:
         sockets.rmdir()
         sockets = Path(tempfile.mkdtemp(prefix="mesh_storage-", dir="/tmp"))
     bin_directory = programs(version)
-    account = _account(home) if os.geteuid() == 0 else {}
-    if account:
-        os.chown(sockets, account["user"], account["group"])
+    user, group = _account(home) if os.geteuid() == 0 else (None, None)
+    if user is not None and group is not None:
+        os.chown(sockets, user, group)
         for directory in (bin_directory, home, sockets):
             _let_through(directory)
     config = {
@@ -182,7 +186,8 @@ def _spawn(home: Path, lock: int, version: str, *, throw_away: bool) -> None:
         "sockets": str(sockets),
         "programs": str(bin_directory),
         "parameters": [*_PARAMETERS, *(_THROW_AWAY if throw_away else ())],
-        "account": account,
+        "user": user,
+        "group": group,
         "throw_away": throw_away,
     }
     # The lock is inherited: it is held for as long as the supervisor lives, which goes to the background by itself.
@@ -200,7 +205,7 @@ def _spawn(home: Path, lock: int, version: str, *, throw_away: bool) -> None:
         )
 
 
-def _account(home: Path) -> dict[str, Any]:
+def _account(home: Path) -> tuple[int, int]:
     """Choose the account for the server, which refuses to run as root: the owner of the data, or one that is there."""
     data = home / "data"
     names = ("postgres", "nobody")
@@ -210,9 +215,11 @@ def _account(home: Path) -> dict[str, Any]:
         known = {entry.pw_name: entry for entry in pwd.getpwall()}
         found = [known[name] for name in names if name in known]
         if not found:
-            raise ConfigurationError("PostgreSQL does not run as root, and there is no account 'postgres' or 'nobody' for it")
+            raise ConfigurationError(
+                "PostgreSQL does not run as root, and there is no account 'postgres' or 'nobody' for it"
+            )
         entry = found[0]
-    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+    return entry.pw_uid, entry.pw_gid
 
 
 def _let_through(directory: Path) -> None:

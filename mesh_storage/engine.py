@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import select
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import psycopg
 import sqlalchemy
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlalchemy import event, exc
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -78,6 +78,11 @@ def connect_arguments(settings: Settings) -> dict[str, Any]:
     return arguments
 
 
+def connect(arguments: Mapping[str, Any]) -> psycopg.Connection[tuple[Any, ...]]:
+    """Connect without the pool, in autocommit, for what is done once."""
+    return psycopg.connect(make_conninfo(**arguments), autocommit=True)
+
+
 def engine_arguments(settings: Settings, connect: dict[str, Any]) -> dict[str, Any]:
     """Make the arguments that `create_engine` and `create_async_engine` take alike."""
     return {
@@ -114,7 +119,7 @@ def connect_before(deadline: float | None) -> Generator[None]:
 
 
 def watch_connections(engine: sqlalchemy.Engine) -> None:
-    """Limit how long a connection may take to be made, and let the pool replace a connection that died while it lay in the pool, without a round trip.
+    """Limit how long connecting may take, and replace a connection that died in the pool without a round trip.
 
     Nothing is under way on a pooled connection, so a socket that is readable holds the server's last words or the
     end of the stream.
@@ -129,7 +134,7 @@ def watch_connections(engine: sqlalchemy.Engine) -> None:
             parameters["connect_timeout"] = min(parameters["connect_timeout"] or remaining, remaining)
 
     @event.listens_for(engine, "checkout")
-    def check(connection: DBAPIConnection, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection) -> None:
+    def check(_connection: DBAPIConnection, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection) -> None:
         driver = entry.driver_connection
         if driver is None or driver.closed or _readable(driver.fileno()):
             raise exc.DisconnectionError

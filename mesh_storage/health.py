@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from sqlalchemy import false, func, literal_column, or_, select
+from sqlalchemy import func, literal_column, or_, select
 
 from mesh_storage import schema
 from mesh_storage.connection import Connection, Statement
@@ -15,7 +15,12 @@ TIMEOUT_S = 2.0
 """Seconds that a health check may take."""
 
 _READ_ONLY = Statement(
-    select(or_(func.pg_is_in_recovery(), func.current_setting(literal_column("'default_transaction_read_only'")) == literal_column("'on'")))
+    select(
+        or_(
+            func.pg_is_in_recovery(),
+            func.current_setting(literal_column("'default_transaction_read_only'")) == literal_column("'on'"),
+        )
+    )
 )
 
 

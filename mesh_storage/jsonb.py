@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from decimal import Decimal
+from typing import Any
 
 from pydantic_core import from_json
 
@@ -17,6 +19,9 @@ from mesh_storage.models.base import JSON
 
 MAX_DEPTH = 200
 """How deep lists and dicts may be nested: what the fast parser of pydantic-core reads back."""
+
+_EXPONENT_FROM = 1e16
+"""From here on, repr() and so JSON write a float with an exponent."""
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -46,7 +51,7 @@ def loads(text: str | bytes) -> JSON:
 
 def _check(value: JSON, field: str, depth: int) -> bool:
     """Refuse what JSON does not have; say whether a float needs to be written without its exponent."""
-    kind = type(value)
+    kind: type[object] = value.__class__
     if kind is str:
         check_text(value, field)
         return False
@@ -55,24 +60,29 @@ def _check(value: JSON, field: str, depth: int) -> bool:
     if kind is float:
         if not math.isfinite(value):
             raise InvalidInputError(f"{field} holds {value}, which JSON does not have", field=field)
-        return value >= 1e16 or value <= -1e16  # From here on repr() uses an exponent.
+        return bool(abs(value) >= _EXPONENT_FROM)
     if depth == 0:
         raise InvalidInputError(f"{field} is nested deeper than {MAX_DEPTH} levels", field=field)
     exponents = False
-    if isinstance(value, dict):
-        for key, member in value.items():
-            if not isinstance(key, str):
-                raise InvalidInputError(f"{field} has a key of type {type(key).__name__}; JSON takes str", field=field)
-            check_text(key, field)
-            exponents |= _check(member, field, depth - 1)
-        return exponents
-    if isinstance(value, list):
-        for member in value:
-            exponents |= _check(member, field, depth - 1)
-        return exponents
-    if isinstance(value, str):
+    if issubclass(kind, dict):
+        _check_keys(value, field)
+        members: Iterable[JSON] = value.values()
+    elif issubclass(kind, list):
+        members = value
+    elif issubclass(kind, str):
         return _check(str(value), field, depth)
-    raise InvalidInputError(f"{field} holds a {kind.__name__}, which is no JSON value", field=field)
+    else:
+        raise InvalidInputError(f"{field} holds a {kind.__name__}, which is no JSON value", field=field)
+    for member in members:
+        exponents |= _check(member, field, depth - 1)
+    return exponents
+
+
+def _check_keys(value: dict[Any, JSON], field: str) -> None:
+    for key in value:
+        if not isinstance(key, str):
+            raise InvalidInputError(f"{field} has a key of type {type(key).__name__}; JSON takes str", field=field)
+        check_text(key, field)
 
 
 def check_text(value: str, field: str) -> None:
@@ -87,10 +97,13 @@ def check_text(value: str, field: str) -> None:
 
 
 def _spell_out(value: JSON) -> str:
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{_encode(str(key))}:{_spell_out(member)}" for key, member in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_spell_out, value)) + "]"
-    if isinstance(value, float) and abs(value) >= 1e16:
+    kind: type[object] = value.__class__
+    if issubclass(kind, dict):
+        members: dict[str, JSON] = value
+        return "{" + ",".join(f"{_encode(str(key))}:{_spell_out(member)}" for key, member in members.items()) + "}"
+    if issubclass(kind, list):
+        elements: list[JSON] = value
+        return "[" + ",".join(map(_spell_out, elements)) + "]"
+    if isinstance(value, float) and abs(value) >= _EXPONENT_FROM:
         return format(Decimal(repr(value)), "f") + ".0"
     return _encode(value)

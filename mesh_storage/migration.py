@@ -1,4 +1,4 @@
-"""What the migrations need: one migrator at a time, patience with locks, and indexes that are built beside the traffic."""
+"""What the migrations need: one migrator at a time, patience with locks, indexes that are built beside the traffic."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sqlalchemy
 from alembic import op
 from sqlalchemy.pool import NullPool
 
+from mesh_storage import engine
 from mesh_storage.errors import StorageTimeoutError
 
 LOCK_TIMEOUT_S = 3
@@ -44,8 +45,11 @@ def turn(connect: dict[str, Any]) -> Generator[None]:
     Raises:
         StorageTimeoutError: Another process migrates for longer than `TURN_TIMEOUT_S`.
     """
-    arguments = {**connect, "options": f"{connect.get('options', '')} {_OPTIONS} -c client_connection_check_interval=5s"}
-    with psycopg.connect(**arguments, autocommit=True) as connection:
+    arguments = {
+        **connect,
+        "options": f"{connect.get('options', '')} {_OPTIONS} -c client_connection_check_interval=5s",
+    }
+    with engine.connect(arguments) as connection:
         deadline = time.monotonic() + TURN_TIMEOUT_S
         while not _try_lock(connection):
             if time.monotonic() > deadline:

@@ -25,7 +25,7 @@ def pause(error: MeshStorageError, attempt: int) -> float:
     The chance keeps those that got in each other's way from doing so again (M. Brooker, "Exponential Backoff And
     Jitter").
     """
-    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (attempt - 1))
+    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** (attempt - 1))
     seconds = longest * (0.5 + random.random() / 2)  # noqa: S311 - no secret depends on it
     logger.info(
         "retrying",
@@ -38,3 +38,9 @@ def pause(error: MeshStorageError, attempt: int) -> float:
         },
     )
     return seconds
+
+
+def log_if_slow(seconds: float, limit: float) -> None:
+    """Leave a record of a unit of work that took long; a limit of 0 is none."""
+    if 0 < limit <= seconds:
+        logger.warning("slow unit of work", extra={"event": "slow_unit_of_work", "duration_s": round(seconds, 3)})

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mesh_storage")
 
-VERSION_TABLE = "alembic_version"
-
 
 @functools.cache
 def script_location() -> Path:
@@ -43,10 +41,10 @@ def head() -> str:
 
 def current(connection: sqlalchemy.Connection) -> str | None:
     """Give the revision of a database, or None where mesh_storage's schema was never deployed."""
-    exists = connection.exec_driver_sql(f"SELECT to_regclass('{VERSION_TABLE}')").scalar()
+    exists = connection.exec_driver_sql("SELECT to_regclass('alembic_version')").scalar()
     if exists is None:
         return None
-    return connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar()
+    return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
 
 
 def check(revision: str | None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psycopg
 
+from mesh_storage import engine
 from mesh_storage.embedded import DATABASE, EmbeddedServer
 from mesh_storage.engine import connect_arguments, split_scheme
 from mesh_storage.settings import Settings
@@ -64,9 +66,8 @@ def _open_embedded(settings: Settings) -> EmbeddedServer | None:
 
 
 def _create_database(connect: dict[str, Any]) -> None:
-    with psycopg.connect(**{**connect, "dbname": "postgres"}, autocommit=True) as connection:
+    with engine.connect({**connect, "dbname": "postgres"}) as connection:
         if connection.execute("SELECT FROM pg_database WHERE datname = %s", [DATABASE]).fetchone() is None:
-            try:
+            # Another process that shares the server may be faster.
+            with suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
                 connection.execute(f'CREATE DATABASE "{DATABASE}"')
-            except (psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
-                pass  # Another process that shares the server was faster.

@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     lock_timeout: Seconds = 10.0
     """Seconds that a statement may wait for a lock; 0 for no limit."""
     idle_in_transaction_timeout: Seconds = 60.0
-    """Seconds that a transaction may wait for its caller before the server ends it and frees its locks; 0 for no limit."""
+    """Seconds that a transaction may wait for its caller before the server ends it and frees its locks; 0 for none."""
     slow_unit_of_work: Seconds = 1.0
     """Seconds from which a unit of work is logged as slow; 0 to log none."""
 
@@ -69,7 +69,9 @@ class Settings(BaseSettings):
                 )
         if problem is not None:
             # Outside of the handler: the validation error carries the values, passwords among them.
-            raise ConfigurationError(f"bad setting {problem} (in code by this name, in the environment as {ENV_PREFIX}...)")
+            raise ConfigurationError(
+                f"bad setting {problem} (in code by this name, in the environment as {ENV_PREFIX}...)"
+            )
 
 
 def _unknown(values: dict[str, Any], known: set[str]) -> str | None:

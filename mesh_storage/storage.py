@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Generator
@@ -15,18 +13,11 @@ from typing import Self, TypeVar
 from pydantic import SecretStr
 
 from mesh_storage import health, schema
-from mesh_storage.connection import Characteristics, Connection, Durability, Isolation
-from mesh_storage.engine import connect_before, create_engine
-from mesh_storage.errors import (
-    ClosedError,
-    ConfigurationError,
-    MeshStorageError,
-    StorageTimeoutError,
-    UnavailableError,
-    translate,
-)
+from mesh_storage.connection import Characteristics, Durability, Isolation
+from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageError
 from mesh_storage.health import Health
-from mesh_storage.retry import check_attempts, pause
+from mesh_storage.pool import Pool
+from mesh_storage.retry import check_attempts, log_if_slow, pause
 from mesh_storage.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.unit_of_work import UnitOfWork
@@ -34,10 +25,6 @@ from mesh_storage.unit_of_work import UnitOfWork
 logger = logging.getLogger("mesh_storage")
 
 T = TypeVar("T")
-
-_storages: weakref.WeakSet[MeshStorage] = weakref.WeakSet()
-# A pool that a forked child inherits is kept for ever: to close its connections would end them for the parent.
-_inherited_by_fork: list[object] = []
 
 
 class MeshStorage:
@@ -50,14 +37,8 @@ class MeshStorage:
         """Use `open` instead, which finds the server and checks its schema."""
         self._settings = settings
         self._server = server
-        self._engine = create_engine(settings, server.connect)
-        # The same pool; without transactions, for what only reads.
-        self._reading_engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._free = threading.BoundedSemaphore(settings.pool_size)
-        self._in_use = 0
-        self._closed = False
+        self._pool = Pool(settings, server)
         self._finalizer = weakref.finalize(self, server.close)
-        _storages.add(self)
 
     @classmethod
     def open(cls, url: str | None = None, *, settings: Settings | None = None) -> Self:
@@ -108,12 +89,14 @@ class MeshStorage:
             StorageTimeoutError: The time is over.
             ClosedError: The storage was closed.
         """
-        with self._open(Characteristics(read_only, isolation, durability, timeout)) as connection:
+        begun = time.monotonic()
+        with self._pool.connection(Characteristics(read_only, isolation, durability, timeout)) as connection:
             uow = UnitOfWork(connection)
             try:
                 yield uow
             finally:
                 uow.close()
+        log_if_slow(time.monotonic() - begun, self._settings.slow_unit_of_work)
 
     @contextmanager
     def begin(
@@ -128,9 +111,7 @@ class MeshStorage:
 
         The arguments and errors are those of `unit_of_work`.
         """
-        with self.unit_of_work(
-            read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
-        ) as uow:
+        with self.unit_of_work(read_only=read_only, isolation=isolation, durability=durability, timeout=timeout) as uow:
             yield uow
             uow.commit()
 
@@ -174,9 +155,9 @@ class MeshStorage:
         Raises:
             ClosedError: The storage was closed.
         """
-        pool = {"pool_size": self._settings.pool_size, "pool_in_use": self._in_use}
+        pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
         try:
-            with self._open(Characteristics(read_only=True, timeout=health.TIMEOUT_S)) as connection:
+            with self._pool.connection(Characteristics(read_only=True, timeout=health.TIMEOUT_S)) as connection:
                 return health.examine(connection, **pool)
         except ClosedError:
             raise
@@ -185,11 +166,9 @@ class MeshStorage:
 
     def close(self) -> None:
         """Close all connections that are not in use; those in use are closed when their unit of work ends."""
-        if self._closed:
+        if self._pool.closed:
             return
-        self._closed = True
-        _storages.discard(self)
-        self._engine.dispose()
+        self._pool.close()
         self._finalizer()
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
 
@@ -203,73 +182,13 @@ class MeshStorage:
         """Close the storage."""
         self.close()
 
-    @contextmanager
-    def _open(self, characteristics: Characteristics) -> Generator[Connection]:
-        """Take a connection of the pool for a block, within the limits of the settings and the caller."""
-        characteristics.check()
-        begun = time.monotonic()
-        deadline = None if characteristics.timeout is None else begun + characteristics.timeout
-        free = self._free
-        self._wait_for(free, characteristics.timeout)
-        try:
-            connection = self._connect(characteristics, deadline)
-            self._in_use += 1
-            try:
-                yield connection
-            finally:
-                self._in_use -= 1
-                connection.close(discard=self._closed)
-                log_if_slow(time.monotonic() - begun, self._settings.slow_unit_of_work)
-        finally:
-            free.release()
-
-    def _wait_for(self, free: threading.BoundedSemaphore, timeout: float | None) -> None:
-        if self._closed:
-            raise ClosedError("this storage is closed; open another one")
-        pool_timeout = self._settings.pool_timeout
-        wait = pool_timeout if timeout is None else min(pool_timeout, timeout)
-        if not free.acquire(timeout=wait):
-            if wait < pool_timeout:
-                raise StorageTimeoutError("the time was over before a connection of the pool was free")
-            raise UnavailableError(
-                f"all {self._settings.pool_size} connections of the pool are in use for {pool_timeout:g} s (pool_timeout); "
-                "end units of work sooner, or raise pool_size"
-            )
-
-    def _connect(self, characteristics: Characteristics, deadline: float | None) -> Connection:
-        engine = self._reading_engine if characteristics.autocommit else self._engine
-        try:
-            with connect_before(deadline):
-                connection = engine.connect()
-        except Exception as error:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise StorageTimeoutError("the time was over before the server answered") from error
-            raise translate(error) from error
-        return Connection(characteristics.apply(connection), characteristics, deadline=deadline)
-
     def _check_schema(self) -> None:
-        with self._open(Characteristics(read_only=True)) as connection, connection.guarded():
+        with self._pool.connection(Characteristics(read_only=True)) as connection, connection.guarded():
             revision = schema.current(connection.sqlalchemy)
         if self._server.embedded is not None and (revision is None or revision in schema.revisions()[:-1]):
             schema.upgrade_server(self._server)
         else:
             schema.check(revision)
-
-    def _after_fork(self) -> None:
-        _inherited_by_fork.append(self._engine.pool)
-        self._engine.dispose(close=False)
-        self._free = threading.BoundedSemaphore(self._settings.pool_size)
-        self._in_use = 0
-        if self._server.embedded is not None:
-            self._server.embedded.after_fork()
-
-
-def _after_fork_in_child() -> None:
-    for storage in list(_storages):
-        storage._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _settings(url: str | None, settings: Settings | None) -> Settings:
@@ -278,9 +197,3 @@ def _settings(url: str | None, settings: Settings | None) -> Settings:
     if settings is not None:
         return settings
     return Settings() if url is None else Settings(url=SecretStr(url))
-
-
-def log_if_slow(seconds: float, limit: float) -> None:
-    """Leave a record of a unit of work that took long; a limit of 0 is none."""
-    if 0 < limit <= seconds:
-        logger.warning("slow unit of work", extra={"event": "slow_unit_of_work", "duration_s": round(seconds, 3)})

@@ -22,6 +22,8 @@ from typing import Any
 
 CRASHES_IN_A_ROW = 10
 FIRST_USER_TIMEOUT_S = 10.0
+STATUS_LINE = 7
+"""Where postmaster.pid says whether the server is ready (PostgreSQL's source, utils/pidfile.h)."""
 
 
 class Supervisor:
@@ -32,7 +34,8 @@ class Supervisor:
         self.sockets = Path(config["sockets"])
         self.programs = Path(config["programs"])
         self.parameters: list[str] = config["parameters"]
-        self.account: dict[str, Any] = config["account"]
+        self.user: int | None = config["user"]
+        self.group: int | None = config["group"]
         self.throw_away: bool = config["throw_away"]
         self.data = self.home / "data"
         self.users: set[socket.socket] = set()
@@ -50,8 +53,8 @@ class Supervisor:
         wakeup_read.setblocking(False)
         wakeup_write.setblocking(False)
         signal.set_wakeup_fd(wakeup_write.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        signal.signal(signal.SIGCHLD, _wake_up)
+        signal.signal(signal.SIGTERM, _end)
         self.selector.register(listener, selectors.EVENT_READ)
         self.selector.register(wakeup_read, selectors.EVENT_READ)
         self._create()
@@ -104,22 +107,14 @@ class Supervisor:
         unfinished = self.home / "data.new"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(mode=0o700)
-        if "user" in self.account:
-            os.chown(unfinished, self.account["user"], self.account["group"])
+        if self.user is not None and self.group is not None:
+            os.chown(unfinished, self.user, self.group)
         options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-instructions"]
         if self.throw_away:
             options.append("--no-sync")
-        done = subprocess.run(
-            [str(self.programs / "initdb"), *options, "--pgdata", str(unfinished)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            cwd="/",
-            check=False,
-            **self.account,
-        )
-        if done.returncode:
-            self.failure = f"initdb failed: {done.stderr.decode(errors='replace').strip()[-2000:]}"
+        _, words = self._program("initdb", *options, "--pgdata", str(unfinished), output=subprocess.PIPE).communicate()
+        if not (unfinished / "PG_VERSION").exists():
+            self.failure = f"initdb failed: {words.decode(errors='replace').strip()[-2000:]}"
         else:
             unfinished.replace(self.data)
 
@@ -128,12 +123,10 @@ class Supervisor:
             return
         self._stop_orphan()
         self.ready = False
-        command = [str(self.programs / "postgres"), "-D", str(self.data), "-k", str(self.sockets)]
-        for parameter in self.parameters:
-            command += ["-c", parameter]
+        parameters = [option for parameter in self.parameters for option in ("-c", parameter)]
         with (self.home / "server.log").open("ab") as log:
-            self.server = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **self.account
+            self.server = self._program(
+                "postgres", "-D", str(self.data), "-k", str(self.sockets), *parameters, output=log.fileno()
             )
 
     def _stop_orphan(self) -> None:
@@ -144,15 +137,20 @@ class Supervisor:
         except (OSError, ValueError):
             return
         if str(self.data).encode() in command:
-            subprocess.run(
-                [str(self.programs / "pg_ctl"), "stop", "-D", str(self.data), "-m", "fast", "-w"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                check=False,
-                **self.account,
-            )
+            self._program("pg_ctl", "stop", "-D", str(self.data), "-m", "fast", "-w", output=subprocess.DEVNULL).wait()
+
+    def _program(self, name: str, *arguments: str, output: int) -> subprocess.Popen[bytes]:
+        """Start one of PostgreSQL's programs under the account for the server."""
+        return subprocess.Popen(
+            [str(self.programs / name), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output if name == "postgres" else subprocess.DEVNULL,
+            stderr=output,
+            cwd="/",
+            user=self.user,
+            group=self.group,
+            extra_groups=None if self.user is None else [],
+        )
 
     def _watch(self) -> None:
         """See whether the server has become ready, or has died."""
@@ -170,7 +168,7 @@ class Supervisor:
         elif not self.ready:
             with suppress(OSError):
                 status = (self.data / "postmaster.pid").read_text().split("\n")
-                if len(status) > 7 and status[0] == str(self.server.pid) and status[7].strip() == "ready":
+                if status[0] == str(self.server.pid) and status[STATUS_LINE : STATUS_LINE + 1] == ["ready   "]:
                     self.ready = True
                     self.crashes = 0
                     self._tell_all()
@@ -200,6 +198,14 @@ class Supervisor:
     def _tell(self, user: socket.socket) -> None:
         with suppress(OSError):
             user.sendall((self.failure or "ready").encode() + b"\n")
+
+
+def _wake_up(_number: int, _frame: object) -> None:
+    """Do nothing: the signal has ended the wait already."""
+
+
+def _end(_number: int, _frame: object) -> None:
+    sys.exit()
 
 
 def main() -> None:

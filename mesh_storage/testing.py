@@ -11,16 +11,15 @@ import itertools
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import factory
-import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from mesh_storage import MeshStorage, schema
+from mesh_storage import MeshStorage, engine, schema
 from mesh_storage.embedded import EmbeddedServer
 from mesh_storage.models import (
     ConfigEntry,
@@ -45,7 +44,7 @@ class Databases:
 
     def __init__(self, connect: dict[str, Any]) -> None:
         self._connect = connect
-        self._admin = psycopg.connect(**{**connect, "dbname": connect.get("dbname", "postgres")}, autocommit=True)
+        self._admin = engine.connect(connect)
         self._prefix = f"mesh_storage_{os.getpid()}"
         self._numbers = itertools.count(1)
         self._template = f"{self._prefix}_template"
@@ -121,13 +120,8 @@ def mesh_storage(mesh_storage_url: str) -> Iterator[MeshStorage]:
         yield storage
 
 
-class AggregateFactory(factory.Factory[M], Generic[M]):
+class AggregateFactory(factory.Factory[M]):
     """Makes aggregates: `build()` in memory, `create(uow=uow)` stored through the unit of work."""
-
-    class Meta:
-        """factory_boy's options."""
-
-        abstract = True
 
     @classmethod
     def _create(cls, model_class: type[M], *args: Any, uow: UnitOfWork, **kwargs: Any) -> M:
@@ -147,9 +141,7 @@ class AggregateFactory(factory.Factory[M], Generic[M]):
 class MeshFactory(AggregateFactory[Mesh]):
     """Makes meshes."""
 
-    class Meta:
-        """factory_boy's options."""
-
+    class Meta:  # factory_boy reads its options from here
         model = Mesh
 
     name = factory.Sequence(lambda n: f"mesh-{n}")
@@ -165,9 +157,7 @@ class MeshFactory(AggregateFactory[Mesh]):
 class NodeFactory(AggregateFactory[Node]):
     """Makes nodes."""
 
-    class Meta:
-        """factory_boy's options."""
-
+    class Meta:  # factory_boy reads its options from here
         model = Node
 
     name = factory.Sequence(lambda n: f"node-{n}")
@@ -183,9 +173,7 @@ class NodeFactory(AggregateFactory[Node]):
 class RouteFactory(AggregateFactory[Route]):
     """Makes routes; `create` makes the nodes at its ends too where none are given."""
 
-    class Meta:
-        """factory_boy's options."""
-
+    class Meta:  # factory_boy reads its options from here
         model = Route
 
     source_node_id = factory.LazyFunction(lambda: new_id("node"))
@@ -207,9 +195,7 @@ class RouteFactory(AggregateFactory[Route]):
 class MessageFactory(AggregateFactory[Message]):
     """Makes messages."""
 
-    class Meta:
-        """factory_boy's options."""
-
+    class Meta:  # factory_boy reads its options from here
         model = Message
 
     id = factory.LazyFunction(lambda: new_id("msg"))
@@ -227,9 +213,7 @@ class MessageFactory(AggregateFactory[Message]):
 class StateEntryFactory(AggregateFactory[StateEntry]):
     """Makes entries of the shared state."""
 
-    class Meta:
-        """factory_boy's options."""
-
+    class Meta:  # factory_boy reads its options from here
         model = StateEntry
 
     key = factory.Sequence(lambda n: f"key-{n}")
@@ -244,9 +228,7 @@ class StateEntryFactory(AggregateFactory[StateEntry]):
 class NodeStateFactory(AggregateFactory[NodeState]):
     """Makes states of nodes."""
 
-    class Meta:
-        """factory_boy's options."""
-
+    class Meta:  # factory_boy reads its options from here
         model = NodeState
 
     node_id = factory.LazyFunction(lambda: new_id("node"))
@@ -261,9 +243,7 @@ class NodeStateFactory(AggregateFactory[NodeState]):
 class LogEntryFactory(AggregateFactory[LogEntry]):
     """Makes entries of the consensus log, from index 1 on; `create` appends behind the last one."""
 
-    class Meta:
-        """factory_boy's options."""
-
+    class Meta:  # factory_boy reads its options from here
         model = LogEntry
 
     term = 1
@@ -279,9 +259,7 @@ class LogEntryFactory(AggregateFactory[LogEntry]):
 class RoutingEntryFactory(AggregateFactory[RoutingEntry]):
     """Makes entries of the routing table."""
 
-    class Meta:
-        """factory_boy's options."""
-
+    class Meta:  # factory_boy reads its options from here
         model = RoutingEntry
 
     destination = factory.Sequence(lambda n: f"destination-{n}")
@@ -296,9 +274,7 @@ class RoutingEntryFactory(AggregateFactory[RoutingEntry]):
 class ConfigEntryFactory(AggregateFactory[ConfigEntry]):
     """Makes entries of the runtime configuration."""
 
-    class Meta:
-        """factory_boy's options."""
-
+    class Meta:  # factory_boy reads its options from here
         model = ConfigEntry
 
     key = factory.Sequence(lambda n: f"setting.{n}")

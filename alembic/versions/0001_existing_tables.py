@@ -108,6 +108,18 @@ TABLES = (
     """,
 )
 
+NAMES = (
+    "routes",
+    "nodes",
+    "mesh",
+    "mesh_messages",
+    "mesh_state",
+    "mesh_node_state",
+    "mesh_consensus_log",
+    "mesh_routing_table",
+    "mesh_runtime_config",
+)
+
 INDEXES = {
     "idx_mesh_messages_timestamp": "mesh_messages (timestamp)",
     "idx_mesh_messages_from_node": "mesh_messages (from_node)",
@@ -133,7 +145,16 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Drop the tables, but leave them where they are the Go service's own: where ids have its domain."""
-    names = "routes nodes mesh mesh_messages mesh_state mesh_node_state mesh_consensus_log mesh_routing_table".split()
+    names = [
+        "routes",
+        "nodes",
+        "mesh",
+        "mesh_messages",
+        "mesh_state",
+        "mesh_node_state",
+        "mesh_consensus_log",
+        "mesh_routing_table",
+    ]
     drops = "".join(f"DROP TABLE IF EXISTS {name}; " for name in [*names, "mesh_runtime_config"])
     op.execute(
         "DO $$ BEGIN IF NOT EXISTS (SELECT FROM information_schema.columns WHERE table_schema = current_schema() "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
-from sqlalchemy import MetaData, inspect
+from sqlalchemy import MetaData, Table, inspect
 from sqlalchemy.orm import DeclarativeBase, Mapper
 from sqlalchemy.orm.attributes import instance_state
 from ulid import ULID
@@ -59,14 +59,20 @@ def loader(model: type[M]) -> Callable[[Sequence[Any]], M]:
 
     def load(row: Sequence[Any]) -> M:
         entity = new_instance()
-        entity.__dict__.update(zip(names, row, strict=True))
-        instance_state(entity).key = (model, tuple(row[position] for position in keys), None)
+        state = instance_state(entity)
+        state.dict.update(zip(names, row, strict=True))
+        state.key = (model, tuple(row[position] for position in keys), None)
         return entity
 
     return load
 
 
+def table_of(model: type[Base]) -> Table[Any]:
+    """Give the table of a model."""
+    return cast("Table[Any]", model.__table__)
+
+
 def attribute_names(model: type[Base]) -> tuple[str, ...]:
     """Give the names of the mapped attributes in the order of the table's columns."""
-    mapper = inspect(model)
-    return tuple(mapper.get_property_by_column(column).key for column in model.__table__.columns)
+    mapper: Mapper[Any] = inspect(model)
+    return tuple(mapper.get_property_by_column(column).key for column in table_of(model).columns)

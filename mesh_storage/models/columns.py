@@ -33,6 +33,7 @@ Status = Annotated[str | None, mapped_column(String(255), default="STATUS_PENDIN
 """What state the thing is in, such as `STATUS_PENDING` or `STATUS_CONNECTED`."""
 ULIDKey = Annotated[str, mapped_column(Text, primary_key=True, info=ULID)]
 
+
 def ulid(column: str) -> CheckConstraint:
     """Make the check that a column holds a prefixed ULID, by the rule of the earlier Go service's domain."""
     return CheckConstraint(f"{column} ~ '^[a-z]{{2,10}}_[0-9A-HJKMNP-TV-Z]{{26}}$'", name=column)

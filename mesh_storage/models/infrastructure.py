@@ -50,7 +50,9 @@ class Node(Base):
     id: Mapped[ULIDKey] = mapped_column("node_id")
     name: Mapped[str] = mapped_column("node_name", String(255), unique=True, info=NOT_EMPTY)
     description: Mapped[str | None] = mapped_column("node_description", Text, default="", server_default="")
-    platform: Mapped[str | None] = mapped_column("node_platform", String(255), default="linux-amd64", server_default="linux-amd64")
+    platform: Mapped[str | None] = mapped_column(
+        "node_platform", String(255), default="linux-amd64", server_default="linux-amd64"
+    )
     version: Mapped[str | None] = mapped_column("node_version", String(255), default="1.0.0", server_default="1.0.0")
     region_id: Mapped[str | None] = mapped_column(Text, info=ULID)
     """The id of a region, which another system keeps."""
@@ -78,12 +80,20 @@ class Route(Base):
     )
 
     id: Mapped[ULIDKey] = mapped_column("route_id")
-    source_node_id: Mapped[str] = mapped_column(ForeignKey("nodes.node_id", ondelete="CASCADE", onupdate="CASCADE"), info=ULID)
-    target_node_id: Mapped[str] = mapped_column(ForeignKey("nodes.node_id", ondelete="CASCADE", onupdate="CASCADE"), info=ULID)
-    bidirectional: Mapped[bool | None] = mapped_column("route_bidirectional", default=False, server_default=text("false"))
+    source_node_id: Mapped[str] = mapped_column(
+        ForeignKey("nodes.node_id", ondelete="CASCADE", onupdate="CASCADE"), info=ULID
+    )
+    target_node_id: Mapped[str] = mapped_column(
+        ForeignKey("nodes.node_id", ondelete="CASCADE", onupdate="CASCADE"), info=ULID
+    )
+    bidirectional: Mapped[bool | None] = mapped_column(
+        "route_bidirectional", default=False, server_default=text("false")
+    )
     latency_ms: Mapped[Decimal | None] = mapped_column("route_latency", Numeric, default=0, server_default=text("0"))
     """Milliseconds one way."""
-    bandwidth_mbps: Mapped[Decimal | None] = mapped_column("route_bandwidth", Numeric, default=0, server_default=text("0"))
+    bandwidth_mbps: Mapped[Decimal | None] = mapped_column(
+        "route_bandwidth", Numeric, default=0, server_default=text("0")
+    )
     """Megabits a second."""
     cost: Mapped[int | None] = mapped_column("route_cost", default=100, server_default=text("100"))
     """What routing prefers to keep low; no unit."""

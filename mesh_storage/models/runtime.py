@@ -6,7 +6,17 @@ from sqlalchemy import BigInteger, CheckConstraint, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from mesh_storage.models.base import Base
-from mesh_storage.models.columns import NOT_REFLECTED, Content, CreatedAt, Id64, JsonValue, Key, NodeName, UpdatedAt, not_empty
+from mesh_storage.models.columns import (
+    NOT_REFLECTED,
+    Content,
+    CreatedAt,
+    Id64,
+    JsonValue,
+    Key,
+    NodeName,
+    UpdatedAt,
+    not_empty,
+)
 
 
 class Message(Base):
@@ -60,7 +70,7 @@ class NodeState(Base):
 
 
 class LogEntry(Base):
-    """An entry of the consensus log (Ongaro and Ousterhout, "In Search of an Understandable Consensus Algorithm", 5.3)."""
+    """An entry of the consensus log (Raft: Ongaro and Ousterhout, "In Search of ...", section 5.3)."""
 
     __tablename__ = "mesh_consensus_log"
     __table_args__ = (

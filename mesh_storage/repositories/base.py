@@ -13,7 +13,7 @@ from sqlalchemy.types import TypeEngine
 
 from mesh_storage.connection import Connection, Statement
 from mesh_storage.errors import InvalidInputError, NotFoundError
-from mesh_storage.models.base import Base, attribute_names, loader
+from mesh_storage.models.base import Base, attribute_names, loader, table_of
 from mesh_storage.repositories import checks
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Listing(Generic[T]):
         self,
         fetch: Callable[[Position | None, int], list[T]],
         position: Callable[[T], Position],
-        shape: tuple[type[str] | type[int], ...] = (str,),
+        shape: tuple[type[str | int], ...] = (str,),
     ) -> None:
         self._fetch = fetch
         self._position = position
@@ -80,26 +80,26 @@ class Listing(Generic[T]):
 
     def _decode(self, cursor: str) -> Position:
         try:
-            values = json.loads(base64.b64decode(cursor, altchars=b"-_", validate=True))
-            kinds = tuple(type(value) for value in values)
+            values: list[Any] = json.loads(base64.b64decode(cursor, altchars=b"-_", validate=True))
+            fits = tuple(map(type, values)) == self._shape
         except (TypeError, ValueError):
-            kinds = ()
-        if kinds != self._shape:
+            values, fits = [], False
+        if not fits:
             raise InvalidInputError("after must be the `next` of a page of this listing", field="after")
         return tuple(
-            checks.text("after", value) if isinstance(value, str) else checks.integer("after", value) for value in values
+            checks.text("after", value) if isinstance(value, str) else checks.integer("after", value)
+            for value in values
         )
 
 
 class Aggregate(Generic[M]):
-    """How one kind of aggregate is found by its key: statements that are compiled once, and the maker of its objects."""
+    """How one kind of aggregate is found by its key: statements compiled once, and the maker of its objects."""
 
     def __init__(self, model: type[M]) -> None:
         self.model = model
         self.name = model.__name__
         self.load = loader(model)
-        table = model.__table__
-        assert isinstance(table, Table)
+        table: Table[Any] = table_of(model)
         self.table = table
         self.names = attribute_names(model)
         key: Column[Any] = table.primary_key.columns[0]

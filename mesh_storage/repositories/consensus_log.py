@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from sqlalchemy import BigInteger, Text, bindparam, cast, delete, desc, func, literal_column, select, text
+from sqlalchemy import BigInteger, Text, bindparam, cast, delete, desc, literal_column, select, text
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from mesh_storage import jsonb
@@ -25,9 +25,7 @@ _TABLE = _LOG.table
 _TERM, _INDEX, _ENTRY, _CREATED_AT = _TABLE.columns
 
 _GET = Statement(select(_TABLE).where(_INDEX == bindparam("index")))
-_RANGE = Statement(
-    select(_TABLE).where(_INDEX.between(bindparam("start"), bindparam("end"))).order_by(_INDEX)
-)
+_RANGE = Statement(select(_TABLE).where(_INDEX.between(bindparam("start"), bindparam("end"))).order_by(_INDEX))
 _FIRST = Statement(select(_TERM, _INDEX).order_by(_INDEX).limit(literal_column("1")))
 _LAST_ENTRY = select(_TERM, _INDEX).order_by(desc(_INDEX)).limit(literal_column("1"))
 _LAST = Statement(_LAST_ENTRY)
@@ -37,16 +35,13 @@ _DELETE = Statement(delete(_TABLE).where(_INDEX.between(bindparam("start"), bind
 _ROWS = rows_of({"term": BigInteger(), "index": BigInteger(), "entry": Text()})
 _NEW = select(_ROWS.c.term, _ROWS.c.index, cast(_ROWS.c.entry, JSONB))
 _LAST_SUBQUERY = _LAST_ENTRY.subquery("last")
-_BEGIN = Statement(
-    insert(_TABLE).from_select([_TERM, _INDEX, _ENTRY], _NEW).on_conflict_do_nothing()
-)
+_BEGIN = Statement(insert(_TABLE).from_select([_TERM, _INDEX, _ENTRY], _NEW).on_conflict_do_nothing())
 _EXTEND = Statement(
     insert(_TABLE)
     .from_select(
         [_TERM, _INDEX, _ENTRY],
         _NEW.where(
-            select(literal_column("1"))
-            .select_from(_LAST_SUBQUERY)
+            select(_LAST_SUBQUERY.c.index)
             .where(
                 _LAST_SUBQUERY.c.index == bindparam("previous_index", type_=BigInteger),
                 _LAST_SUBQUERY.c.term <= bindparam("highest_term", type_=BigInteger),
@@ -102,7 +97,7 @@ class ConsensusLogRepository(Repository[LogEntry]):
         Raises:
             ConflictError: As for `append`; the unit of work can only roll back if others appended meanwhile.
         """
-        rows = []
+        rows: list[tuple[int, int, str]] = []
         for entry in entries:
             if not isinstance(entry, LogEntry):
                 raise InvalidInputError(f"entries must be LogEntry, not {type(entry).__name__}", field="entries")

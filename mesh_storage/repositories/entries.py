@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, Text, bindparam, cast, func, select
-from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy import Column, ColumnElement, Text, bindparam, cast, func, select
+from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
 
 from mesh_storage import jsonb
-from mesh_storage.connection import Statement
+from mesh_storage.connection import Connection, Statement
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, rows_of
@@ -20,10 +20,13 @@ class Entries(Aggregate[M]):
 
     def __init__(self, model: type[M]) -> None:
         super().__init__(model)
-        self.key, self.value, self.created_at, self.updated_at = self.table.columns
+        columns: tuple[Column[Any], ...] = tuple(self.table.columns)
+        self.key, self.value, self.created_at, self.updated_at = columns
         self.check_value = checks.of_column(f"{self.name}.{self.names[1]}", self.value)
-        self.is_json = not isinstance(self.value.type.python_type, type) or self.value.type.python_type is not bytes
-        one = insert(self.table).values({self.key: bindparam("key"), self.value: bindparam("value")})
+        self.is_json = isinstance(self.value.type, JSONB)
+        one = insert(self.table).values(
+            {self.key: bindparam("key", type_=Text), self.value: bindparam("value", type_=self.value.type)}
+        )
         self.put = Statement(self.replacing(one).returning(self.created_at, self.updated_at))
         self.put_many = Statement(
             self.replacing(self.insert_many()).returning(self.key, self.created_at, self.updated_at)
@@ -51,29 +54,31 @@ class Entries(Aggregate[M]):
 class EntryRepository(KeyedRepository[M]):
     """A kind of entry that is put under a key."""
 
-    _aggregate: Entries[M]
+    def __init__(self, connection: Connection, entries: Entries[M]) -> None:
+        super().__init__(connection, entries)
+        self._entries = entries
 
     def _put(self, key: str, value: object) -> M:
-        sent = self._aggregate.check_value(value)
-        parameters = {"key": self._aggregate.check_key(key), "value": sent}
-        row = self._connection.fetch_one(self._aggregate.put, parameters)
+        sent = self._entries.check_value(value)
+        parameters = {"key": self._entries.check_key(key), "value": sent}
+        row = self._connection.fetch_one(self._entries.put, parameters)
         assert row is not None, "an upsert gives its row"
-        return self._aggregate.stored(key, sent, *row)
+        return self._entries.stored(key, sent, *row)
 
     def _put_many(self, entries: Mapping[str, object]) -> list[M]:
         if not entries:
             return []
         arrays = self._arrays(entries)
         sent = dict(zip(arrays["key"], arrays["value"], strict=True))
-        rows = self._connection.fetch_all(self._aggregate.put_many, arrays)
-        stored = {row[0]: self._aggregate.stored(row[0], sent[row[0]], row[1], row[2]) for row in rows}
+        rows = self._connection.fetch_all(self._entries.put_many, arrays)
+        stored = {row[0]: self._entries.stored(row[0], sent[row[0]], row[1], row[2]) for row in rows}
         return [stored[key] for key in entries]
 
     def _arrays(self, entries: Mapping[str, object]) -> dict[str, list[Any]]:
         """Check the entries and sort them by key, so that two that put the same keys cannot deadlock."""
         if not isinstance(entries, Mapping):
             raise InvalidInputError(f"entries must be a mapping, not {type(entries).__name__}", field="entries")
-        check_key, check_value = self._aggregate.check_key, self._aggregate.check_value
+        check_key, check_value = self._entries.check_key, self._entries.check_value
         checked: Iterable[tuple[str, Any]] = ((check_key(key), value) for key, value in entries.items())
         ordered = sorted(checked, key=lambda entry: entry[0])
         return {"key": [key for key, _ in ordered], "value": [check_value(value) for _, value in ordered]}

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Column, bindparam, func, literal_column, select, update
+from sqlalchemy import Column, ColumnElement, bindparam, func, literal_column, select, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm.attributes import set_attribute
+from sqlalchemy.sql.dml import ReturningInsert
+from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
-from mesh_storage.connection import Statement
+from mesh_storage.connection import Connection, Statement
 from mesh_storage.errors import InvalidInputError, NotFoundError
 from mesh_storage.models.base import new_id
 from mesh_storage.repositories import checks
@@ -26,23 +29,27 @@ class Infrastructure(Aggregate[M]):
         self.prefix = prefix
         self.columns: dict[str, Column[Any]] = dict(zip(self.names, self.table.columns, strict=True))
         self.checks = {name: checks.of_column(f"{self.name}.{name}", column) for name, column in self.columns.items()}
-        self.defaults = {
+        self.defaults: dict[str, Any] = {
             name: column.default.arg
             for name, column in self.columns.items()
-            if column.default is not None and column.default.is_scalar
+            if isinstance(column.default, ScalarElementColumnDefault)
         }
         given = rows_of({name: column.type for name, column in self.columns.items()})
         rows = select(
             *(func.coalesce(given.c[name], func.now()) if name in _TIMES else given.c[name] for name in self.columns)
         )
-        added = insert(self.table).from_select(list(self.table.columns), rows).returning(literal_column("1"))
+        added: ReturningInsert[Any] = (
+            insert(self.table).from_select(list(self.table.columns), rows).returning(literal_column("1"))
+        )
         # One row comes back, however many went there: the transaction's time, which all of them got.
         self.add = Statement(select(func.now()).add_cte(added.cte("added")), writes=True)
         changed = [name for name in self.columns if name not in ("id", *_TIMES, *kept)]
+        values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in changed}
+        values[self.columns["updated"]] = func.now()
         self.update = Statement(
             update(self.table)
             .where(self.columns["id"] == bindparam("id"))
-            .values({self.columns[name]: bindparam(name) for name in changed} | {self.columns["updated"]: func.now()})
+            .values(values)
             .returning(self.columns["updated"])
         )
 
@@ -62,7 +69,9 @@ class Infrastructure(Aggregate[M]):
 class InfrastructureRepository(KeyedRepository[M]):
     """A kind of infrastructure that administrators define."""
 
-    _aggregate: Infrastructure[M]
+    def __init__(self, connection: Connection, infrastructure: Infrastructure[M]) -> None:
+        super().__init__(connection, infrastructure)
+        self._infrastructure = infrastructure
 
     def add(self, entity: M) -> M:
         """Add one and give it back with its id (made where it has none), its defaults and its times.
@@ -78,15 +87,15 @@ class InfrastructureRepository(KeyedRepository[M]):
     def add_many(self, entities: Iterable[M]) -> list[M]:
         """Add many in one statement, all or none, and give them back as `add` does."""
         given = list(entities)
-        rows = [self._aggregate.values(entity) for entity in given]
+        rows = [self._infrastructure.values(entity) for entity in given]
         if not rows:
             return given
-        arrays = {name: [row[name] for row in rows] for name in self._aggregate.columns}
-        now = self._fetch_value(self._aggregate.add, **arrays)
+        arrays = {name: [row[name] for row in rows] for name in self._infrastructure.columns}
+        now = self._fetch_value(self._infrastructure.add, **arrays)
         for entity, row in zip(given, rows, strict=True):
             for name, value in (row | {name: row[name] or now for name in _TIMES}).items():
                 if getattr(entity, name) is None:
-                    setattr(entity, name, value)
+                    set_attribute(entity, name, value)
         return given
 
     def update(self, entity: M) -> M:
@@ -96,9 +105,9 @@ class InfrastructureRepository(KeyedRepository[M]):
             NotFoundError: It is not there.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
         """
-        values = self._aggregate.values(entity)
-        row = self._connection.fetch_one(self._aggregate.update, values)
+        values = self._infrastructure.values(entity)
+        row = self._connection.fetch_one(self._infrastructure.update, values)
         if row is None:
-            raise NotFoundError(self._aggregate.name, values["id"])
-        setattr(entity, "updated", row[0])
+            raise NotFoundError(self._infrastructure.name, values["id"])
+        set_attribute(entity, "updated", row[0])
         return entity

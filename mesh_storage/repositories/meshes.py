@@ -69,7 +69,9 @@ class MeshRepository(InfrastructureRepository[Mesh]):
         return key is not None and _matches(key, mesh.join_key_hash)
 
 
-def _hash(key: str, salt: bytes, cost: int = _COST, block_size: int = _BLOCK_SIZE, lanes: int = _PARALLELIZATION) -> str:
+def _hash(
+    key: str, salt: bytes, cost: int = _COST, block_size: int = _BLOCK_SIZE, lanes: int = _PARALLELIZATION
+) -> str:
     digest = hashlib.scrypt(key.encode(), salt=salt, n=cost, r=block_size, p=lanes, maxmem=2**27)
     return f"scrypt${cost}${block_size}${lanes}${salt.hex()}${digest.hex()}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from typing import Any
 
-from sqlalchemy import ARRAY, BigInteger, Column, LargeBinary, Text, bindparam, func, select, tuple_
+from sqlalchemy import ARRAY, BigInteger, Column, ColumnElement, Text, bindparam, func, select, tuple_
 from sqlalchemy.dialects.postgresql import insert
 
 from mesh_storage.connection import Connection, Statement
@@ -16,28 +16,20 @@ from mesh_storage.repositories.base import LIMIT, Aggregate, KeyedRepository, Li
 
 _MESSAGES = Aggregate(Message)
 _TABLE = _MESSAGES.table
-_COLUMNS = [_TABLE.c.id, _TABLE.c.from_node, _TABLE.c.to_node, _TABLE.c.content, _TABLE.c.timestamp]
+_COLUMNS: list[Column[Any]] = [_TABLE.c.id, _TABLE.c.from_node, _TABLE.c.to_node, _TABLE.c.content, _TABLE.c.timestamp]
 _CHECKS = {column.name: checks.of_column(f"Message.{column.name}", column) for column in _COLUMNS}
 _CLOCK = func.extract("epoch", func.now()).cast(BigInteger)
 
+_VALUES: dict[Column[Any], ColumnElement[Any]] = {column: bindparam(column.name) for column in _COLUMNS}
+_VALUES[_TABLE.c.timestamp] = func.coalesce(bindparam("timestamp", type_=BigInteger), _CLOCK)
+
 _STORE = Statement(
-    insert(_TABLE)
-    .values(
-        {column: bindparam(column.name) for column in _COLUMNS}
-        | {_TABLE.c.timestamp: func.coalesce(bindparam("timestamp", type_=BigInteger), _CLOCK)}
-    )
-    .on_conflict_do_nothing()
-    .returning(_TABLE.c.timestamp, _TABLE.c.created_at)
+    insert(_TABLE).values(_VALUES).on_conflict_do_nothing().returning(_TABLE.c["timestamp"], _TABLE.c["created_at"])
 )
 _ROWS = rows_of({column.name: column.type for column in _COLUMNS})
-_STORE_MANY = Statement(
-    insert(_TABLE)
-    .from_select(
-        _COLUMNS,
-        select(*(_ROWS.c[column.name] for column in _COLUMNS[:-1]), func.coalesce(_ROWS.c.timestamp, _CLOCK)),
-    )
-    .on_conflict_do_nothing()
-)
+_MANY_VALUES: list[ColumnElement[Any]] = [_ROWS.c[column.name] for column in _COLUMNS[:-1]]
+_MANY_VALUES.append(func.coalesce(_ROWS.c.timestamp, _CLOCK))
+_STORE_MANY = Statement(insert(_TABLE).from_select(_COLUMNS, select(*_MANY_VALUES)).on_conflict_do_nothing())
 _SELECT_MANY = Statement(select(_TABLE).where(_TABLE.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))))
 
 
@@ -51,9 +43,7 @@ class _Traffic:
             by_time > tuple_(bindparam("time", type_=BigInteger), bindparam("id", type_=Text)),
             _TABLE.c.timestamp <= bindparam("last", type_=BigInteger),
         )
-        self.page = Statement(
-            select(_TABLE).where(*within).order_by(_TABLE.c.timestamp, _TABLE.c.id).limit(LIMIT)
-        )
+        self.page = Statement(select(_TABLE).where(*within).order_by(_TABLE.c.timestamp, _TABLE.c.id).limit(LIMIT))
         self.count = Statement(select(func.count()).select_from(_TABLE).where(*within))
 
 
@@ -72,7 +62,7 @@ class MessageRepository(KeyedRepository[Message]):
         super().__init__(connection, _MESSAGES)
 
     def store(self, message: Message) -> Message:
-        """Store a message and give it back with its `timestamp` and `created_at`; the same message again changes nothing.
+        """Store a message and give it back with its `timestamp` and `created_at`; the same again changes nothing.
 
         A message without a timestamp gets the database's clock.
 

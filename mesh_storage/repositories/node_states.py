@@ -61,7 +61,9 @@ class NodeStateRepository(EntryRepository[NodeState]):
         key = self._aggregate.check_key(node_id)
         merged = self._fetch_one(_MERGE, key=key, patch=jsonb.dumps(patch, "NodeState.patch"))
         if merged is None:
-            raise ConflictError("the stored state is no JSON object, so nothing can be merged into it; put() it instead")
+            raise ConflictError(
+                "the stored state is no JSON object, so nothing can be merged into it; put() it instead"
+            )
         return merged
 
     def stale(self, older_than: timedelta, limit: int = 1000) -> list[NodeState]:

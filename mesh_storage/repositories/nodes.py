@@ -9,14 +9,14 @@ from sqlalchemy import Column, Text, bindparam, func, select
 
 from mesh_storage.connection import Connection, Statement
 from mesh_storage.models import Node, NodeState
-from mesh_storage.models.base import loader
+from mesh_storage.models.base import loader, table_of
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import LIMIT, Listing, Page, Position
 from mesh_storage.repositories.infrastructure import Infrastructure, InfrastructureRepository
 
 _NODES = Infrastructure(Node, prefix="node")
 _TABLE = _NODES.table
-_STATES = NodeState.__table__
+_STATES = table_of(NodeState)
 _BY_NAME = Statement(select(_TABLE).where(_TABLE.c.node_name == bindparam("name")))
 _AFTER = _TABLE.c.node_id > bindparam("after", type_=Text)
 _WITH_STATE = Statement(
@@ -91,15 +91,13 @@ class NodeRepository(InfrastructureRepository[Node]):
         statements, parameters = _choose(status, region_id)
 
         def fetch(after: Position | None, limit: int) -> list[Node]:
-            return self._fetch_all(
-                statements.page, after="" if after is None else after[0], limit=limit, **parameters
-            )
+            return self._fetch_all(statements.page, after="" if after is None else after[0], limit=limit, **parameters)
 
         return Listing(fetch, self._position)
 
 
 def _choose(status: str | None, region_id: str | None) -> tuple[_Filtered, dict[str, str]]:
-    parameters = {}
+    parameters: dict[str, str] = {}
     if status is not None:
         parameters["status"] = checks.text("status", status, 255)
     if region_id is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import bindparam, collate, func, select
 
-from mesh_storage.connection import Statement
+from mesh_storage.connection import Connection, Statement
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import LIMIT, Listing, M, Page, Position
 from mesh_storage.repositories.entries import Entries, EntryRepository
@@ -31,10 +31,12 @@ class PrefixEntries(Entries[M]):
 class PrefixRepository(EntryRepository[M]):
     """A kind of entry that is listed by the prefix of its key, in the order of code points."""
 
-    _aggregate: PrefixEntries[M]
+    def __init__(self, connection: Connection, entries: PrefixEntries[M]) -> None:
+        super().__init__(connection, entries)
+        self._prefixed = entries
 
     def page(self, prefix: str = "", *, after: str | None = None, limit: int = 100) -> Page[M]:
-        """Give up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind the cursor `after`."""
+        """Give up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
         return self._by_prefix(prefix).page(after, limit)
 
     def stream(self, prefix: str = "", *, batch_size: int = 1000) -> Generator[M]:
@@ -47,7 +49,7 @@ class PrefixRepository(EntryRepository[M]):
 
     def _all(self, prefix: str) -> dict[str, Any]:
         """Give the keys and values in one statement, which sees one version of the table."""
-        return dict(self._connection.fetch_all(self._aggregate.all, _range(prefix)))
+        return dict(self._connection.fetch_all(self._prefixed.all, _range(prefix)))
 
     def _by_prefix(self, prefix: str) -> Listing[M]:
         whole = _range(prefix)

@@ -33,5 +33,5 @@ class RouteRepository(InfrastructureRepository[Route]):
         return self._fetch_all(_BETWEEN, a=checks.ulid("a", a), b=checks.ulid("b", b))
 
     def for_node(self, node_id: str) -> list[Route]:
-        """Give the routes that can be taken from a node: those that begin there, and bidirectional ones that end there."""
+        """Give the routes from a node: those that begin there, and bidirectional ones that end there, by id."""
         return self._fetch_all(_FOR_NODE, node_id=checks.ulid("node_id", node_id))
