@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import psycopg
 import sqlalchemy
 import sqlalchemy.exc
+from psycopg.pq import TransactionStatus
 from sqlalchemy.engine import make_url
 from sqlalchemy.sql import Executable
 from sqlalchemy.sql.elements import CompilerElement
@@ -158,16 +159,14 @@ class Connection:
         """Begin the transaction if it has not begun; it does so by itself before the first statement."""
         if self._transaction is None and not self._autocommit:
             self._transaction = self.sqlalchemy.begin()
-            if self.characteristics.durability == "relaxed":
-                self._execute(b"SET LOCAL synchronous_commit = off")
 
-    def begin_for_session(self) -> None:
-        """Begin the transaction that an ORM session works in; the server keeps it read-only where that is asked."""
+    def for_session(self) -> sqlalchemy.Connection:
+        """Give the connection to an ORM session, in a transaction; the server keeps it read-only where that is asked."""
         if self._autocommit:
             self._autocommit = False
             self.sqlalchemy.execution_options(isolation_level="READ COMMITTED", postgresql_readonly=True)
         with self.guarded():
-            pass
+            return self.sqlalchemy
 
     @contextmanager
     def guarded(self, *, writes: bool = False) -> Generator[None]:
@@ -177,10 +176,24 @@ class Connection:
         """
         with self._alone():
             self._check_open(writes=writes)
-            with self._translated():
+            with self.translated():
                 self.begin()
                 self._limit_time()
                 yield
+
+    @contextmanager
+    def translated(self) -> Generator[None]:
+        """Translate an error of the block, and remember it as what ended the transaction."""
+        try:
+            yield
+        except Exception as error:
+            self._failure = self._meaning(error)
+            if self._failure is error:
+                raise
+            raise self._failure from error
+        except BaseException:  # An interrupt or a cancelled task: the statement may be half done.
+            self._failure = UnavailableError("a statement was interrupted")
+            raise
 
     @contextmanager
     def savepoint(self) -> Generator[None]:
@@ -191,7 +204,7 @@ class Connection:
             yield
         except BaseException:
             if not self.sqlalchemy.invalidated and not self._closed:
-                with self._alone(), self._translated():
+                with self._alone(), self.translated():
                     savepoint.rollback()
                 self._failure = None
             raise
@@ -217,6 +230,10 @@ class Connection:
         self._check_open(writes=False)
         if self._transaction is not None:
             with self.guarded():
+                if self._driver_status() == TransactionStatus.INERROR:
+                    raise MeshStorageError("a statement of the session failed before, so there is only a rollback")
+                if self.characteristics.durability == "relaxed":
+                    self._execute(b"SET LOCAL synchronous_commit = off")
                 self._transaction.commit()
             self._transaction = None
 
@@ -251,19 +268,6 @@ class Connection:
             yield
         finally:
             self._in_use.release()
-
-    @contextmanager
-    def _translated(self) -> Generator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._failure = self._meaning(error)
-            if self._failure is error:
-                raise
-            raise self._failure from error
-        except BaseException:  # An interrupt or a cancelled task: the statement may be half done.
-            self._failure = UnavailableError("a statement was interrupted")
-            raise
 
     def _run(self, statement: Statement, parameters: Parameters | None) -> tuple[list[Row], int]:
         sql = statement.sql
@@ -309,8 +313,11 @@ class Connection:
     def _lost(self) -> bool:
         if self.sqlalchemy.invalidated or self.sqlalchemy.closed:
             return True
-        driver = self.sqlalchemy.connection.driver_connection
-        return driver is None or bool(driver.closed)
+        return self._driver_status() == TransactionStatus.UNKNOWN
+
+    def _driver_status(self) -> TransactionStatus:
+        driver: psycopg.Connection[Row] | Any = self.sqlalchemy.connection.driver_connection
+        return TransactionStatus(driver.pgconn.transaction_status)
 
     def _drop(self, error: MeshStorageError) -> None:
         logger.warning("connection lost", extra={"event": "connection_lost", "sqlstate": error.sqlstate})

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, LiteralString
 
+import psycopg
 import sqlalchemy
 from pydantic import SecretStr
 
+from mesh_storage import engine
 from mesh_storage.errors import SchemaMismatchError, translate
 from mesh_storage.server import Server, open_server
 from mesh_storage.settings import Settings
@@ -41,10 +44,13 @@ def head() -> str:
 
 def current(connection: sqlalchemy.Connection) -> str | None:
     """Give the revision of a database, or None where mesh_storage's schema was never deployed."""
-    exists = connection.exec_driver_sql("SELECT to_regclass('alembic_version')").scalar()
-    if exists is None:
-        return None
-    return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    return _current(lambda query: connection.exec_driver_sql(query).fetchone())
+
+
+def _current(fetch: Callable[[LiteralString], Sequence[Any] | None]) -> str | None:
+    exists = fetch("SELECT to_regclass('alembic_version')")
+    row = fetch("SELECT version_num FROM alembic_version") if exists and exists[0] else None
+    return None if row is None else row[0]
 
 
 def check(revision: str | None) -> None:
@@ -66,6 +72,24 @@ def check(revision: str | None) -> None:
         f"the schema is ahead: the database is at revision {revision}, which this mesh_storage (at {head()}) does not "
         "know; run a newer mesh_storage"
     )
+
+
+def ensure(server: Server) -> None:
+    """Deploy the schema on a bundled server; on any other, check that it is there.
+
+    Raises:
+        SchemaMismatchError: It is behind or ahead of this code.
+        UnavailableError: The database cannot be reached.
+    """
+    try:
+        with engine.connect(server.connect) as connection:
+            revision = _current(lambda query: connection.execute(query).fetchone())
+    except psycopg.Error as error:
+        raise translate(error) from error
+    if server.embedded is not None and (revision is None or revision in revisions()[:-1]):
+        upgrade_server(server)
+    else:
+        check(revision)
 
 
 def alembic_config(connect: dict[str, object] | None = None) -> Config:

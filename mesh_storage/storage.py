@@ -51,17 +51,13 @@ class MeshStorage:
             SchemaMismatchError: The schema is behind or ahead of this version of mesh_storage.
             UnavailableError: The database cannot be reached.
         """
-        settings = _settings(url, settings)
+        settings = choose_settings(url, settings)
         server = open_server(settings)
-        storage = None
         try:
+            schema.ensure(server)
             storage = cls(settings, server)
-            storage._check_schema()
         except BaseException:
-            if storage is None:
-                server.close()
-            else:
-                storage.close()
+            server.close()
             raise
         logger.info("storage opened", extra={"event": "open", "server": server.kind, "pool_size": settings.pool_size})
         return storage
@@ -182,16 +178,9 @@ class MeshStorage:
         """Close the storage."""
         self.close()
 
-    def _check_schema(self) -> None:
-        with self._pool.connection(Characteristics(read_only=True)) as connection, connection.guarded():
-            revision = schema.current(connection.sqlalchemy)
-        if self._server.embedded is not None and (revision is None or revision in schema.revisions()[:-1]):
-            schema.upgrade_server(self._server)
-        else:
-            schema.check(revision)
 
-
-def _settings(url: str | None, settings: Settings | None) -> Settings:
+def choose_settings(url: str | None, settings: Settings | None) -> Settings:
+    """Take the settings given, those of a URL, or those of the environment."""
     if url is not None and settings is not None:
         raise ConfigurationError("give a url or settings, not both")
     if settings is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
+import sqlalchemy
 from sqlalchemy.orm import Session
 
 from mesh_storage.connection import Connection
@@ -20,6 +22,18 @@ from mesh_storage.repositories import (
     RuntimeConfigRepository,
     StateRepository,
 )
+
+
+class UnitOfWorkSession(Session):
+    """An ORM session that joins a unit of work's transaction when it first needs the database."""
+
+    def __init__(self, connection: Connection, **_: Any) -> None:
+        super().__init__(expire_on_commit=False, join_transaction_mode="rollback_only")
+        self._connection = connection
+
+    def get_bind(self, *_arguments: Any, **_keywords: Any) -> sqlalchemy.Connection:
+        """Give the connection of the unit of work; SQLAlchemy asks before each statement."""
+        return self._connection.for_session()
 
 
 class UnitOfWork:
@@ -86,11 +100,12 @@ class UnitOfWork:
         everything. Its errors are SQLAlchemy's.
         """
         if self._session is None:
-            self._connection.begin_for_session()
-            self._session = Session(
-                self._connection.sqlalchemy, expire_on_commit=False, join_transaction_mode="rollback_only"
-            )
+            self._session = UnitOfWorkSession(self._connection)
         return self._session
+
+    def use_session(self, session: Session) -> None:
+        """Let a session that was made elsewhere, as the async side does, be the one of this transaction."""
+        self._session = session
 
     def commit(self) -> None:
         """Make everything since the last commit permanent, all of it or nothing.
@@ -100,8 +115,7 @@ class UnitOfWork:
             UnavailableError: The connection was lost; if that was during the commit, it may have been made or not.
         """
         if self._session is not None:
-            with self._connection.guarded():
-                self._session.flush()
+            self._flush(self._session)
         self._connection.commit()
 
     def rollback(self) -> None:
@@ -114,14 +128,12 @@ class UnitOfWork:
     def savepoint(self) -> Generator[None]:
         """Undo only what the block did if it raises, so that the unit of work can go on after the error is caught."""
         if self._session is not None:
-            with self._connection.guarded():
-                self._session.flush()
+            self._flush(self._session)
         try:
             with self._connection.savepoint():
                 yield
                 if self._session is not None:
-                    with self._connection.guarded():
-                        self._session.flush()
+                    self._flush(self._session)
         except BaseException:
             if self._session is not None:
                 self._session.expunge_all()
@@ -131,3 +143,7 @@ class UnitOfWork:
         """Let the session go; the connection rolls back when its own block ends."""
         if self._session is not None:
             self._session.close()
+
+    def _flush(self, session: Session) -> None:
+        with self._connection.translated():
+            session.flush()

@@ -17,15 +17,14 @@ from mesh_storage.repositories.base import LIMIT, Aggregate, KeyedRepository, Li
 _MESSAGES = Aggregate(Message)
 _TABLE = _MESSAGES.table
 _COLUMNS: list[Column[Any]] = [_TABLE.c.id, _TABLE.c.from_node, _TABLE.c.to_node, _TABLE.c.content, _TABLE.c.timestamp]
+_TIMES: list[Column[Any]] = [_TABLE.c.timestamp, _TABLE.c.created_at]
 _CHECKS = {column.name: checks.of_column(f"Message.{column.name}", column) for column in _COLUMNS}
 _CLOCK = func.extract("epoch", func.now()).cast(BigInteger)
 
 _VALUES: dict[Column[Any], ColumnElement[Any]] = {column: bindparam(column.name) for column in _COLUMNS}
 _VALUES[_TABLE.c.timestamp] = func.coalesce(bindparam("timestamp", type_=BigInteger), _CLOCK)
 
-_STORE = Statement(
-    insert(_TABLE).values(_VALUES).on_conflict_do_nothing().returning(_TABLE.c["timestamp"], _TABLE.c["created_at"])
-)
+_STORE = Statement(insert(_TABLE).values(_VALUES).on_conflict_do_nothing().returning(*_TIMES))
 _ROWS = rows_of({column.name: column.type for column in _COLUMNS})
 _MANY_VALUES: list[ColumnElement[Any]] = [_ROWS.c[column.name] for column in _COLUMNS[:-1]]
 _MANY_VALUES.append(func.coalesce(_ROWS.c.timestamp, _CLOCK))
