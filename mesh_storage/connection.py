@@ -161,7 +161,7 @@ class Connection:
             self._transaction = self.sqlalchemy.begin()
 
     def for_session(self) -> sqlalchemy.Connection:
-        """Give the connection to an ORM session, in a transaction; the server keeps it read-only where that is asked."""
+        """Give the connection to an ORM session, in a transaction; one that is to be read-only is so on the server."""
         if self._autocommit:
             self._autocommit = False
             self.sqlalchemy.execution_options(isolation_level="READ COMMITTED", postgresql_readonly=True)

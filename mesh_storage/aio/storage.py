@@ -1,0 +1,204 @@
+"""AsyncMeshStorage: where an asyncio service opens the storage and its units of work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self, TypeVar
+
+from mesh_storage import health, schema
+from mesh_storage.aio.pool import AsyncPool, finish
+from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
+from mesh_storage.connection import Characteristics, Durability, Isolation
+from mesh_storage.errors import ClosedError, MeshStorageError
+from mesh_storage.health import Health
+from mesh_storage.retry import check_attempts, log_if_slow, pause
+from mesh_storage.server import Server, open_server
+from mesh_storage.settings import Settings
+from mesh_storage.storage import choose_settings
+
+logger = logging.getLogger("mesh_storage")
+
+T = TypeVar("T")
+
+
+class Opening:
+    """A storage that is about to be opened: `await` it, or enter it with `async with`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._storage: AsyncMeshStorage | None = None
+
+    def __await__(self) -> Generator[object, None, AsyncMeshStorage]:
+        """Open the storage; it is the caller's to close."""
+        return self._open().__await__()
+
+    async def __aenter__(self) -> AsyncMeshStorage:
+        """Open the storage for a block."""
+        self._storage = await self._open()
+        return self._storage
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it."""
+        if self._storage is not None:
+            await self._storage.close()
+
+    async def _open(self) -> AsyncMeshStorage:
+        # To start a server and deploy a schema takes long and blocks, so a thread does it.
+        server = await asyncio.to_thread(_prepare, self._settings)
+        storage = AsyncMeshStorage(self._settings, server)
+        logger.info(
+            "storage opened",
+            extra={"event": "open", "server": server.kind, "pool_size": self._settings.pool_size},
+        )
+        return storage
+
+
+class AsyncMeshStorage:
+    """The storage of a mesh: a pool of connections to one database, and the units of work on it.
+
+    One object serves all tasks of one event loop. It works on by itself after the server was away.
+    """
+
+    def __init__(self, settings: Settings, server: Server) -> None:
+        """Use `open` instead, which finds the server and checks its schema."""
+        self._settings = settings
+        self._server = server
+        self._pool = AsyncPool(settings, server)
+        self._finalizer = weakref.finalize(self, server.close)
+
+    @classmethod
+    def open(cls, url: str | None = None, *, settings: Settings | None = None) -> Opening:
+        """Open the storage at a URL, by settings, or by the environment and `.env`; await or `async with` the result.
+
+        On `embedded:` and `memory:` the schema is deployed; on a server it must be there.
+
+        Raises:
+            ConfigurationError: A setting is missing or wrong; the message names it.
+            SchemaMismatchError: The schema is behind or ahead of this version of mesh_storage.
+            UnavailableError: The database cannot be reached.
+        """
+        return Opening(choose_settings(url, settings))
+
+    @asynccontextmanager
+    async def unit_of_work(
+        self,
+        *,
+        read_only: bool = False,
+        isolation: Isolation | None = None,
+        durability: Durability = "strict",
+        timeout: float | None = None,
+    ) -> AsyncGenerator[AsyncUnitOfWork]:
+        """Open a unit of work, which is rolled back at the end of the block unless `commit()` was called.
+
+        The arguments and errors are those of `MeshStorage.unit_of_work`.
+        """
+        begun = time.monotonic()
+        async with self._pool.connection(Characteristics(read_only, isolation, durability, timeout)) as lent:
+            uow = AsyncUnitOfWork(*lent)
+            try:
+                yield uow
+            finally:
+                await uow.close()
+        log_if_slow(time.monotonic() - begun, self._settings.slow_unit_of_work)
+
+    @asynccontextmanager
+    async def begin(
+        self,
+        *,
+        read_only: bool = False,
+        isolation: Isolation | None = None,
+        durability: Durability = "strict",
+        timeout: float | None = None,
+    ) -> AsyncGenerator[AsyncUnitOfWork]:
+        """Open a unit of work that is committed at the end of the block, and rolled back when the block raises.
+
+        The arguments and errors are those of `MeshStorage.unit_of_work`.
+        """
+        async with self.unit_of_work(
+            read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
+        ) as uow:
+            yield uow
+            await uow.commit()
+
+    async def run(
+        self,
+        work: Callable[[AsyncUnitOfWork], Awaitable[T]],
+        *,
+        attempts: int = 5,
+        read_only: bool = False,
+        isolation: Isolation | None = None,
+        durability: Durability = "strict",
+        timeout: float | None = None,
+    ) -> T:
+        """Call `work` with a unit of work, commit, and give what `work` returned; do it again after a retryable error.
+
+        The arguments, pauses and errors are those of `MeshStorage.run`.
+        """
+        check_attempts(attempts)
+        for attempt in range(1, attempts + 1):
+            try:
+                async with self.begin(
+                    read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
+                ) as uow:
+                    result = await work(uow)
+            except MeshStorageError as error:
+                if not error.retryable or attempt == attempts:
+                    raise
+                await asyncio.sleep(pause(error, attempt))
+            else:
+                return result
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def health(self) -> Health:
+        """Check within 2 s that the database answers, takes writes and has the right schema; writes nothing.
+
+        Raises:
+            ClosedError: The storage was closed.
+        """
+        size, in_use = self._pool.size, self._pool.in_use
+        try:
+            async with self._pool.connection(Characteristics(read_only=True, timeout=health.TIMEOUT_S)) as lent:
+                connection, bridge = lent
+                return await bridge.call(health.examine, connection, pool_size=size, pool_in_use=in_use)
+        except ClosedError:
+            raise
+        except MeshStorageError as error:
+            return health.unreachable(error, pool_size=size, pool_in_use=in_use)
+
+    async def close(self) -> None:
+        """Close all connections that are not in use; those in use are closed when their unit of work ends."""
+        if not self._pool.closed:
+            await finish(self._close())
+
+    async def __aenter__(self) -> Self:
+        """Give the storage itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the storage."""
+        await self.close()
+
+    async def _close(self) -> None:
+        await self._pool.close()
+        await asyncio.to_thread(self._finalizer)
+        logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
+
+
+def _prepare(settings: Settings) -> Server:
+    server = open_server(settings)
+    try:
+        schema.ensure(server)
+    except BaseException:
+        server.close()
+        raise
+    return server
