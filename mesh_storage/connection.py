@@ -1,7 +1,8 @@
 """The connection of one unit of work: the only place where statements are executed and errors translated.
 
-It is a SQLAlchemy connection from the pool whose psycopg cursor runs SQL that was compiled once. Building and
-compiling a statement, or making a result object for it, would cost more than the statement itself.
+It is a SQLAlchemy connection from the pool whose psycopg cursor runs SQL that was compiled once, since SQLAlchemy's own
+result objects would cost more than the statement. The transaction is the driver's: it begins with the first statement,
+and its state is asked of the driver, not kept a second time.
 """
 
 from __future__ import annotations
@@ -11,19 +12,16 @@ import math
 import os
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import psycopg
 import sqlalchemy
 import sqlalchemy.exc
 from psycopg.pq import TransactionStatus
-from sqlalchemy.engine import make_url
-from sqlalchemy.sql import Executable
-from sqlalchemy.sql.elements import CompilerElement
 
+from mesh_storage.driver import Driver, Isolation, Mode, Parameters, Row
 from mesh_storage.errors import (
     ClosedError,
     InvalidInputError,
@@ -32,26 +30,15 @@ from mesh_storage.errors import (
     UnavailableError,
     translate,
 )
+from mesh_storage.statement import Statement
 
 logger = logging.getLogger("mesh_storage")
 
-Isolation = Literal["read committed", "repeatable read", "serializable"]
+P = ParamSpec("P")
+T = TypeVar("T")
 Durability = Literal["strict", "relaxed"]
-Row = tuple[Any, ...]
-Parameters = Mapping[str, Any]
-
-
-class Executor(Protocol):
-    """What sends one statement over the driver's connection."""
-
-    def __call__(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
-        """Give the statement's rows, and how many it found or changed."""
-        ...
-
 
 _READ_ONLY_SQL_TRANSACTION = "25006"
-# Closing a connection of the parent process from a child would end it for both, so they are kept for ever.
-_inherited_by_fork: list[object] = []
 
 
 class Characteristics(NamedTuple):
@@ -81,61 +68,40 @@ class Characteristics(NamedTuple):
         return None if self.timeout is None else time.monotonic() + self.timeout
 
     @property
-    def autocommit(self) -> bool:
-        """Whether each statement may run alone: at READ COMMITTED each has its own snapshot anyway."""
-        return self.read_only and self.isolation in (None, "read committed") and self.timeout is None
-
-    def apply(self, connection: sqlalchemy.Connection) -> sqlalchemy.Connection:
-        """Set a connection up for a transaction of this kind; the pool sets it back. Costs no round trip."""
-        if self.autocommit or (self.isolation is None and not self.read_only):
-            return connection
-        level: Any = (self.isolation or "read committed").upper()
-        return connection.execution_options(isolation_level=level, postgresql_readonly=self.read_only)
+    def mode(self) -> Mode:
+        """How its transaction begins; reading at READ COMMITTED needs none, as each statement has its own snapshot."""
+        if not self.read_only:
+            return _WRITING if self.isolation is None else Mode(isolation=self.isolation)
+        if self.isolation in (None, "read committed") and self.timeout is None:
+            return _READING
+        return Mode(isolation=self.isolation, read_only=True)
 
 
-class Statement:
-    """A SQL statement made of SQLAlchemy's Core elements, compiled at its first use."""
-
-    def __init__(self, element: Executable, *, writes: bool | None = None) -> None:
-        """Take the elements; whether they write is seen from their kind, but for a select with a writing CTE."""
-        self._element = element
-        self.writes = not isinstance(element, sqlalchemy.SelectBase) if writes is None else writes
-
-    @cached_property
-    def sql(self) -> bytes:
-        """The SQL in psycopg's form, its parameters by name."""
-        assert isinstance(self._element, CompilerElement)
-        compiled = self._element.compile(dialect=make_url("postgresql+psycopg://").get_dialect()())
-        fixed = [name for name, value in (compiled.params or {}).items() if value is not None]
-        assert not fixed, f"make {fixed} a named parameter or a literal of the statement"
-        return str(compiled).encode()
+_WRITING = Mode()
+_READING = Mode(autocommit=True)
 
 
 class Connection:
-    """The database connection of one unit of work; its transaction begins with the first statement.
+    """The database connection of one unit of work.
 
     Used by one thread or task at a time. After a statement failed, nothing but a rollback goes, as in PostgreSQL
     itself; a savepoint limits that to what came after it.
     """
 
-    def __init__(
-        self,
-        connection: sqlalchemy.Connection,
-        characteristics: Characteristics,
-        *,
-        deadline: float | None = None,
-        executor: Executor | None = None,
-    ) -> None:
+    def __init__(self, driver: Driver, characteristics: Characteristics, deadline: float | None = None) -> None:
+        self.driver = driver
         self.characteristics = characteristics
-        self.sqlalchemy = connection
-        self._execute = executor or _blocking_executor(connection)
-        self._autocommit = characteristics.autocommit
+        self._execute = driver.execute
         self._deadline = deadline
-        self._transaction: sqlalchemy.RootTransaction | None = None
         self._failure: MeshStorageError | None = None
         self._in_use = threading.Lock()
         self._process = os.getpid()
         self._closed = False
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child, and the connection belongs to its parent."""
+        return self._process != os.getpid()
 
     def fetch_all(self, statement: Statement, parameters: Parameters | None = None) -> list[Row]:
         """Execute a statement and give all its rows."""
@@ -150,66 +116,54 @@ class Connection:
         """Execute a statement and give the number of rows it found or changed."""
         return self._run(statement, parameters)[1]
 
+    def perform(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do something that goes to the database: one caller at a time, within the time limit.
+
+        An error is translated, and remembered as what ended the transaction.
+        """
+        if not self._in_use.acquire(blocking=False):
+            raise MeshStorageError("two threads or tasks use one unit of work at once; give each its own")
+        try:
+            self._check_open()
+            try:
+                if self._deadline is not None:
+                    self._limit_time(self._deadline)
+                return action(*args, **kwargs)
+            except BaseException as error:
+                failure = self.failed(error)
+                if failure is error:
+                    raise
+                raise failure from error
+        finally:
+            self._in_use.release()
+
     def fail(self, error: MeshStorageError) -> MeshStorageError:
         """Let nothing but a rollback follow, because a call left something half done; give the error back."""
         self._failure = error
         return error
 
-    def begin(self) -> None:
-        """Begin the transaction if it has not begun; it does so by itself before the first statement."""
-        if self._transaction is None and not self._autocommit:
-            self._transaction = self.sqlalchemy.begin()
-
     def for_session(self) -> sqlalchemy.Connection:
         """Give the connection to an ORM session, in a transaction; one that is to be read-only is so on the server."""
-        if self._autocommit:
-            self._autocommit = False
-            self.sqlalchemy.execution_options(isolation_level="READ COMMITTED", postgresql_readonly=True)
-        with self.guarded():
-            return self.sqlalchemy
-
-    @contextmanager
-    def guarded(self, *, writes: bool = False) -> Generator[None]:
-        """Run what goes to the database: one caller at a time, in an open transaction, within the time limit.
-
-        An error is translated, and remembered as what ended the transaction.
-        """
-        with self._alone():
-            self._check_open(writes=writes)
-            with self.translated():
-                self.begin()
-                self._limit_time()
-                yield
-
-    @contextmanager
-    def translated(self) -> Generator[None]:
-        """Translate an error of the block, and remember it as what ended the transaction."""
-        try:
-            yield
-        except Exception as error:
-            self._failure = self._meaning(error)
-            if self._failure is error:
-                raise
-            raise self._failure from error
-        except BaseException:  # An interrupt or a cancelled task: the statement may be half done.
-            self._failure = UnavailableError("a statement was interrupted")
-            raise
+        return self.perform(self._begin_for_session)
 
     @contextmanager
     def savepoint(self) -> Generator[None]:
         """Roll back to here when the block raises, so that the transaction can go on."""
-        with self.guarded(writes=True):
-            savepoint = self.sqlalchemy.begin_nested()
+        self._check_writable()
+        savepoint = self.perform(self.driver.sqlalchemy.begin_nested)
         try:
             yield
         except BaseException:
-            if not self.sqlalchemy.invalidated and not self._closed:
-                with self._alone(), self.translated():
-                    savepoint.rollback()
+            if self.driver.status() != TransactionStatus.UNKNOWN and not self._closed:
                 self._failure = None
+                # The time may be over, but to undo is always allowed.
+                deadline, self._deadline = self._deadline, None
+                try:
+                    self.perform(savepoint.rollback)
+                finally:
+                    self._deadline = deadline
             raise
-        with self.guarded():
-            savepoint.commit()
+        self.perform(savepoint.commit)
 
     def commit(self) -> None:
         """Commit what was done since the last commit or rollback.
@@ -217,67 +171,83 @@ class Connection:
         Raises:
             MeshStorageError: A statement failed before, so there is only a rollback; the failure is its cause.
         """
-        if self._failure is not None:
-            failure = self._failure
-            self.rollback()
-            raise MeshStorageError(
-                "rolled back, not committed: a call in this unit of work failed before; let its error leave the unit "
-                "of work, or catch it outside of a savepoint()",
-                sqlstate=failure.sqlstate,
-                constraint=failure.constraint,
-                retryable=failure.retryable,
-            ) from failure
-        self._check_open(writes=False)
-        if self._transaction is not None:
-            with self.guarded():
-                if self._driver_status() == TransactionStatus.INERROR:
-                    raise MeshStorageError("a statement of the session failed before, so there is only a rollback")
-                if self.characteristics.durability == "relaxed":
-                    self._execute(b"SET LOCAL synchronous_commit = off")
-                self._transaction.commit()
-            self._transaction = None
+        failure = self._failure
+        if failure is None:
+            self.perform(self._commit)
+            return
+        self.rollback()
+        raise MeshStorageError(
+            "rolled back, not committed: a call in this unit of work failed before; let its error leave the unit of "
+            "work, or catch it outside of a savepoint()",
+            sqlstate=failure.sqlstate,
+            constraint=failure.constraint,
+            retryable=failure.retryable,
+        ) from failure
 
     def rollback(self) -> None:
         """Undo what was done since the last commit or rollback."""
-        transaction, self._transaction, self._failure = self._transaction, None, None
-        if transaction is not None and self._process == os.getpid():
-            try:
-                transaction.rollback()
-            except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
-                # The server undoes the work of a connection that it lost; what is left is to drop our end of it.
-                self.sqlalchemy.invalidate(error)
-
-    def close(self, *, discard: bool = False) -> None:
-        """Roll back what was not committed and give the connection back to the pool, or end it."""
-        if self._closed:
+        self._failure = None
+        if self.inherited or self._closed:
             return
-        self._closed = True
-        if self._process != os.getpid():
-            _inherited_by_fork.append(self.sqlalchemy)
-            return
-        self.rollback()
-        if discard and not self.sqlalchemy.invalidated:
-            self.sqlalchemy.invalidate()
-        self.sqlalchemy.close()
-
-    @contextmanager
-    def _alone(self) -> Generator[None]:
-        if not self._in_use.acquire(blocking=False):
-            raise MeshStorageError("two threads or tasks use one unit of work at once; give each its own")
+        transaction = self.driver.sqlalchemy.get_transaction()
         try:
-            yield
-        finally:
-            self._in_use.release()
+            if transaction is not None:
+                transaction.rollback()
+            elif self.driver.status() not in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN):
+                self.driver.rollback()
+        except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
+            # The server undoes the work of a connection that it lost; what is left is to drop our end of it.
+            logger.debug("rollback failed", exc_info=error)
+            self.driver.discard()
+
+    def close(self) -> None:
+        """Roll back what was not committed; the driver is free for the next unit of work then."""
+        self.rollback()
+        self._closed = True
+
+    def settled(self) -> bool:
+        """Whether there is nothing to roll back: no transaction is open, and no session or savepoint has one."""
+        return self.reusable() and not self.driver.sqlalchemy.in_transaction()
+
+    def reusable(self) -> bool:
+        """Whether the driver can serve another unit of work: it is connected, and no transaction is open."""
+        return self.driver.status() == TransactionStatus.IDLE
 
     def _run(self, statement: Statement, parameters: Parameters | None) -> tuple[list[Row], int]:
-        sql = statement.sql
-        with self.guarded(writes=statement.writes):
-            return self._execute(sql, parameters)
+        if statement.writes:
+            self._check_writable()
+        return self.perform(self._execute, statement.sql, parameters)
 
-    def _check_open(self, *, writes: bool) -> None:
+    def _check_writable(self) -> None:
+        if self.characteristics.read_only:
+            raise InvalidInputError("this unit of work is read-only", field="read_only")
+
+    def _begin_for_session(self) -> sqlalchemy.Connection:
+        connection = self.driver.sqlalchemy
+        if not connection.in_transaction():
+            if self.driver.mode.autocommit:
+                self.driver.switch(Mode(read_only=True))
+            connection.begin()
+        return connection
+
+    def _commit(self) -> None:
+        status = self.driver.status()
+        if status == TransactionStatus.IDLE:
+            return
+        if status == TransactionStatus.INERROR:
+            raise MeshStorageError("a statement of the session failed before, so there is only a rollback")
+        if self.characteristics.durability == "relaxed":
+            self._execute(b"SET LOCAL synchronous_commit = off")
+        transaction = self.driver.sqlalchemy.get_transaction()
+        if transaction is None:
+            self.driver.commit()
+        else:
+            transaction.commit()
+
+    def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this unit of work has ended; open another one")
-        if self._process != os.getpid():
+        if self.inherited:
             raise ClosedError("this unit of work belongs to the parent process; open another one")
         if self._failure is not None:
             raise MeshStorageError(
@@ -285,44 +255,35 @@ class Connection:
                 "a savepoint() around what may fail",
                 retryable=self._failure.retryable,
             ) from self._failure
-        if writes and self.characteristics.read_only:
-            raise InvalidInputError("this unit of work is read-only", field="read_only")
 
-    def _limit_time(self) -> None:
-        if self._deadline is None:
-            return
-        remaining = self._deadline - time.monotonic()
+    def _limit_time(self, deadline: float) -> None:
+        remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise StorageTimeoutError("the unit of work took longer than its timeout")
         milliseconds = str(math.ceil(remaining * 1000))
         self._execute(_LIMIT_TIME, {"statement": milliseconds, "idle": milliseconds})
 
-    def _meaning(self, error: Exception) -> MeshStorageError:
+    def failed(self, error: BaseException) -> BaseException:
+        """Remember why the transaction ended; give the error to raise."""
+        if not isinstance(error, Exception):  # An interrupt or a cancelled task: the statement may be half done.
+            self._failure = UnavailableError("a statement was interrupted")
+            return error
         translated = translate(error)
         if translated.sqlstate == _READ_ONLY_SQL_TRANSACTION and not self.characteristics.read_only:
             translated = UnavailableError(
                 "the server is read-only: a standby, or a primary that was demoted", sqlstate=translated.sqlstate
             )
             self._drop(translated)
-        elif self._lost():
+        elif self.driver.status() == TransactionStatus.UNKNOWN:
             self._drop(translated)
             if not isinstance(translated, (UnavailableError, StorageTimeoutError)):
                 translated = UnavailableError(sqlstate=translated.sqlstate)
+        self._failure = translated
         return translated
-
-    def _lost(self) -> bool:
-        if self.sqlalchemy.invalidated or self.sqlalchemy.closed:
-            return True
-        return self._driver_status() == TransactionStatus.UNKNOWN
-
-    def _driver_status(self) -> TransactionStatus:
-        driver: psycopg.Connection[Row] | Any = self.sqlalchemy.connection.driver_connection
-        return TransactionStatus(driver.pgconn.transaction_status)
 
     def _drop(self, error: MeshStorageError) -> None:
         logger.warning("connection lost", extra={"event": "connection_lost", "sqlstate": error.sqlstate})
-        if not self.sqlalchemy.invalidated:
-            self.sqlalchemy.invalidate()
+        self.driver.discard()
 
 
 # set_config() is SET LOCAL with parameters. A transaction that waits for its caller is ended as well, so that it
@@ -331,15 +292,3 @@ _LIMIT_TIME = (
     b"SELECT set_config('statement_timeout', %(statement)s, true),"
     b" set_config('idle_in_transaction_session_timeout', %(idle)s, true)"
 )
-
-
-def _blocking_executor(connection: sqlalchemy.Connection) -> Executor:
-    """Make the executor of psycopg's blocking connection, with one cursor for all statements."""
-    driver: psycopg.Connection[Row] | Any = connection.connection.driver_connection
-    cursor: psycopg.Cursor[Row] = driver.cursor(binary=True)
-
-    def execute(sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
-        cursor.execute(sql, parameters)
-        return (cursor.fetchall() if cursor.description else []), cursor.rowcount
-
-    return execute

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import select
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from typing import Any
 import psycopg
 import sqlalchemy
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from sqlalchemy import event, exc
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy import event
+from sqlalchemy.pool import NullPool
 
 from mesh_storage import jsonb
 from mesh_storage.errors import ConfigurationError
@@ -24,9 +22,6 @@ from mesh_storage.settings import Settings
 _connect_deadline: ContextVar[float | None] = ContextVar("connect_deadline", default=None)
 
 _SERVER_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
-_POOL_RECYCLE_S = 1800
-"""Connections are replaced after this time, so that a failover or a new address is found in the end."""
-
 # A peer that vanished without a word is noticed within about half a minute (PostgreSQL manual, 34.1.2).
 _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 
@@ -83,28 +78,24 @@ def connect(arguments: Mapping[str, Any]) -> psycopg.Connection[tuple[Any, ...]]
     return psycopg.connect(make_conninfo(**arguments), autocommit=True)
 
 
-def engine_arguments(settings: Settings, connect: dict[str, Any]) -> dict[str, Any]:
+def engine_arguments(connect: dict[str, Any]) -> dict[str, Any]:
     """Make the arguments that `create_engine` and `create_async_engine` take alike."""
     return {
         "url": "postgresql+psycopg://",
         "connect_args": connect,
-        "pool_size": settings.pool_size,
-        "max_overflow": 0,
-        "pool_timeout": settings.pool_timeout,
-        "pool_recycle": _POOL_RECYCLE_S,
-        "pool_use_lifo": True,
+        "poolclass": NullPool,  # our own pool keeps the connections
+        "pool_reset_on_return": None,  # a unit of work ends its own transaction
         "hide_parameters": True,
-        "skip_autocommit_rollback": True,
         "use_native_hstore": False,
         "json_serializer": jsonb.dumps,
         "json_deserializer": jsonb.loads,
     }
 
 
-def create_engine(settings: Settings, connect: dict[str, Any]) -> sqlalchemy.Engine:
+def create_engine(connect: dict[str, Any]) -> sqlalchemy.Engine:
     """Make the engine for the given connect arguments, which `connect_arguments` or the bundled server provides."""
-    engine = sqlalchemy.create_engine(**engine_arguments(settings, connect))
-    watch_connections(engine)
+    engine = sqlalchemy.create_engine(**engine_arguments(connect))
+    limit_connecting(engine)
     return engine
 
 
@@ -118,12 +109,8 @@ def connect_before(deadline: float | None) -> Generator[None]:
         _connect_deadline.reset(token)
 
 
-def watch_connections(engine: sqlalchemy.Engine) -> None:
-    """Limit how long connecting may take, and replace a connection that died in the pool without a round trip.
-
-    Nothing is under way on a pooled connection, so a socket that is readable holds the server's last words or the
-    end of the stream.
-    """
+def limit_connecting(engine: sqlalchemy.Engine) -> None:
+    """Let `connect_before` limit how long the engine takes to connect."""
 
     @event.listens_for(engine, "do_connect")
     def limit(_dialect: Any, _entry: Any, _args: Any, parameters: dict[str, Any]) -> None:
@@ -132,18 +119,6 @@ def watch_connections(engine: sqlalchemy.Engine) -> None:
             # psycopg takes whole seconds, at least 2.
             remaining = max(2, math.ceil(deadline - time.monotonic()))
             parameters["connect_timeout"] = min(parameters["connect_timeout"] or remaining, remaining)
-
-    @event.listens_for(engine, "checkout")
-    def check(_connection: DBAPIConnection, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection) -> None:
-        driver = entry.driver_connection
-        if driver is None or driver.closed or _readable(driver.fileno()):
-            raise exc.DisconnectionError
-
-
-def _readable(file_descriptor: int) -> bool:
-    poll = select.poll()
-    poll.register(file_descriptor, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def _parse(url: str) -> dict[str, Any]:

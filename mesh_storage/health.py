@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from sqlalchemy import func, literal_column, or_, select
 
 from mesh_storage import schema
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.errors import MeshStorageError
+from mesh_storage.statement import Statement
 
 TIMEOUT_S = 2.0
 """Seconds that a health check may take."""
@@ -56,8 +57,7 @@ def examine(connection: Connection, *, pool_size: int, pool_in_use: int) -> Heal
     begun = time.perf_counter()
     row = connection.fetch_one(_READ_ONLY)
     round_trip_ms = (time.perf_counter() - begun) * 1000
-    with connection.guarded():
-        revision = schema.current(connection.sqlalchemy)
+    revision = connection.perform(schema.current, connection.driver.sqlalchemy)
     return Health(
         connected=True,
         writable=row is not None and not row[0],

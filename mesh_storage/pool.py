@@ -1,4 +1,8 @@
-"""The pool: connections to one database, lent to one unit of work each, within the limits of the settings."""
+"""The pool: connections to one database, lent to one unit of work each, within the limits of the settings.
+
+The pool is ours, since a unit of work may have a time limit of its own for the wait, and since checking a connection
+out of SQLAlchemy's costs more than a statement; SQLAlchemy's engine makes the connections.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,16 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections import deque
 
 from mesh_storage.connection import Characteristics, Connection
+from mesh_storage.driver import BlockingDriver
 from mesh_storage.engine import connect_before, create_engine
 from mesh_storage.errors import ClosedError, StorageTimeoutError, UnavailableError, translate
 from mesh_storage.server import Server
 from mesh_storage.settings import Settings
 
-# A pool that a forked child inherits is kept for ever: to close its connections would end them for the parent.
+# What a forked child inherits is kept for ever: to close the connections would end them for the parent.
 _inherited_by_fork: list[object] = []
 
 
@@ -29,16 +33,13 @@ class Pool:
         self.closed = False
         self._timeout = settings.pool_timeout
         self._server = server
-        self._engine = create_engine(settings, server.connect)
-        # The same connections, without transactions, for what only reads.
-        self._reading_engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-        # SQLAlchemy's pool knows one time limit for all; with this before it, it always has a connection free.
+        self._engine = create_engine(server.connect)
+        self._idle: deque[BlockingDriver] = deque()
         self._free = threading.BoundedSemaphore(self.size)
         _pools.add(self)
 
-    @contextmanager
-    def connection(self, characteristics: Characteristics) -> Generator[Connection]:
-        """Lend a connection for a block.
+    def take(self, characteristics: Characteristics) -> Connection:
+        """Lend a connection; `give_back` must follow.
 
         Raises:
             ClosedError: The pool was closed.
@@ -47,50 +48,66 @@ class Pool:
         """
         characteristics.check()
         deadline = characteristics.deadline()
-        free = self._free
-        self._wait_for(free, characteristics.timeout)
+        if self.closed:
+            raise ClosedError("this storage is closed; open another one")
+        if not self._free.acquire(timeout=wait_limit(self._timeout, characteristics.timeout)):
+            raise exhausted(self.size, self._timeout, characteristics.timeout)
         try:
-            connection = self._connect(characteristics, deadline)
-            self.in_use += 1
-            try:
-                yield connection
-            finally:
-                self.in_use -= 1
-                connection.close(discard=self.closed)
-        finally:
-            free.release()
+            driver = self._driver(deadline)
+            if driver.mode != characteristics.mode:
+                driver.switch(characteristics.mode)
+        except BaseException:
+            self._free.release()
+            raise
+        self.in_use += 1
+        return Connection(driver, characteristics, deadline)
+
+    def give_back(self, connection: Connection) -> None:
+        """Take a connection back; what was not committed is rolled back."""
+        connection.close()
+        if connection.inherited:
+            _inherited_by_fork.append(connection)
+            return
+        driver = connection.driver
+        if self.closed or not connection.reusable() or not isinstance(driver, BlockingDriver):
+            driver.discard()
+        else:
+            self._idle.append(driver)
+        self.in_use -= 1
+        self._free.release()
 
     def close(self) -> None:
         """Close the connections that are not lent; the others are closed when they come back."""
         self.closed = True
-        self._engine.dispose()
+        while self._idle:
+            self._idle.pop().discard()
 
     def after_fork(self) -> None:
         """In a forked child, begin with no connections and leave the parent's alone."""
-        _inherited_by_fork.append(self._engine.pool)
-        self._engine.dispose(close=False)
+        _inherited_by_fork.append(self._idle)
+        self._idle = deque()
         self._free = threading.BoundedSemaphore(self.size)
         self.in_use = 0
         if self._server.embedded is not None and not self.closed:
             self._server.embedded.after_fork()
 
-    def _wait_for(self, free: threading.BoundedSemaphore, timeout: float | None) -> None:
-        if self.closed:
-            raise ClosedError("this storage is closed; open another one")
-        wait = self._timeout if timeout is None else min(self._timeout, timeout)
-        if not free.acquire(timeout=wait):
-            raise exhausted(self.size, self._timeout, timeout)
-
-    def _connect(self, characteristics: Characteristics, deadline: float | None) -> Connection:
-        engine = self._reading_engine if characteristics.autocommit else self._engine
+    def _driver(self, deadline: float | None) -> BlockingDriver:
+        """Take the idle connection that was used last, or make one."""
+        while self._idle:
+            driver = self._idle.pop()
+            if driver.liveness.usable():
+                return driver
+            driver.discard()
         try:
             with connect_before(deadline):
-                connection = engine.connect()
+                return BlockingDriver(self._engine.connect())
         except Exception as error:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise StorageTimeoutError("the time was over before the server answered") from error
-            raise translate(error) from error
-        return Connection(characteristics.apply(connection), characteristics, deadline=deadline)
+            raise unreachable(error, deadline) from error
+
+
+def wait_limit(pool_timeout: float, timeout: float | None) -> float:
+    """Give the seconds to wait for a connection: the pool's limit or the caller's, whichever is shorter."""
+    return pool_timeout if timeout is None else min(pool_timeout, timeout)
 
 
 def exhausted(size: int, pool_timeout: float, timeout: float | None) -> UnavailableError | StorageTimeoutError:
@@ -101,6 +118,13 @@ def exhausted(size: int, pool_timeout: float, timeout: float | None) -> Unavaila
         f"all {size} connections of the pool are in use for {pool_timeout:g} s (pool_timeout); "
         "end units of work sooner, or raise pool_size"
     )
+
+
+def unreachable(error: Exception, deadline: float | None) -> Exception:
+    """Make the error for a connection that could not be made."""
+    if deadline is not None and time.monotonic() >= deadline:
+        return StorageTimeoutError("the time was over before the server answered")
+    return translate(error)
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self, TypeVar
 
 from pydantic import SecretStr
 
 from mesh_storage import health, schema
-from mesh_storage.connection import Characteristics, Durability, Isolation
+from mesh_storage.connection import Characteristics, Durability
+from mesh_storage.driver import Isolation
 from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageError
 from mesh_storage.health import Health
 from mesh_storage.pool import Pool
@@ -62,7 +63,6 @@ class MeshStorage:
         logger.info("storage opened", extra={"event": "open", "server": server.kind, "pool_size": settings.pool_size})
         return storage
 
-    @contextmanager
     def unit_of_work(
         self,
         *,
@@ -70,7 +70,7 @@ class MeshStorage:
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
-    ) -> Generator[UnitOfWork]:
+    ) -> AbstractContextManager[UnitOfWork]:
         """Open a unit of work, which is rolled back at the end of the block unless `commit()` was called.
 
         Args:
@@ -85,16 +85,9 @@ class MeshStorage:
             StorageTimeoutError: The time is over.
             ClosedError: The storage was closed.
         """
-        begun = time.monotonic()
-        with self._pool.connection(Characteristics(read_only, isolation, durability, timeout)) as connection:
-            uow = UnitOfWork(connection)
-            try:
-                yield uow
-            finally:
-                uow.close()
-        log_if_slow(time.monotonic() - begun, self._settings.slow_unit_of_work)
+        characteristics = Characteristics(read_only, isolation, durability, timeout)
+        return _Scope(self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
 
-    @contextmanager
     def begin(
         self,
         *,
@@ -102,14 +95,13 @@ class MeshStorage:
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
-    ) -> Generator[UnitOfWork]:
+    ) -> AbstractContextManager[UnitOfWork]:
         """Open a unit of work that is committed at the end of the block, and rolled back when the block raises.
 
         The arguments and errors are those of `unit_of_work`.
         """
-        with self.unit_of_work(read_only=read_only, isolation=isolation, durability=durability, timeout=timeout) as uow:
-            yield uow
-            uow.commit()
+        characteristics = Characteristics(read_only, isolation, durability, timeout)
+        return _Scope(self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
 
     def run(
         self,
@@ -153,8 +145,11 @@ class MeshStorage:
         """
         pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
         try:
-            with self._pool.connection(Characteristics(read_only=True, timeout=health.TIMEOUT_S)) as connection:
+            connection = self._pool.take(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
+            try:
                 return health.examine(connection, **pool)
+            finally:
+                self._pool.give_back(connection)
         except ClosedError:
             raise
         except MeshStorageError as error:
@@ -186,3 +181,32 @@ def choose_settings(url: str | None, settings: Settings | None) -> Settings:
     if settings is not None:
         return settings
     return Settings() if url is None else Settings(url=SecretStr(url))
+
+
+class _Scope(AbstractContextManager[UnitOfWork]):
+    """The block of one unit of work; a class, since generators as context managers cost several times as much."""
+
+    def __init__(self, pool: Pool, characteristics: Characteristics, slow: float, *, commits: bool) -> None:
+        self._pool = pool
+        self._characteristics = characteristics
+        self._slow = slow
+        self._commits = commits
+
+    def __enter__(self) -> UnitOfWork:
+        self._begun = time.monotonic()
+        self._connection = self._pool.take(self._characteristics)
+        self._uow = UnitOfWork(self._connection)
+        return self._uow
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._commits:
+                self._uow.commit()
+        finally:
+            try:
+                self._uow.close()
+            finally:
+                self._pool.give_back(self._connection)
+            log_if_slow(time.monotonic() - self._begun, self._slow)

@@ -11,6 +11,7 @@ import sqlalchemy
 from sqlalchemy.orm import Session
 
 from mesh_storage.connection import Connection
+from mesh_storage.errors import MeshStorageError
 from mesh_storage.repositories import (
     ConsensusLogRepository,
     MeshRepository,
@@ -145,5 +146,9 @@ class UnitOfWork:
             self._session.close()
 
     def _flush(self, session: Session) -> None:
-        with self._connection.translated():
+        try:
             session.flush()
+        except MeshStorageError:
+            raise
+        except Exception as error:
+            raise self._connection.failed(error) from error

@@ -106,9 +106,9 @@ def twin_of_method(method: FunctionType, model: str) -> str:
             raise TypeError(f"{method.__qualname__}: a generator needs a batch_size")
         returns = f"Async{returns}"
         generator = f"self._repository.{name}({', '.join(passed)})"
-        body = f"async for item in self._bridge.stream({generator}, batch_size):\n            yield item"
+        body = f"async for item in self._stream({generator}, batch_size):\n            yield item"
     else:
-        body = f"return await self._bridge.call({', '.join([f'self._repository.{name}', *passed])})"
+        body = f"return await self._call({', '.join([f'self._repository.{name}', *passed])})"
     doc = textwrap.indent(inspect.getdoc(method) or "", " " * 8).strip()
     end = "\n        " if "\n" in doc else ""
     return f'\n    async def {name}({", ".join(head)}) -> {returns}:\n        """{doc}{end}"""\n        {body}'

@@ -1,7 +1,7 @@
 """How sync code runs over an asyncio connection: SQLAlchemy's greenlet bridge, crossed once a call.
 
 The repositories and the connection of a unit of work stay sync. Where they would wait for the database, the bridge lets
-the event loop go on; that place is the executor, and SQLAlchemy's own begin and commit.
+the event loop go on; that place is the driver, and SQLAlchemy's own statements for sessions and savepoints.
 """
 
 from __future__ import annotations
@@ -11,61 +11,94 @@ from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import psycopg
-import sqlalchemy
+from psycopg.pq import TransactionStatus
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh_storage.connection import Executor, Parameters, Row
+from mesh_storage.driver import Liveness, Mode, Parameters, Row
 
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Bridge:
-    """The way across for one connection."""
+class BridgedDriver:
+    """The driver over psycopg's asyncio connection; its methods are called on the sync side of the bridge."""
 
     def __init__(self, connection: AsyncConnection) -> None:
-        self._connection = connection
+        assert connection.sync_connection is not None, "the connection was just made"
+        self.sqlalchemy = connection.sync_connection
+        self.mode = Mode()
+        self._bridge = connection
+        adapted: Any = self.sqlalchemy.connection.dbapi_connection
+        self._adapted = adapted
+        self._connection: psycopg.AsyncConnection[Row] = self._adapted.driver_connection
+        self._cursor: psycopg.AsyncCursor[Row] = self._connection.cursor(binary=True)
+        self.liveness = Liveness(self.sqlalchemy)
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a sync function that may use the connection."""
-        return await self._connection.run_sync(lambda _: function(*args, **kwargs))
+        """Cross the bridge: call a sync function that may use the connection."""
+        return await self._bridge.run_sync(lambda _: function(*args, **kwargs))
 
-    async def stream(self, generator: Generator[T], batch_size: int) -> AsyncGenerator[T]:
-        """Give what a sync generator gives, crossing once for each batch of its own."""
-        while True:
-            batch = await self.call(_take, generator, batch_size)
-            for item in batch:
-                yield item
-            if len(batch) < batch_size:
-                return
+    def status(self) -> TransactionStatus:
+        """Ask for the state of the transaction."""
+        return TransactionStatus(self._connection.pgconn.transaction_status)
+
+    def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
+        """Execute a statement."""
+        return self._wait(self._run(sql, parameters))
+
+    def commit(self) -> None:
+        """Commit."""
+        self._wait(self._connection.commit())
+
+    def rollback(self) -> None:
+        """Roll back."""
+        self._wait(self._connection.rollback())
+
+    def switch(self, mode: Mode) -> None:
+        """Change the mode."""
+        self._wait(self._switch(mode))
+
+    def discard(self) -> None:
+        """End the connection."""
+        if not self.sqlalchemy.closed:
+            self.sqlalchemy.invalidate()
+            self.sqlalchemy.close()
+
+    async def _run(self, sql: bytes, parameters: Parameters | None) -> tuple[list[Row], int]:
+        cursor = self._cursor
+        await cursor.execute(sql, parameters)
+        return ([] if cursor.rownumber is None else await cursor.fetchall()), cursor.rowcount
+
+    async def _switch(self, mode: Mode) -> None:
+        await self._connection.set_autocommit(mode.autocommit)
+        await self._connection.set_isolation_level(mode.level)
+        await self._connection.set_read_only(mode.read_only)
+        self.mode = mode
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        def begin(_driver: object) -> Coroutine[Any, Any, T]:
+            return work
+
+        result: T = self._adapted.run_async(begin)
+        return result
 
 
 class AsyncRepository(Generic[R]):
     """The asyncio twin of a repository."""
 
-    def __init__(self, repository: R, bridge: Bridge) -> None:
+    def __init__(self, repository: R, driver: BridgedDriver) -> None:
         self._repository = repository
-        self._bridge = bridge
+        self._call = driver.call
 
-
-def executor(connection: sqlalchemy.Connection) -> Executor:
-    """Make the executor of psycopg's asyncio connection, with one cursor for all statements."""
-    adapted: Any = connection.connection.dbapi_connection
-    cursor: psycopg.AsyncCursor[Row] = adapted.driver_connection.cursor(binary=True)
-
-    async def run(sql: bytes, parameters: Parameters | None) -> tuple[list[Row], int]:
-        await cursor.execute(sql, parameters)
-        return (await cursor.fetchall() if cursor.description else []), cursor.rowcount
-
-    def execute(sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
-        def begin(_driver: object) -> Coroutine[Any, Any, tuple[list[Row], int]]:
-            return run(sql, parameters)
-
-        result: tuple[list[Row], int] = adapted.run_async(begin)
-        return result
-
-    return execute
+    async def _stream(self, generator: Generator[T], batch_size: int) -> AsyncGenerator[T]:
+        """Give what a sync generator gives, crossing once for each batch of its own."""
+        while True:
+            batch = await self._call(_take, generator, batch_size)
+            for item in batch:
+                yield item
+            if len(batch) < batch_size:
+                return
 
 
 def _take(generator: Generator[T], size: int) -> list[T]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import Coroutine
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 
-from mesh_storage.aio.bridge import Bridge, executor
+from mesh_storage.aio.bridge import BridgedDriver
 from mesh_storage.connection import Characteristics, Connection
-from mesh_storage.engine import connect_before, engine_arguments, watch_connections
-from mesh_storage.errors import ClosedError, StorageTimeoutError, translate
-from mesh_storage.pool import exhausted
+from mesh_storage.engine import connect_before, engine_arguments, limit_connecting
+from mesh_storage.errors import ClosedError
+from mesh_storage.pool import exhausted, unreachable, wait_limit
 from mesh_storage.server import Server
 from mesh_storage.settings import Settings
 
@@ -28,14 +27,13 @@ class AsyncPool:
         """Connections that are lent at this moment."""
         self.closed = False
         self._timeout = settings.pool_timeout
-        self._engine = create_async_engine(**engine_arguments(settings, server.connect))
-        watch_connections(self._engine.sync_engine)
-        self._reading_engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._engine = create_async_engine(**engine_arguments(server.connect))
+        limit_connecting(self._engine.sync_engine)
+        self._idle: deque[BridgedDriver] = deque()
         self._free = asyncio.Semaphore(self.size)
 
-    @asynccontextmanager
-    async def connection(self, characteristics: Characteristics) -> AsyncGenerator[tuple[Connection, Bridge]]:
-        """Lend a connection for a block, and the bridge to it.
+    async def take(self, characteristics: Characteristics) -> tuple[Connection, BridgedDriver]:
+        """Lend a connection, and the driver that is the bridge to it; `give_back` must follow.
 
         Raises:
             ClosedError: The pool was closed.
@@ -44,61 +42,67 @@ class AsyncPool:
         """
         characteristics.check()
         deadline = characteristics.deadline()
-        await self._wait_for_one(characteristics.timeout)
+        if self.closed:
+            raise ClosedError("this storage is closed; open another one")
         try:
-            raw = await self._connect(characteristics, deadline)
+            async with asyncio.timeout(wait_limit(self._timeout, characteristics.timeout)):
+                await self._free.acquire()
+        except TimeoutError:
+            raise exhausted(self.size, self._timeout, characteristics.timeout) from None
+        driver = None
+        try:
+            driver = await self._driver(deadline)
+            if driver.mode != characteristics.mode:
+                await driver.call(driver.switch, characteristics.mode)
         except BaseException:
+            if driver is not None:
+                await finish(driver.call(driver.discard))
             self._free.release()
             raise
         self.in_use += 1
-        bridge = Bridge(raw)
-        connection: Connection | None = None
-        try:
-            connection = await bridge.call(_lend, raw, characteristics, deadline)
-            yield connection, bridge
-        finally:
-            await finish(self._take_back(raw, connection))
+        return Connection(driver, characteristics, deadline), driver
+
+    async def give_back(self, connection: Connection, driver: BridgedDriver) -> None:
+        """Take a connection back; what was not committed is rolled back, also when this task is cancelled meanwhile."""
+        if connection.settled() and not self.closed:
+            connection.close()
+            self._keep(connection, driver)
+        else:
+            await finish(self._clean(connection, driver))
 
     async def close(self) -> None:
         """Close the connections that are not lent; the others are closed when they come back."""
         self.closed = True
-        await self._engine.dispose()
+        while self._idle:
+            driver = self._idle.pop()
+            await driver.call(driver.discard)
 
-    async def _wait_for_one(self, timeout: float | None) -> None:
-        if self.closed:
-            raise ClosedError("this storage is closed; open another one")
-        wait = self._timeout if timeout is None else min(self._timeout, timeout)
+    async def _clean(self, connection: Connection, driver: BridgedDriver) -> None:
         try:
-            async with asyncio.timeout(wait):
-                await self._free.acquire()
-        except TimeoutError:
-            raise exhausted(self.size, self._timeout, timeout) from None
+            await driver.call(connection.close)
+            if self.closed or not connection.reusable():
+                await driver.call(driver.discard)
+        finally:
+            self._keep(connection, driver)
 
-    async def _connect(self, characteristics: Characteristics, deadline: float | None) -> AsyncConnection:
-        engine = self._reading_engine if characteristics.autocommit else self._engine
+    def _keep(self, connection: Connection, driver: BridgedDriver) -> None:
+        if connection.reusable():
+            self._idle.append(driver)
+        self.in_use -= 1
+        self._free.release()
+
+    async def _driver(self, deadline: float | None) -> BridgedDriver:
+        """Take the idle connection that was used last, or make one."""
+        while self._idle:
+            driver = self._idle.pop()
+            if driver.liveness.usable():
+                return driver
+            await driver.call(driver.discard)
         try:
             with connect_before(deadline):
-                return await engine.connect()
+                return BridgedDriver(await self._engine.connect())
         except Exception as error:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise StorageTimeoutError("the time was over before the server answered") from error
-            raise translate(error) from error
-
-    async def _take_back(self, raw: AsyncConnection, connection: Connection | None) -> None:
-        try:
-            if connection is None:
-                await raw.close()
-            else:
-                await Bridge(raw).call(connection.close, discard=self.closed)
-        finally:
-            self.in_use -= 1
-            self._free.release()
-
-
-def _lend(raw: AsyncConnection, characteristics: Characteristics, deadline: float | None) -> Connection:
-    sync = raw.sync_connection
-    assert sync is not None, "the connection was just made"
-    return Connection(characteristics.apply(sync), characteristics, deadline=deadline, executor=executor(sync))
+            raise unreachable(error, deadline) from error
 
 
 _finishing: set[asyncio.Task[None]] = set()

@@ -6,15 +6,16 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Self, TypeVar
 
 from mesh_storage import health, schema
 from mesh_storage.aio.pool import AsyncPool, finish
 from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
-from mesh_storage.connection import Characteristics, Durability, Isolation
+from mesh_storage.connection import Characteristics, Durability
+from mesh_storage.driver import Isolation
 from mesh_storage.errors import ClosedError, MeshStorageError
 from mesh_storage.health import Health
 from mesh_storage.retry import check_attempts, log_if_slow, pause
@@ -87,46 +88,35 @@ class AsyncMeshStorage:
         """
         return Opening(choose_settings(url, settings))
 
-    @asynccontextmanager
-    async def unit_of_work(
+    def unit_of_work(
         self,
         *,
         read_only: bool = False,
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
-    ) -> AsyncGenerator[AsyncUnitOfWork]:
+    ) -> AbstractAsyncContextManager[AsyncUnitOfWork]:
         """Open a unit of work, which is rolled back at the end of the block unless `commit()` was called.
 
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
-        begun = time.monotonic()
-        async with self._pool.connection(Characteristics(read_only, isolation, durability, timeout)) as lent:
-            uow = AsyncUnitOfWork(*lent)
-            try:
-                yield uow
-            finally:
-                await uow.close()
-        log_if_slow(time.monotonic() - begun, self._settings.slow_unit_of_work)
+        characteristics = Characteristics(read_only, isolation, durability, timeout)
+        return _Scope(self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
 
-    @asynccontextmanager
-    async def begin(
+    def begin(
         self,
         *,
         read_only: bool = False,
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
-    ) -> AsyncGenerator[AsyncUnitOfWork]:
+    ) -> AbstractAsyncContextManager[AsyncUnitOfWork]:
         """Open a unit of work that is committed at the end of the block, and rolled back when the block raises.
 
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
-        async with self.unit_of_work(
-            read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
-        ) as uow:
-            yield uow
-            await uow.commit()
+        characteristics = Characteristics(read_only, isolation, durability, timeout)
+        return _Scope(self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
 
     async def run(
         self,
@@ -165,9 +155,11 @@ class AsyncMeshStorage:
         """
         size, in_use = self._pool.size, self._pool.in_use
         try:
-            async with self._pool.connection(Characteristics(read_only=True, timeout=health.TIMEOUT_S)) as lent:
-                connection, bridge = lent
-                return await bridge.call(health.examine, connection, pool_size=size, pool_in_use=in_use)
+            lent = await self._pool.take(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
+            try:
+                return await lent[1].call(health.examine, lent[0], pool_size=size, pool_in_use=in_use)
+            finally:
+                await self._pool.give_back(*lent)
         except ClosedError:
             raise
         except MeshStorageError as error:
@@ -192,6 +184,35 @@ class AsyncMeshStorage:
         await self._pool.close()
         await asyncio.to_thread(self._finalizer)
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
+
+
+class _Scope(AbstractAsyncContextManager[AsyncUnitOfWork]):
+    """The block of one unit of work; a class, since generators as context managers cost several times as much."""
+
+    def __init__(self, pool: AsyncPool, characteristics: Characteristics, slow: float, *, commits: bool) -> None:
+        self._pool = pool
+        self._characteristics = characteristics
+        self._slow = slow
+        self._commits = commits
+
+    async def __aenter__(self) -> AsyncUnitOfWork:
+        self._begun = time.monotonic()
+        self._lent = await self._pool.take(self._characteristics)
+        self._uow = AsyncUnitOfWork(*self._lent)
+        return self._uow
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._commits:
+                await self._uow.commit()
+        finally:
+            try:
+                await self._uow.close()
+            finally:
+                await self._pool.give_back(*self._lent)
+            log_if_slow(time.monotonic() - self._begun, self._slow)
 
 
 def _prepare(settings: Settings) -> Server:

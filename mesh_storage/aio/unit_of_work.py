@@ -8,7 +8,7 @@ from functools import cached_property
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from mesh_storage.aio.bridge import Bridge
+from mesh_storage.aio.bridge import BridgedDriver
 from mesh_storage.aio.pool import finish
 from mesh_storage.aio.repositories import (
     AsyncConsensusLogRepository,
@@ -31,55 +31,55 @@ class AsyncUnitOfWork:
     It belongs to one task. All else is as in `mesh_storage.UnitOfWork`.
     """
 
-    def __init__(self, connection: Connection, bridge: Bridge) -> None:
+    def __init__(self, connection: Connection, driver: BridgedDriver) -> None:
         self._uow = UnitOfWork(connection)
         self._connection = connection
-        self._bridge = bridge
+        self._driver = driver
 
     @cached_property
     def meshes(self) -> AsyncMeshRepository:
         """The meshes."""
-        return AsyncMeshRepository(self._uow.meshes, self._bridge)
+        return AsyncMeshRepository(self._uow.meshes, self._driver)
 
     @cached_property
     def nodes(self) -> AsyncNodeRepository:
         """The nodes."""
-        return AsyncNodeRepository(self._uow.nodes, self._bridge)
+        return AsyncNodeRepository(self._uow.nodes, self._driver)
 
     @cached_property
     def routes(self) -> AsyncRouteRepository:
         """The configured routes between nodes."""
-        return AsyncRouteRepository(self._uow.routes, self._bridge)
+        return AsyncRouteRepository(self._uow.routes, self._driver)
 
     @cached_property
     def messages(self) -> AsyncMessageRepository:
         """The messages."""
-        return AsyncMessageRepository(self._uow.messages, self._bridge)
+        return AsyncMessageRepository(self._uow.messages, self._driver)
 
     @cached_property
     def state(self) -> AsyncStateRepository:
         """The shared state."""
-        return AsyncStateRepository(self._uow.state, self._bridge)
+        return AsyncStateRepository(self._uow.state, self._driver)
 
     @cached_property
     def node_states(self) -> AsyncNodeStateRepository:
         """The runtime states of the nodes."""
-        return AsyncNodeStateRepository(self._uow.node_states, self._bridge)
+        return AsyncNodeStateRepository(self._uow.node_states, self._driver)
 
     @cached_property
     def consensus_log(self) -> AsyncConsensusLogRepository:
         """The consensus log."""
-        return AsyncConsensusLogRepository(self._uow.consensus_log, self._bridge)
+        return AsyncConsensusLogRepository(self._uow.consensus_log, self._driver)
 
     @cached_property
     def routing_table(self) -> AsyncRoutingTableRepository:
         """The routing table."""
-        return AsyncRoutingTableRepository(self._uow.routing_table, self._bridge)
+        return AsyncRoutingTableRepository(self._uow.routing_table, self._driver)
 
     @cached_property
     def runtime_config(self) -> AsyncRuntimeConfigRepository:
         """The runtime configuration."""
-        return AsyncRuntimeConfigRepository(self._uow.runtime_config, self._bridge)
+        return AsyncRuntimeConfigRepository(self._uow.runtime_config, self._driver)
 
     @cached_property
     def session(self) -> AsyncSession:
@@ -99,27 +99,28 @@ class AsyncUnitOfWork:
             MeshStorageError: A call failed before and its error was caught; everything was rolled back.
             UnavailableError: The connection was lost; if that was during the commit, it may have been made or not.
         """
-        await self._bridge.call(self._uow.commit)
+        await self._driver.call(self._uow.commit)
 
     async def rollback(self) -> None:
         """Undo everything since the last commit."""
-        await finish(self._bridge.call(self._uow.rollback))
+        await finish(self._driver.call(self._uow.rollback))
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[None]:
         """Undo only what the block did if it raises, so that the unit of work can go on after the error is caught."""
         savepoint = self._uow.savepoint()
-        await self._bridge.call(savepoint.__enter__)
+        await self._driver.call(savepoint.__enter__)
         try:
             yield
         except BaseException as error:
-            await finish(self._bridge.call(_leave, savepoint, error))
+            await finish(self._driver.call(_leave, savepoint, error))
             raise
-        await self._bridge.call(savepoint.__exit__, None, None, None)
+        await self._driver.call(savepoint.__exit__, None, None, None)
 
     async def close(self) -> None:
         """Let the session go; the connection rolls back when its own block ends."""
-        await finish(self._bridge.call(self._uow.close))
+        if "session" in vars(self):
+            await finish(self._driver.call(self._uow.close))
 
 
 def _leave(savepoint: AbstractContextManager[None], error: BaseException) -> None:

@@ -11,10 +11,11 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from sqlalchemy import ARRAY, Column, Integer, Table, TableValuedAlias, bindparam, delete, func, select
 from sqlalchemy.types import TypeEngine
 
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.errors import InvalidInputError, NotFoundError
 from mesh_storage.models.base import Base, attribute_names, loader, table_of
 from mesh_storage.repositories import checks
+from mesh_storage.statement import Statement
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Base)

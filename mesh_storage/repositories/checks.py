@@ -86,6 +86,11 @@ def flag(field: str, value: object) -> bool:
     return value
 
 
+def optional(check: Check) -> Check:
+    """Let a check pass None."""
+    return lambda value: None if value is None else check(value)
+
+
 def of_column(field: str, column: Column[Any]) -> Check:
     """Make the check of a column's type."""
     kind = column.type

@@ -14,11 +14,12 @@ from sqlalchemy import BigInteger, Text, bindparam, cast, delete, desc, literal_
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from mesh_storage import jsonb
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.errors import ConflictError, InvalidInputError
 from mesh_storage.models import JSON, LogEntry
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import Aggregate, Repository, rows_of
+from mesh_storage.statement import Statement
 
 _LOG = Aggregate(LogEntry)
 _TABLE = _LOG.table

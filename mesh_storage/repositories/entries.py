@@ -9,10 +9,11 @@ from sqlalchemy import Column, ColumnElement, Text, bindparam, cast, func, selec
 from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
 
 from mesh_storage import jsonb
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, rows_of
+from mesh_storage.statement import Statement
 
 
 class Entries(Aggregate[M]):

@@ -11,11 +11,12 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.sql.dml import ReturningInsert
 from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.errors import InvalidInputError, NotFoundError
 from mesh_storage.models.base import new_id
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, rows_of
+from mesh_storage.statement import Statement
 
 _TIMES = ("created", "updated")
 

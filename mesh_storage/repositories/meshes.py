@@ -8,11 +8,12 @@ import secrets
 
 from sqlalchemy import bindparam, func, select, update
 
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.errors import NotFoundError
 from mesh_storage.models import Mesh
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.infrastructure import Infrastructure, InfrastructureRepository
+from mesh_storage.statement import Statement
 
 _MESHES = Infrastructure(Mesh, prefix="mesh", kept=("join_key_hash",))
 _TABLE = _MESHES.table

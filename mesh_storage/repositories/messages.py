@@ -8,17 +8,19 @@ from typing import Any
 from sqlalchemy import ARRAY, BigInteger, Column, ColumnElement, Text, bindparam, func, select, tuple_
 from sqlalchemy.dialects.postgresql import insert
 
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.errors import AlreadyExistsError, ConflictError, InvalidInputError
 from mesh_storage.models import Message
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import LIMIT, Aggregate, KeyedRepository, Listing, Page, Position, rows_of
+from mesh_storage.statement import Statement
 
 _MESSAGES = Aggregate(Message)
 _TABLE = _MESSAGES.table
 _COLUMNS: list[Column[Any]] = [_TABLE.c.id, _TABLE.c.from_node, _TABLE.c.to_node, _TABLE.c.content, _TABLE.c.timestamp]
 _TIMES: list[Column[Any]] = [_TABLE.c.timestamp, _TABLE.c.created_at]
 _CHECKS = {column.name: checks.of_column(f"Message.{column.name}", column) for column in _COLUMNS}
+_CHECKS["timestamp"] = checks.optional(_CHECKS["timestamp"])
 _CLOCK = func.extract("epoch", func.now()).cast(BigInteger)
 
 _VALUES: dict[Column[Any], ColumnElement[Any]] = {column: bindparam(column.name) for column in _COLUMNS}
@@ -79,7 +81,7 @@ class MessageRepository(KeyedRepository[Message]):
                 if not _same(found, values):
                     raise AlreadyExistsError(f"another message is stored under {message.id!r}")
                 row = (found.timestamp, found.created_at)
-            message.timestamp, message.created_at = row
+            vars(message).update(timestamp=row[0], created_at=row[1])
             return message
         raise ConflictError(f"others store and delete {message.id!r} at this moment", retryable=True)
 
@@ -166,11 +168,9 @@ class MessageRepository(KeyedRepository[Message]):
 def _checked(message: Message) -> dict[str, Any]:
     if not isinstance(message, Message):
         raise InvalidInputError(f"message must be a Message, not {type(message).__name__}", field="message")
-    values: dict[str, Any] = {}
-    for name, check in _CHECKS.items():
-        value = getattr(message, name)
-        values[name] = None if value is None and name == "timestamp" else check(value)
-    return values
+    # Straight from the instance: a new message has nothing to load, and instrumented access costs five times that.
+    given = vars(message)
+    return {name: check(given.get(name)) for name, check in _CHECKS.items()}
 
 
 def _same(found: Message, values: dict[str, Any]) -> bool:

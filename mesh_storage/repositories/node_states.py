@@ -9,12 +9,13 @@ from sqlalchemy import Interval, bindparam, func, literal_column, select
 from sqlalchemy.dialects.postgresql import insert
 
 from mesh_storage import jsonb
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.errors import ConflictError, InvalidInputError
 from mesh_storage.models import JSON, NodeState
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import LIMIT, MAX_ROWS
 from mesh_storage.repositories.entries import Entries, EntryRepository
+from mesh_storage.statement import Statement
 
 _NODE_STATES = Entries(NodeState)
 _TABLE = _NODE_STATES.table

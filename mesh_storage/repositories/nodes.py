@@ -7,12 +7,13 @@ from typing import Any
 
 from sqlalchemy import Column, Text, bindparam, func, select
 
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.models import Node, NodeState
 from mesh_storage.models.base import loader, table_of
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import LIMIT, Listing, Page, Position
 from mesh_storage.repositories.infrastructure import Infrastructure, InfrastructureRepository
+from mesh_storage.statement import Statement
 
 _NODES = Infrastructure(Node, prefix="node")
 _TABLE = _NODES.table

@@ -7,10 +7,11 @@ from typing import Any
 
 from sqlalchemy import bindparam, collate, func, select
 
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import LIMIT, Listing, M, Page, Position
 from mesh_storage.repositories.entries import Entries, EntryRepository
+from mesh_storage.statement import Statement
 
 _LAST_CHARACTER = "\U0010ffff"
 _SURROGATES = range(0xD800, 0xE000)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from sqlalchemy import bindparam, select, union_all
 
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.models import Route
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.infrastructure import Infrastructure, InfrastructureRepository
+from mesh_storage.statement import Statement
 
 _ROUTES = Infrastructure(Route, prefix="route")
 _TABLE = _ROUTES.table

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from sqlalchemy import Text, delete, select, text
 
-from mesh_storage.connection import Connection, Statement
+from mesh_storage.connection import Connection
 from mesh_storage.models import JSON, RoutingEntry
 from mesh_storage.repositories.base import rows_of
 from mesh_storage.repositories.entries import Entries, EntryRepository
+from mesh_storage.statement import Statement
 
 _ROUTING_TABLE = Entries(RoutingEntry)
 _TABLE = _ROUTING_TABLE.table

@@ -1,0 +1,141 @@
+"""One connection to the server as psycopg has it: statements, transaction and state.
+
+The cursor, and the SQLAlchemy connection around it, are made once and serve many units of work: to check a connection
+out of SQLAlchemy's pool and to make its result objects costs more than most statements.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import psycopg
+import sqlalchemy
+from psycopg import IsolationLevel
+from psycopg.pq import TransactionStatus
+
+Row = tuple[Any, ...]
+Parameters = Mapping[str, Any]
+Isolation = Literal["read committed", "repeatable read", "serializable"]
+
+_LEVELS: dict[Isolation | None, IsolationLevel | None] = {
+    None: None,
+    "read committed": IsolationLevel.READ_COMMITTED,
+    "repeatable read": IsolationLevel.REPEATABLE_READ,
+    "serializable": IsolationLevel.SERIALIZABLE,
+}
+
+
+class Mode(NamedTuple):
+    """How psycopg begins the next transaction, if it does."""
+
+    autocommit: bool = False
+    isolation: Isolation | None = None
+    read_only: bool | None = None
+
+    @property
+    def level(self) -> IsolationLevel | None:
+        """The isolation level as psycopg has it."""
+        return _LEVELS[self.isolation]
+
+
+class Liveness:
+    """Whether a connection may be used again after nobody used it for a while.
+
+    Nothing is under way on such a connection, so a socket that is readable holds the server's last words or the end of
+    the stream. An old one is replaced, so that a failover or a new address is found in the end.
+    """
+
+    _LONGEST_LIFE_S = 1800
+
+    def __init__(self, connection: sqlalchemy.Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        self._driver = driver
+        self._born = time.monotonic()
+        self._poll = select.poll()
+        self._poll.register(driver.fileno(), select.POLLIN)
+
+    def usable(self) -> bool:
+        """Look at the socket, without a round trip."""
+        return not (self._driver.closed or self._poll.poll(0) or time.monotonic() - self._born > self._LONGEST_LIFE_S)
+
+
+class Driver(Protocol):
+    """What a unit of work needs of a connection; the asyncio side has its own."""
+
+    sqlalchemy: sqlalchemy.Connection
+    """The SQLAlchemy connection over the same connection to the server."""
+    mode: Mode
+    """The mode that it is in."""
+    liveness: Liveness
+
+    def status(self) -> TransactionStatus:
+        """Ask for the state of the transaction; UNKNOWN means that the connection is lost."""
+        ...
+
+    def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
+        """Execute a statement; give its rows, and how many it found or changed."""
+        ...
+
+    def commit(self) -> None:
+        """Commit the transaction."""
+        ...
+
+    def rollback(self) -> None:
+        """Roll the transaction back."""
+        ...
+
+    def switch(self, mode: Mode) -> None:
+        """Change the mode, between transactions; costs no round trip."""
+        ...
+
+    def discard(self) -> None:
+        """End the connection, which is lost or in doubt."""
+        ...
+
+
+class BlockingDriver:
+    """The driver over psycopg's blocking connection."""
+
+    def __init__(self, connection: sqlalchemy.Connection) -> None:
+        self.sqlalchemy = connection
+        self.mode = Mode()
+        driver: Any = connection.connection.driver_connection
+        self._connection: psycopg.Connection[Row] = driver
+        self._pgconn = self._connection.pgconn
+        self._cursor: psycopg.Cursor[Row] = self._connection.cursor(binary=True)
+        self.liveness = Liveness(connection)
+
+    def status(self) -> TransactionStatus:
+        """Ask for the state of the transaction."""
+        return TransactionStatus(self._pgconn.transaction_status)
+
+    def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
+        """Execute a statement."""
+        cursor = self._cursor
+        cursor.execute(sql, parameters)
+        # A row number is there when rows are; the description would have to be made.
+        return ([] if cursor.rownumber is None else cursor.fetchall()), cursor.rowcount
+
+    def commit(self) -> None:
+        """Commit."""
+        self._connection.commit()
+
+    def rollback(self) -> None:
+        """Roll back."""
+        self._connection.rollback()
+
+    def switch(self, mode: Mode) -> None:
+        """Change the mode."""
+        self._connection.autocommit = mode.autocommit
+        self._connection.isolation_level = mode.level
+        self._connection.read_only = mode.read_only
+        self.mode = mode
+
+    def discard(self) -> None:
+        """End the connection."""
+        if not self.sqlalchemy.closed:
+            self.sqlalchemy.invalidate()
+            self.sqlalchemy.close()

@@ -1,0 +1,28 @@
+"""A SQL statement that is compiled once: building and compiling it for each call would cost more than running it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import sqlalchemy
+from sqlalchemy.engine import make_url
+from sqlalchemy.sql import Executable
+from sqlalchemy.sql.elements import CompilerElement
+
+
+class Statement:
+    """A SQL statement made of SQLAlchemy's Core elements, compiled at its first use."""
+
+    def __init__(self, element: Executable, *, writes: bool | None = None) -> None:
+        """Take the elements; whether they write is seen from their kind, but for a select with a writing CTE."""
+        self._element = element
+        self.writes = not isinstance(element, sqlalchemy.SelectBase) if writes is None else writes
+
+    @cached_property
+    def sql(self) -> bytes:
+        """The SQL in psycopg's form, its parameters by name."""
+        assert isinstance(self._element, CompilerElement)
+        compiled = self._element.compile(dialect=make_url("postgresql+psycopg://").get_dialect()())
+        fixed = [name for name, value in (compiled.params or {}).items() if value is not None]
+        assert not fixed, f"make {fixed} a named parameter or a literal of the statement"
+        return str(compiled).encode()
