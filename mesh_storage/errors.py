@@ -164,8 +164,14 @@ def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:
     message = f"{inspect.getdoc(kind)} PostgreSQL says {error.diag.message_primary!r} (SQLSTATE {sqlstate}"
     message += f", constraint {constraint})" if constraint else ")"
     if kind is InvalidInputError:
-        return InvalidInputError(message, field=column or constraint, sqlstate=sqlstate, constraint=constraint)
+        return InvalidInputError(message, field=column or _field(error), sqlstate=sqlstate, constraint=constraint)
     return kind(message, sqlstate=sqlstate, constraint=constraint)
+
+
+def _field(error: psycopg.Error) -> str | None:
+    """Find the field in the name of a check constraint, which the naming convention makes of table and field."""
+    table, constraint = error.diag.table_name, error.diag.constraint_name
+    return constraint and constraint.removeprefix(f"{table}_").removesuffix("_check")
 
 
 def _unavailable(error: psycopg.OperationalError) -> str:

@@ -23,6 +23,7 @@ MAX_DEPTH = 200
 _EXPONENT_FROM = 1e16
 """From here on, repr() and so JSON write a float with an exponent."""
 
+_encode_sorted = json.JSONEncoder(sort_keys=True).encode
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -39,6 +40,11 @@ def dumps(value: JSON, field: str = "value") -> str:
         return _spell_out(value) if exponents else _encode(value)
     except ValueError:  # The interpreter's own limit on the digits of an integer.
         raise InvalidInputError(f"{field} holds an integer of too many digits", field=field) from None
+
+
+def same(one: JSON, other: JSON) -> bool:
+    """Say whether two JSON values are equal and of one type: 1, 1.0 and true are equal for Python alone."""
+    return _encode_sorted(one) == _encode_sorted(other)
 
 
 def loads(text: str | bytes) -> JSON:

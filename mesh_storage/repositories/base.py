@@ -82,8 +82,8 @@ class Listing(Generic[T]):
     def _decode(self, cursor: str) -> Position:
         try:
             values: list[Any] = json.loads(base64.b64decode(cursor, altchars=b"-_", validate=True))
-            fits = tuple(map(type, values)) == self._shape
-        except (TypeError, ValueError):
+            fits = isinstance(values, list) and tuple(map(type, values)) == self._shape
+        except (TypeError, ValueError, RecursionError):
             values, fits = [], False
         if not fits:
             raise InvalidInputError("after must be the `next` of a page of this listing", field="after")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import BigInteger, Boolean, Column, DateTime, Integer, LargeBinary, Numeric, String
 from sqlalchemy.dialects.postgresql import JSONB
@@ -16,12 +15,18 @@ from mesh_storage import jsonb
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.jsonb import check_text
 
+T = TypeVar("T")
+
 Check: TypeAlias = Callable[[Any], Any]
 """Takes a value as the caller gave it and returns it as it is sent, or raises InvalidInputError."""
 
 INT64_MAX = 2**63 - 1
 INT64_MIN = -(2**63)
 _INT32_MAX = 2**31 - 1
+
+# Of a numeric, before and behind the decimal point (manual, 8.1).
+_NUMERIC_DIGITS = 131_072
+_NUMERIC_SCALE = 16_383
 
 _ULID = re.compile(r"[a-z]{2,10}_[0-9A-HJKMNP-TV-Z]{26}\Z")
 
@@ -65,9 +70,13 @@ def number(field: str, value: object) -> Decimal:
     """Check a number of zero or more; a float is kept as the exact decimal that it is."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise InvalidInputError(f"{field} must be a Decimal, int or float, not {type(value).__name__}", field=field)
-    if not math.isfinite(value) or value < 0:
+    decimal = Decimal(value)
+    if not decimal.is_finite() or decimal < 0:
         raise InvalidInputError(f"{field} must be a finite number of 0 or more", field=field)
-    return Decimal(value)
+    _, digits, exponent = decimal.as_tuple()
+    if len(digits) + int(exponent) > _NUMERIC_DIGITS or -int(exponent) > _NUMERIC_SCALE:
+        raise InvalidInputError(f"{field} has more digits than PostgreSQL keeps", field=field)
+    return decimal
 
 
 def time(field: str, value: object) -> datetime:
@@ -76,7 +85,10 @@ def time(field: str, value: object) -> datetime:
         raise InvalidInputError(f"{field} must be a datetime, not {type(value).__name__}", field=field)
     if value.utcoffset() is None:
         raise InvalidInputError(f"{field} must have a time zone", field=field)
-    return value
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise InvalidInputError(f"{field} is outside of the years 1 to 9999 in UTC", field=field) from None
 
 
 def flag(field: str, value: object) -> bool:
@@ -84,6 +96,13 @@ def flag(field: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise InvalidInputError(f"{field} must be a bool, not {type(value).__name__}", field=field)
     return value
+
+
+def many(field: str, values: Iterable[T]) -> list[T]:
+    """Check that many things were given, and give them as a list."""
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+        raise InvalidInputError(f"{field} must be an iterable, not {type(values).__name__}", field=field)
+    return list(values)
 
 
 def optional(check: Check) -> Check:

@@ -2,7 +2,7 @@
 
 An index exists once, terms never fall, and there are no gaps. The unique index of the table decides between two
 appends of one index, and an append needs its predecessor, so that no lock is needed for them. What takes a
-predecessor away, or begins a log, locks the table against appends for its transaction.
+predecessor away locks the table against appends for its transaction; of those that begin a log, one goes first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from sqlalchemy import BigInteger, Text, bindparam, cast, delete, desc, literal_column, select, text
+from sqlalchemy import BigInteger, Text, bindparam, cast, delete, desc, func, literal_column, select, text
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from mesh_storage import jsonb
@@ -31,6 +31,11 @@ _FIRST = Statement(select(_TERM, _INDEX).order_by(_INDEX).limit(literal_column("
 _LAST_ENTRY = select(_TERM, _INDEX).order_by(desc(_INDEX)).limit(literal_column("1"))
 _LAST = Statement(_LAST_ENTRY)
 _LOCK = Statement(text("LOCK TABLE mesh_consensus_log IN SHARE ROW EXCLUSIVE MODE"))
+# An advisory lock, since a transaction that has tried to append holds a lock of the table already, and two that both
+# wanted a stronger one would wait for each other. "mesh_log" as a number.
+_LOCK_BEGINNING = Statement(
+    select(func.pg_advisory_xact_lock(literal_column(str(int.from_bytes(b"mesh_log"))))), writes=True
+)
 _DELETE = Statement(delete(_TABLE).where(_INDEX.between(bindparam("start"), bindparam("end"))))
 
 _ROWS = rows_of({"term": BigInteger(), "index": BigInteger(), "entry": Text()})
@@ -99,7 +104,7 @@ class ConsensusLogRepository(Repository[LogEntry]):
             ConflictError: As for `append`; the unit of work can only roll back if others appended meanwhile.
         """
         rows: list[tuple[int, int, str]] = []
-        for entry in entries:
+        for entry in checks.many("entries", entries):
             if not isinstance(entry, LogEntry):
                 raise InvalidInputError(f"entries must be LogEntry, not {type(entry).__name__}", field="entries")
             _check(entry.term, entry.index)
@@ -189,7 +194,7 @@ class ConsensusLogRepository(Repository[LogEntry]):
     def _append_behind_last(self, rows: Sequence[tuple[int, int, str]]) -> bool:
         last_term, last_index = self._end(_LAST)
         if not last_index:
-            self._connection.execute(_LOCK)
+            self._connection.execute(_LOCK_BEGINNING)
             last_term, last_index = self._end(_LAST)
             if not last_index:
                 self._connection.execute(_BEGIN, _arrays(rows))
@@ -204,7 +209,7 @@ class ConsensusLogRepository(Repository[LogEntry]):
             there = stored.get(index)
             if there is None:
                 raise ConflictError(f"index {index} is before the first entry of the log")
-            if there.term != term or there.entry != jsonb.loads(sent):
+            if there.term != term or not jsonb.same(there.entry, jsonb.loads(sent)):
                 raise ConflictError(f"index {index} holds another entry, of term {there.term}")
         rest = [row for row in rows if row[1] > last_index]
         if rest and rest[0][0] < last_term:

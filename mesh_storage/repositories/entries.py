@@ -67,9 +67,9 @@ class EntryRepository(KeyedRepository[M]):
         return self._entries.stored(key, sent, *row)
 
     def _put_many(self, entries: Mapping[str, object]) -> list[M]:
+        arrays = self._arrays(entries)
         if not entries:
             return []
-        arrays = self._arrays(entries)
         sent = dict(zip(arrays["key"], arrays["value"], strict=True))
         rows = self._connection.fetch_all(self._entries.put_many, arrays)
         stored = {row[0]: self._entries.stored(row[0], sent[row[0]], row[1], row[2]) for row in rows}

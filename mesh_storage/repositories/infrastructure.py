@@ -54,15 +54,15 @@ class Infrastructure(Aggregate[M]):
             .returning(self.columns["updated"])
         )
 
-    def values(self, entity: M) -> dict[str, Any]:
-        """Check an aggregate and give what is sent of it; a default stands in for None."""
+    def values(self, entity: M, *, new: bool = True) -> dict[str, Any]:
+        """Check an aggregate and give what is sent of it; a default stands in for None, a made id too if it is new."""
         if not isinstance(entity, self.model):
             raise InvalidInputError(f"a {self.name} is needed, not a {type(entity).__name__}", field=self.name)
         values: dict[str, Any] = {}
         for name, column in self.columns.items():
             value = getattr(entity, name)
             if value is None:
-                value = new_id(self.prefix) if name == "id" else self.defaults.get(name)
+                value = new_id(self.prefix) if new and name == "id" else self.defaults.get(name)
             values[name] = None if value is None and column.nullable else self.checks[name](value)
         return values
 
@@ -87,7 +87,7 @@ class InfrastructureRepository(KeyedRepository[M]):
 
     def add_many(self, entities: Iterable[M]) -> list[M]:
         """Add many in one statement, all or none, and give them back as `add` does."""
-        given = list(entities)
+        given = checks.many("entities", entities)
         rows = [self._infrastructure.values(entity) for entity in given]
         if not rows:
             return given
@@ -106,7 +106,7 @@ class InfrastructureRepository(KeyedRepository[M]):
             NotFoundError: It is not there.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
         """
-        values = self._infrastructure.values(entity)
+        values = self._infrastructure.values(entity, new=False)
         row = self._connection.fetch_one(self._infrastructure.update, values)
         if row is None:
             raise NotFoundError(self._infrastructure.name, values["id"])

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 
 from sqlalchemy import bindparam, func, select, update
 
 from mesh_storage.connection import Connection
-from mesh_storage.errors import NotFoundError
+from mesh_storage.errors import InvalidInputError, NotFoundError
 from mesh_storage.models import Mesh
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.infrastructure import Infrastructure, InfrastructureRepository
 from mesh_storage.statement import Statement
 
+
+def _check_hash(value: object) -> str:
+    """Refuse a join key in the place of its hash; the hash of another row, as in a copy, may pass."""
+    if not isinstance(value, str) or not _HASH.match(value):
+        raise InvalidInputError("Mesh.join_key_hash is made by set_join_key(), not set", field="Mesh.join_key_hash")
+    return value
+
+
+_HASH = re.compile(r"scrypt(\$\d+){3}(\$[0-9a-f]+){2}\Z")
 _MESHES = Infrastructure(Mesh, prefix="mesh", kept=("join_key_hash",))
+_MESHES.checks["join_key_hash"] = _check_hash
 _TABLE = _MESHES.table
 _BY_NAME = Statement(select(_TABLE).where(_TABLE.c.mesh_name == bindparam("name")))
 _SET_JOIN_KEY_HASH = Statement(

@@ -93,7 +93,7 @@ class MessageRepository(KeyedRepository[Message]):
             InvalidInputError: Names the field; nothing was stored.
         """
         by_id: dict[str, dict[str, Any]] = {}
-        for message in messages:
+        for message in checks.many("messages", messages):
             values = _checked(message)
             if by_id.setdefault(values["id"], values) != values:
                 raise AlreadyExistsError(f"two different messages are given for {values['id']!r}")
@@ -186,8 +186,10 @@ def _traffic(
     parameters: dict[str, Any] = {
         "time": checks.INT64_MIN if since is None else checks.integer("since", since),
         "id": "",
-        "last": checks.INT64_MAX if until is None else checks.integer("until", until, checks.INT64_MIN + 1) - 1,
+        "last": checks.INT64_MAX if until is None else checks.integer("until", until) - 1,
     }
+    if parameters["last"] < checks.INT64_MIN:  # Nothing is before the first second, and so nothing may be found.
+        parameters |= {"time": checks.INT64_MAX, "last": checks.INT64_MIN}
     for name, node in (("to_node", to_node), ("from_node", from_node)):
         if node is not None:
             parameters[name] = checks.text(name, node, 64)

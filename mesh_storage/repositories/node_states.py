@@ -28,6 +28,8 @@ _MERGE = Statement(
         where=func.jsonb_typeof(_TABLE.c.state) == literal_column("'object'"),
     ).returning(_TABLE)
 )
+_LONGEST_AGE = timedelta(days=365_000)
+
 # By design without an index: one on a time that each heartbeat changes would make each a costlier, non-HOT update.
 _STALE = Statement(
     select(_TABLE)
@@ -57,10 +59,10 @@ class NodeStateRepository(EntryRepository[NodeState]):
         Raises:
             ConflictError: The stored state is no JSON object.
         """
-        if not isinstance(patch, dict):
-            raise InvalidInputError("NodeState.patch must be a dict", field="patch")
+        if not isinstance(patch, Mapping):
+            raise InvalidInputError("patch must be a mapping", field="patch")
         key = self._aggregate.check_key(node_id)
-        merged = self._fetch_one(_MERGE, key=key, patch=jsonb.dumps(patch, "NodeState.patch"))
+        merged = self._fetch_one(_MERGE, key=key, patch=jsonb.dumps(dict(patch), "patch"))
         if merged is None:
             raise ConflictError(
                 "the stored state is no JSON object, so nothing can be merged into it; put() it instead"
@@ -72,7 +74,7 @@ class NodeStateRepository(EntryRepository[NodeState]):
 
         Reads the whole table, which is small beside the messages; see the note on heartbeats in docs/schema.md.
         """
-        if not isinstance(older_than, timedelta):
-            raise InvalidInputError("older_than must be a timedelta", field="older_than")
+        if not isinstance(older_than, timedelta) or abs(older_than) > _LONGEST_AGE:
+            raise InvalidInputError("older_than must be a timedelta of up to 1,000 years", field="older_than")
         checks.integer("limit", limit, 1, MAX_ROWS)
         return self._fetch_all(_STALE, older_than=older_than, limit=limit)

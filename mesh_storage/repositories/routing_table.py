@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sqlalchemy import Text, delete, select, text
+from sqlalchemy import Text, cast, delete, select, text
 
 from mesh_storage.connection import Connection
 from mesh_storage.models import JSON, RoutingEntry
@@ -22,8 +22,11 @@ _LOCK = Statement(text("LOCK TABLE mesh_routing_table IN SHARE ROW EXCLUSIVE MOD
 _KEPT = rows_of({"key": Text()})
 _DELETE_OTHERS = Statement(delete(_TABLE).where(_TABLE.c.destination.not_in(select(_KEPT.c.key))))
 _INSERT = _ROUTING_TABLE.insert_many()
+# As texts, since jsonb takes 1 and 1.0 for equal.
 _PUT_CHANGED = Statement(
-    _ROUTING_TABLE.replacing(_INSERT, where=_TABLE.c.route.is_distinct_from(_INSERT.excluded.route))
+    _ROUTING_TABLE.replacing(
+        _INSERT, where=cast(_TABLE.c.route, Text).is_distinct_from(cast(_INSERT.excluded.route, Text))
+    )
 )
 
 

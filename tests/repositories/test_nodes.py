@@ -1,0 +1,238 @@
+"""Shows the nodes: registered one or many, found by name, filtered by status and region, read beside their state."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from mesh_storage import AlreadyExistsError, InvalidInputError, MeshStorage, Node, NotFoundError, Route, UnitOfWork
+from mesh_storage.models.base import new_id
+from mesh_storage.testing import MeshFactory, NodeFactory, RouteFactory
+
+NORTH, SOUTH = new_id("region"), new_id("region")
+
+
+def ids(nodes: Any) -> list[str]:
+    return [node.id for node in nodes]
+
+
+def test_add_gives_the_node_back_with_its_id_defaults_and_times(uow: UnitOfWork) -> None:
+    node = Node(name="n", ip_address="10.0.0.1")
+    assert uow.nodes.add(node) is node
+    assert node.id.startswith("node_")
+    assert (node.description, node.platform, node.version) == ("", "linux-amd64", "1.0.0")
+    assert (node.region_id, node.public_key, node.port, node.status) == (None, "", 8443, "STATUS_PENDING")
+    assert node.created is not None
+    assert node.created == node.updated
+
+
+def test_add_keeps_everything_that_is_given(storage: MeshStorage) -> None:
+    given: dict[str, Any] = {
+        "id": new_id("node"),
+        "name": "n",
+        "description": "d",
+        "platform": "darwin-arm64",
+        "version": "2.0.0",
+        "region_id": NORTH,
+        "public_key": "key",
+        "ip_address": "fe80::1",
+        "port": 65535,
+        "status": "STATUS_CONNECTED",
+    }
+    with storage.begin() as uow:
+        uow.nodes.add(Node(**given))
+    with storage.unit_of_work() as uow:
+        found = uow.nodes.get_by_name("n")
+        assert {name: getattr(found, name) for name in given} == given
+
+
+@pytest.mark.parametrize("taken", ["id", "name"])
+def test_one_taken_id_or_name_refuses_all(uow: UnitOfWork, taken: str) -> None:
+    there = NodeFactory.create(uow=uow)
+    new = [NodeFactory.build(), NodeFactory.build(**{taken: getattr(there, taken)})]
+    with pytest.raises(AlreadyExistsError) as error, uow.savepoint():
+        uow.nodes.add_many(new)
+    assert error.value.constraint == {"id": "nodes_pkey", "name": "nodes_node_name_key"}[taken]
+    assert [node.created for node in new] == [None, None]
+    assert ids(uow.nodes.stream()) == [there.id]
+
+
+def test_add_many_refuses_one_name_given_twice(uow: UnitOfWork) -> None:
+    with pytest.raises(AlreadyExistsError), uow.savepoint():
+        uow.nodes.add_many([NodeFactory.build(name="n"), NodeFactory.build(name="n")])
+    assert uow.nodes.count() == 0
+
+
+def test_add_many_gives_them_back_in_the_order_given(uow: UnitOfWork) -> None:
+    nodes = NodeFactory.build_batch(3)
+    assert uow.nodes.add_many(iter(nodes)) == nodes
+    assert uow.nodes.add_many([]) == []
+    assert sorted(ids(nodes)) == ids(uow.nodes.stream())
+    assert len({(node.created, node.updated) for node in nodes}) == 1
+
+
+def test_add_many_takes_ten_thousand_at_once(uow: UnitOfWork) -> None:
+    uow.nodes.add_many(NodeFactory.build_batch(10_000))
+    assert uow.nodes.count() == 10_000
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"id": "x"}, "id"),
+        ({"id": "node_" + "I" * 26}, "id"),
+        ({"id": new_id("node") + "\n"}, "id"),
+        ({"name": ""}, "name"),
+        ({"name": None}, "name"),
+        ({"name": "x" * 256}, "name"),
+        ({"ip_address": ""}, "ip_address"),
+        ({"ip_address": None}, "ip_address"),
+        ({"ip_address": "x" * 256}, "ip_address"),
+        ({"platform": "x" * 256}, "platform"),
+        ({"version": "x" * 256}, "version"),
+        ({"description": "\0"}, "description"),
+        ({"public_key": "\ud800"}, "public_key"),
+        ({"region_id": "north"}, "region_id"),
+        ({"port": 0}, "port"),
+        ({"port": 65536}, "port"),
+        ({"port": -1}, "port"),
+        ({"port": 2**31}, "port"),
+        ({"port": 2**63}, "port"),
+        ({"port": True}, "port"),
+        ({"port": "8443"}, "port"),
+        ({"port": 8443.0}, "port"),
+        ({"status": "pending"}, "status"),
+        ({"status": "STATUS_\n"}, "status"),
+        ({"status": ""}, "status"),
+        ({"status": "STATUS_" + "X" * 249}, "status"),
+    ],
+)
+def test_a_node_that_cannot_be_stored_is_refused_by_name(uow: UnitOfWork, given: dict[str, Any], field: str) -> None:
+    there = NodeFactory.create(uow=uow)
+    with pytest.raises(InvalidInputError) as error, uow.savepoint():
+        uow.nodes.add(NodeFactory.build(**given))
+    assert error.value.field is not None
+    assert field in error.value.field
+    for name, value in given.items():
+        setattr(there, name, value)
+    if None in given.values() or "id" in given:
+        return
+    with pytest.raises(InvalidInputError) as error, uow.savepoint():
+        uow.nodes.update(there)
+    assert error.value.field is not None
+    assert field in error.value.field
+
+
+@pytest.mark.parametrize("given", [None, "node", 5, MeshFactory.build(), {"name": "n"}])
+def test_what_is_no_node_is_refused(uow: UnitOfWork, given: Any) -> None:
+    for call in (uow.nodes.add, uow.nodes.update, lambda node: uow.nodes.add_many([node])):
+        with pytest.raises(InvalidInputError) as error:
+            call(given)
+        assert error.value.field == "Node"
+
+
+def test_update_stores_what_was_changed_in_a_node_that_was_read(storage: MeshStorage) -> None:
+    with storage.begin() as uow:
+        created = NodeFactory.create(uow=uow, region_id=NORTH)
+    with storage.begin() as uow:
+        node = uow.nodes.get(created.id)
+        node.status, node.port, node.region_id = "STATUS_CONNECTED", 1, None
+        assert uow.nodes.update(node) is node
+    with storage.unit_of_work() as uow:
+        found = uow.nodes.get(created.id)
+        assert (found.status, found.port, found.region_id) == ("STATUS_CONNECTED", 1, None)
+        assert (found.name, found.ip_address, found.created) == (created.name, created.ip_address, created.created)
+        assert found.updated == node.updated
+        assert found.updated is not None
+        assert created.updated is not None
+        assert found.updated > created.updated
+
+
+def test_update_of_a_deleted_node_is_not_found_and_does_not_bring_it_back(uow: UnitOfWork) -> None:
+    node = NodeFactory.create(uow=uow)
+    uow.nodes.delete(node.id)
+    with pytest.raises(NotFoundError) as error:
+        uow.nodes.update(node)
+    assert (error.value.entity, error.value.key) == ("Node", node.id)
+    assert uow.nodes.count() == 0
+
+
+def test_update_to_a_taken_name_is_refused(uow: UnitOfWork) -> None:
+    first, second = NodeFactory.create_batch(2, uow=uow)
+    second.name = first.name
+    with pytest.raises(AlreadyExistsError) as error, uow.savepoint():
+        uow.nodes.update(second)
+    assert error.value.constraint == "nodes_node_name_key"
+
+
+def test_get_by_name_finds_the_very_name(uow: UnitOfWork) -> None:
+    node = NodeFactory.create(uow=uow, name="Node%_")
+    assert uow.nodes.get_by_name("Node%_").id == node.id
+    for other in ("node%_", "Node", "NodeXX", "Node%_ "):
+        with pytest.raises(NotFoundError) as error:
+            uow.nodes.get_by_name(other)
+        assert (error.value.entity, error.value.key) == ("Node", other)
+
+
+def test_delete_takes_the_routes_of_the_node_with_it(uow: UnitOfWork) -> None:
+    a, b, c = ids(NodeFactory.create_batch(3, uow=uow))
+    for source, target in ((a, b), (b, a), (b, c)):
+        RouteFactory.create(uow=uow, source_node_id=source, target_node_id=target)
+    uow.nodes.delete(a)
+    assert [(route.source_node_id, route.target_node_id) for route in uow.routes.stream()] == [(b, c)]
+
+
+def test_listings_are_filtered_by_status_and_region(uow: UnitOfWork) -> None:
+    statuses, regions = ("STATUS_PENDING", "STATUS_CONNECTED"), (NORTH, SOUTH, None)
+    nodes = [
+        NodeFactory.create(uow=uow, status=status, region_id=region)
+        for status, region, _ in itertools.product(statuses, regions, range(3))
+    ]
+    for status, region in itertools.product((*statuses, "STATUS_NONE", None), (NORTH, SOUTH, new_id("region"), None)):
+        expected = [
+            node.id for node in nodes if status in (None, node.status) and (region is None or region == node.region_id)
+        ]
+        assert uow.nodes.count(status=status, region_id=region) == len(expected)
+        assert ids(uow.nodes.stream(status=status, region_id=region, batch_size=2)) == expected
+        first = uow.nodes.page(status=status, region_id=region, limit=2)
+        rest = uow.nodes.page(status=status, region_id=region, after=first.next).items if first.next else []
+        assert ids(first.items) + ids(rest) == expected
+
+
+@pytest.mark.parametrize("given", [{"status": ""}, {"status": "\0"}, {"status": 5}, {"region_id": ""}])
+def test_a_filter_that_no_node_can_have_is_refused(uow: UnitOfWork, given: dict[str, Any]) -> None:
+    calls: tuple[Any, ...] = (uow.nodes.page, uow.nodes.stream, uow.nodes.count)
+    for call in calls:
+        with pytest.raises(InvalidInputError) as error:
+            list(call(**given))
+        assert error.value.field == next(iter(given))
+
+
+def test_with_state_gives_each_node_beside_its_state_or_none(uow: UnitOfWork) -> None:
+    nodes = NodeFactory.create_batch(5, uow=uow)
+    uow.node_states.put_many({nodes[1].id: {"status": "active"}, nodes[3].id: None, "node-unknown": 1})
+    for batch_size in (1, 2, 5, 1000):
+        pairs = list(uow.nodes.with_state(batch_size=batch_size))
+        assert ids(node for node, _ in pairs) == ids(nodes)
+        assert [None if state is None else (state.node_id, state.state) for _, state in pairs] == [
+            None,
+            (nodes[1].id, {"status": "active"}),
+            None,
+            (nodes[3].id, None),
+            None,
+        ]
+    node, state = next(uow.nodes.with_state())
+    assert isinstance(node, Node)
+    assert state is None
+    with pytest.raises(InvalidInputError):
+        list(uow.nodes.with_state(batch_size=0))
+
+
+def test_a_node_knows_no_more_than_its_columns(uow: UnitOfWork) -> None:
+    route = RouteFactory.create(uow=uow)
+    found = uow.nodes.get(route.source_node_id)
+    assert not Node.__mapper__.relationships
+    assert not Route.__mapper__.relationships
+    assert found.name
