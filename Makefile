@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types bench check migrate revision lock clean
+.PHONY: help install demo test lint format types schema aio bench check migrate revision lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,7 +27,8 @@ demo: install ## Run a day of a real network on a database of its own
 test: install ## Run all tests against a real PostgreSQL
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered $(T)
 
-lint: install ## Check format and style
+lint: install ## Check format, style and generated code
+	$(BIN)/python tools/generate_aio.py --check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
@@ -39,8 +40,14 @@ types: install ## Check the types
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-check: lint types test ## Everything that CI runs
-	MESH_STORAGE_URL=memory: $(BIN)/python tools/check_schema.py
+check: lint types schema test ## Everything that CI runs
+
+schema: install ## Check that the models and the migrations say the same
+	@directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && export MESH_STORAGE_URL="embedded:$$directory" && \
+		$(BIN)/alembic upgrade head && $(BIN)/alembic check
+
+aio: install ## Write the asyncio twins of the repositories anew
+	$(BIN)/python tools/generate_aio.py
 
 bench: install ## Measure against plain psycopg
 	$(BIN)/python -m benchmarks $(ARGS)
