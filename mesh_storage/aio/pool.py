@@ -44,11 +44,7 @@ class AsyncPool:
         deadline = characteristics.deadline()
         if self.closed:
             raise ClosedError("this storage is closed; open another one")
-        try:
-            async with asyncio.timeout(wait_limit(self._timeout, characteristics.timeout)):
-                await self._free.acquire()
-        except TimeoutError:
-            raise exhausted(self.size, self._timeout, characteristics.timeout) from None
+        await self._wait(characteristics.timeout)
         driver = None
         try:
             driver = await self._driver(deadline)
@@ -76,6 +72,16 @@ class AsyncPool:
         while self._idle:
             driver = self._idle.pop()
             await driver.call(driver.discard)
+
+    async def _wait(self, timeout: float | None) -> None:
+        if not self._free.locked():
+            await self._free.acquire()
+            return
+        try:
+            async with asyncio.timeout(wait_limit(self._timeout, timeout)):
+                await self._free.acquire()
+        except TimeoutError:
+            raise exhausted(self.size, self._timeout, timeout) from None
 
     async def _clean(self, connection: Connection, driver: BridgedDriver) -> None:
         try:
