@@ -1,0 +1,85 @@
+"""A network as the examples know it: read from GraphML, with latencies from distances and best routes from latencies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+KM_PER_MS = 200.0
+"""Light in glass fibre."""
+EARTH_RADIUS_KM = 6371.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """A line between two cities."""
+
+    a: str
+    b: str
+    latency_ms: float
+
+
+@dataclass
+class Network:
+    """Cities and the links between them."""
+
+    name: str
+    cities: list[str]
+    links: list[Link]
+    down: set[frozenset[str]] = field(default_factory=set)
+    """The pairs of cities whose link has failed."""
+
+    def best_routes(self, source: str) -> dict[str, dict[str, Any]]:
+        """Give the route of least latency from a city to each other one that can be reached."""
+        graph: Any = nx.Graph()
+        graph.add_nodes_from(self.cities)
+        for link in self.links:
+            if frozenset((link.a, link.b)) not in self.down:
+                graph.add_edge(link.a, link.b, latency=link.latency_ms)
+        latencies, paths = nx.single_source_dijkstra(graph, source, weight="latency")
+        return {
+            city: {"next_hop": path[1], "latency_ms": round(latencies[city], 2), "hops": len(path) - 1}
+            for city, path in paths.items()
+            if city != source
+        }
+
+
+def read_network(path: Path) -> Network:
+    """Read a network in the form of the Internet Topology Zoo: nodes with label, Latitude and Longitude."""
+    graph: Any = nx.read_graphml(path)
+    cities: dict[Any, str] = {}
+    positions: dict[str, tuple[float, float]] = {}
+    for node, data in graph.nodes(data=True):
+        name = _unique(str(data.get("label") or f"node {node}"), set(cities.values()))
+        cities[node] = name
+        if "Latitude" in data and "Longitude" in data:
+            positions[name] = (float(data["Latitude"]), float(data["Longitude"]))
+    ends = sorted({tuple(sorted((cities[a], cities[b]))) for a, b in graph.edges() if a != b})
+    known = {pair: _latency(*pair, positions) for pair in ends}
+    measured = [latency for latency in known.values() if latency is not None]
+    # A place that is not known is taken to be as far away as the others are on average.
+    average = sum(measured) / len(measured) if measured else 1.0
+    links = [Link(a, b, average if latency is None else latency) for (a, b), latency in known.items()]
+    return Network(path.stem, list(cities.values()), links)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    number = 2
+    unique = name
+    while unique in taken:
+        unique = f"{name} ({number})"
+        number += 1
+    return unique
+
+
+def _latency(a: str, b: str, positions: dict[str, tuple[float, float]]) -> float | None:
+    """Give the great-circle distance by the haversine formula, as milliseconds in fibre."""
+    if a not in positions or b not in positions:
+        return None
+    (lat_a, lon_a), (lat_b, lon_b) = (tuple(map(math.radians, positions[city])) for city in (a, b))
+    angle = math.sin((lat_b - lat_a) / 2) ** 2 + math.cos(lat_a) * math.cos(lat_b) * math.sin((lon_b - lon_a) / 2) ** 2
+    return round(2 * EARTH_RADIUS_KM * math.asin(math.sqrt(angle)) / KM_PER_MS, 3)
