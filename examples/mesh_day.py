@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from network import Network, read_network
@@ -48,7 +49,7 @@ def run(storage: MeshStorage, network: Network) -> None:
         uow.runtime_config.put("gossip.interval_ms", 500)
         uow.runtime_config.put("gossip.fanout", min(3, len(nodes) - 1))
     for batch in batches(all_pairs(network), BATCH):
-        storage.run(lambda uow, batch=batch: uow.messages.store_many(batch))
+        storage.run(partial(store, batch))
     storage.run(lambda uow: grow_log(uow, network))
 
     with storage.begin() as uow:
@@ -133,6 +134,11 @@ def batches(messages: Iterator[Message], size: int) -> Iterator[list[Message]]:
             batch = []
     if batch:
         yield batch
+
+
+def store(batch: list[Message], uow: UnitOfWork) -> None:
+    """Store messages; it may be done twice, as `run` does after a lost connection, since each id is stored once."""
+    uow.messages.store_many(batch)
 
 
 def grow_log(uow: UnitOfWork, network: Network) -> None:

@@ -1,4 +1,4 @@
-"""A network as the examples know it: read from GraphML, with latencies from distances and best routes from latencies."""
+"""A network as the examples know it: read from GraphML, latencies from distances, best routes from latencies."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def read_network(path: Path) -> Network:
         cities[node] = name
         if "Latitude" in data and "Longitude" in data:
             positions[name] = (float(data["Latitude"]), float(data["Longitude"]))
-    ends = sorted({tuple(sorted((cities[a], cities[b]))) for a, b in graph.edges() if a != b})
-    known = {pair: _latency(*pair, positions) for pair in ends}
+    pairs = sorted({(min(cities[a], cities[b]), max(cities[a], cities[b])) for a, b in graph.edges() if a != b})
+    known = {(a, b): _latency(a, b, positions) for a, b in pairs}
     measured = [latency for latency in known.values() if latency is not None]
     # A place that is not known is taken to be as far away as the others are on average.
     average = sum(measured) / len(measured) if measured else 1.0
