@@ -38,6 +38,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Durability = Literal["strict", "relaxed"]
 
+DRIVER_ERRORS = (sqlalchemy.exc.DBAPIError, psycopg.Error)
+
 _READ_ONLY_SQL_TRANSACTION = "25006"
 
 
@@ -97,6 +99,7 @@ class Connection:
         self._in_use = threading.Lock()
         self._process = os.getpid()
         self._closed = False
+        self._doubtful = False
 
     @property
     def inherited(self) -> bool:
@@ -211,7 +214,7 @@ class Connection:
 
     def reusable(self) -> bool:
         """Whether the driver can serve another unit of work: it is connected, and no transaction is open."""
-        return self.driver.status() == TransactionStatus.IDLE
+        return self.driver.status() == TransactionStatus.IDLE and not self._doubtful
 
     def _run(self, statement: Statement, parameters: Parameters | None) -> tuple[list[Row], int]:
         if statement.writes:
@@ -239,10 +242,30 @@ class Connection:
         if self.characteristics.durability == "relaxed":
             self._execute(b"SET LOCAL synchronous_commit = off")
         transaction = self.driver.sqlalchemy.get_transaction()
-        if transaction is None:
-            self.driver.commit()
-        else:
-            transaction.commit()
+        with self._cancelled_in_time():
+            if transaction is None:
+                self.driver.commit()
+            else:
+                transaction.commit()
+
+    @contextmanager
+    def _cancelled_in_time(self) -> Generator[None]:
+        """Cancel what the server does when the time is over: a commit is not under its statement_timeout."""
+        if self._deadline is None:
+            yield
+            return
+
+        def cancel() -> None:
+            self._doubtful = True  # The request may arrive late and hit what comes next on this connection.
+            self.driver.cancel()
+
+        timer = threading.Timer(self._deadline - time.monotonic(), cancel)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -28,6 +28,10 @@ _LEVELS: dict[Isolation | None, IsolationLevel | None] = {
 }
 
 
+CANCEL_TIMEOUT_S = 5.0
+"""Seconds that the server may take to answer a request to cancel."""
+
+
 class Mode(NamedTuple):
     """How psycopg begins the next transaction, if it does."""
 
@@ -91,6 +95,10 @@ class Driver(Protocol):
         """Change the mode, between transactions; costs no round trip."""
         ...
 
+    def cancel(self) -> None:
+        """Ask the server to cancel what it does; may be called from another thread."""
+        ...
+
     def discard(self) -> None:
         """End the connection, which is lost or in doubt."""
         ...
@@ -133,6 +141,10 @@ class BlockingDriver:
         self._connection.isolation_level = mode.level
         self._connection.read_only = mode.read_only
         self.mode = mode
+
+    def cancel(self) -> None:
+        """Ask the server to cancel."""
+        self._connection.cancel_safe(timeout=CANCEL_TIMEOUT_S)
 
     def discard(self) -> None:
         """End the connection."""

@@ -16,7 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.pool import NullPool
 
 from mesh_storage import jsonb
-from mesh_storage.errors import ConfigurationError
+from mesh_storage.errors import ConfigurationError, connection_refused
 from mesh_storage.settings import Settings
 
 _connect_deadline: ContextVar[float | None] = ContextVar("connect_deadline", default=None)
@@ -74,8 +74,16 @@ def connect_arguments(settings: Settings) -> dict[str, Any]:
 
 
 def connect(arguments: Mapping[str, Any]) -> psycopg.Connection[tuple[Any, ...]]:
-    """Connect without the pool, in autocommit, for what is done once."""
-    return psycopg.connect(make_conninfo(**arguments), autocommit=True)
+    """Connect without the pool, in autocommit, for what is done once.
+
+    Raises:
+        UnavailableError: The server cannot be reached, or refuses the connection.
+    """
+    try:
+        return psycopg.connect(make_conninfo(**arguments), autocommit=True)
+    except psycopg.Error as error:
+        refused, cause = connection_refused(error)
+    raise refused from cause
 
 
 def engine_arguments(connect: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +139,13 @@ def _parse(url: str) -> dict[str, Any]:
         arguments = {}
         parsed = False
     else:
-        parsed = rest.startswith("//")
+        # libpq takes anything for a host or a port; a "@" in a host is the end of a password that was not encoded.
+        ports = str(arguments.get("port", "")).split(",")
+        parsed = (
+            rest.startswith("//")
+            and "@" not in str(arguments.get("host", ""))
+            and all(not port or port.isdecimal() for port in ports)
+        )
     if not parsed:
         # Outside of the handler: libpq's message repeats parts of the URL, the password perhaps.
         raise ConfigurationError(

@@ -5,6 +5,7 @@ An error is told apart by SQLSTATE and constraint name (PostgreSQL manual, appen
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import ClassVar
 
@@ -149,6 +150,16 @@ def translate(error: Exception) -> MeshStorageError:
     if isinstance(error, (UnicodeError, OverflowError)):
         return InvalidInputError("a text is not valid Unicode, or a number is too large")
     return MeshStorageError(f"{type(error).__name__} while working with the database; see the cause")
+
+
+def connection_refused(error: Exception) -> tuple[MeshStorageError, Exception | None]:
+    """Make the error of this package for a connection that could not be made, and what to chain to it as its cause.
+
+    psycopg's error keeps the half-made connection, and that the password. A copy of it, as for pickling, does not.
+    Raise outside of the `except` block, so that the error given is not chained as the context.
+    """
+    original = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+    return translate(error), copy.copy(original) if isinstance(original, psycopg.Error) else None
 
 
 def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:

@@ -12,10 +12,13 @@ import time
 import weakref
 from collections import deque
 
+import psycopg
+import sqlalchemy.exc
+
 from mesh_storage.connection import Characteristics, Connection
 from mesh_storage.driver import BlockingDriver
 from mesh_storage.engine import connect_before, create_engine
-from mesh_storage.errors import ClosedError, StorageTimeoutError, UnavailableError, translate
+from mesh_storage.errors import ClosedError, MeshStorageError, StorageTimeoutError, UnavailableError, connection_refused
 from mesh_storage.server import Server
 from mesh_storage.settings import Settings
 
@@ -101,8 +104,9 @@ class Pool:
         try:
             with connect_before(deadline):
                 return BlockingDriver(self._engine.connect())
-        except Exception as error:
-            raise unreachable(error, deadline) from error
+        except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
+            refused, cause = unreachable(error, deadline)
+        raise refused from cause
 
 
 def wait_limit(pool_timeout: float, timeout: float | None) -> float:
@@ -120,11 +124,12 @@ def exhausted(size: int, pool_timeout: float, timeout: float | None) -> Unavaila
     )
 
 
-def unreachable(error: Exception, deadline: float | None) -> Exception:
-    """Make the error for a connection that could not be made."""
+def unreachable(error: Exception, deadline: float | None) -> tuple[MeshStorageError, Exception | None]:
+    """Make the error for a connection that could not be made, and its cause."""
+    refused, cause = connection_refused(error)
     if deadline is not None and time.monotonic() >= deadline:
-        return StorageTimeoutError("the time was over before the server answered")
-    return translate(error)
+        return StorageTimeoutError("the time was over before the server answered"), cause
+    return refused, cause
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()

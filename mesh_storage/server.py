@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mesh_storage.settings import Settings
 class Server:
     """How a database is reached, and the bundled server that must run for that."""
 
-    connect: dict[str, Any]
+    connect: dict[str, Any] = field(repr=False)  # the password is in it
     """The arguments for `psycopg.connect`."""
     embedded: EmbeddedServer | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from typing import Self, TypeVar
 
 from pydantic import SecretStr
 
-from mesh_storage import health, schema
-from mesh_storage.connection import Characteristics, Durability
+from mesh_storage import backup, health, schema
+from mesh_storage.backup import JOBS, Report
+from mesh_storage.connection import DRIVER_ERRORS, Characteristics, Durability
 from mesh_storage.driver import Isolation
 from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageError
 from mesh_storage.health import Health
+from mesh_storage.manifest import Manifest
 from mesh_storage.pool import Pool
 from mesh_storage.retry import check_attempts, log_if_slow, pause
 from mesh_storage.server import Server, open_server
@@ -155,6 +158,44 @@ class MeshStorage:
         except MeshStorageError as error:
             return health.unreachable(error, **pool)
 
+    def backup(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        jobs: int = JOBS,
+        verify: bool = False,
+        progress: Report | None = None,
+    ) -> Manifest:
+        """Write a backup of all tables to a path, as they are at one moment; units of work go on meanwhile.
+
+        The arguments and errors are those of `mesh_storage.backup.backup`.
+
+        Raises:
+            ClosedError: The storage was closed.
+        """
+        if self._pool.closed:
+            raise ClosedError("this storage is closed; open another one")
+        return backup.backup(self._server, path, jobs=jobs, verify=verify, progress=progress)
+
+    def restore(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        jobs: int = JOBS,
+        progress: Report | None = None,
+    ) -> Manifest:
+        """Restore a backup into tables that are empty, or with `overwrite` in place of what they hold: all or nothing.
+
+        The arguments and errors are those of `mesh_storage.backup.restore`.
+
+        Raises:
+            ClosedError: The storage was closed.
+        """
+        if self._pool.closed:
+            raise ClosedError("this storage is closed; open another one")
+        return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=progress)
+
     def close(self) -> None:
         """Close all connections that are not in use; those in use are closed when their unit of work ends."""
         if self._pool.closed:
@@ -204,6 +245,8 @@ class _Scope(AbstractContextManager[UnitOfWork]):
         try:
             if kind is None and self._commits:
                 self._uow.commit()
+            elif isinstance(error, DRIVER_ERRORS):  # Of the session; outside of the block it is one of ours.
+                raise self._connection.failed(error) from error
         finally:
             try:
                 self._uow.close()

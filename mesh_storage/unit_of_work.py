@@ -98,7 +98,7 @@ class UnitOfWork:
         """The SQLAlchemy session of this transaction, for what the repositories do not offer.
 
         `commit()` of the unit of work flushes it; its own `commit()` only flushes, and its `rollback()` rolls back
-        everything. Its errors are SQLAlchemy's.
+        everything. Inside of the block its errors are SQLAlchemy's; one that leaves the block is translated.
         """
         if self._session is None:
             self._session = UnitOfWorkSession(self._connection)

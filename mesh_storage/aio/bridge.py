@@ -59,6 +59,10 @@ class BridgedDriver:
         """Change the mode."""
         self._wait(self._switch(mode))
 
+    def cancel(self) -> None:
+        """Ask the server to cancel; blocking, as it is called from a thread of its own."""
+        self._connection.cancel()
+
     def discard(self) -> None:
         """End the connection."""
         if not self.sqlalchemy.closed:

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import Any
 
+import psycopg
+import sqlalchemy.exc
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from mesh_storage.aio.bridge import BridgedDriver
@@ -107,8 +109,9 @@ class AsyncPool:
         try:
             with connect_before(deadline):
                 return BridgedDriver(await self._engine.connect())
-        except Exception as error:
-            raise unreachable(error, deadline) from error
+        except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
+            refused, cause = unreachable(error, deadline)
+        raise refused from cause
 
 
 _finishing: set[asyncio.Task[None]] = set()

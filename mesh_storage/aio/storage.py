@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator
@@ -11,13 +12,16 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Self, TypeVar
 
-from mesh_storage import health, schema
+from mesh_storage import backup, health, schema
 from mesh_storage.aio.pool import AsyncPool, finish
 from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
-from mesh_storage.connection import Characteristics, Durability
+from mesh_storage.aio.worker import in_thread
+from mesh_storage.backup import JOBS, Report
+from mesh_storage.connection import DRIVER_ERRORS, Characteristics, Durability
 from mesh_storage.driver import Isolation
 from mesh_storage.errors import ClosedError, MeshStorageError
 from mesh_storage.health import Health
+from mesh_storage.manifest import Manifest
 from mesh_storage.retry import check_attempts, log_if_slow, pause
 from mesh_storage.server import Server, open_server
 from mesh_storage.settings import Settings
@@ -165,6 +169,48 @@ class AsyncMeshStorage:
         except MeshStorageError as error:
             return health.unreachable(error, pool_size=size, pool_in_use=in_use)
 
+    async def backup(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        jobs: int = JOBS,
+        verify: bool = False,
+        progress: Report | None = None,
+    ) -> Manifest:
+        """Write a backup of all tables to a path, as they are at one moment; units of work go on meanwhile.
+
+        A thread does it, and calls `progress` in the event loop. When the task is cancelled, it ends soon and leaves
+        nothing behind. The arguments and errors are those of `MeshStorage.backup`.
+        """
+        if self._pool.closed:
+            raise ClosedError("this storage is closed; open another one")
+
+        def work(report: Report) -> Manifest:
+            return backup.backup(self._server, path, jobs=jobs, verify=verify, progress=report)
+
+        return await in_thread(work, progress)
+
+    async def restore(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        jobs: int = JOBS,
+        progress: Report | None = None,
+    ) -> Manifest:
+        """Restore a backup into tables that are empty, or with `overwrite` in place of what they hold: all or nothing.
+
+        A thread does it, and calls `progress` in the event loop. When the task is cancelled, it ends soon, and the
+        database is as before or has it all. The arguments and errors are those of `MeshStorage.restore`.
+        """
+        if self._pool.closed:
+            raise ClosedError("this storage is closed; open another one")
+
+        def work(report: Report) -> Manifest:
+            return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=report)
+
+        return await in_thread(work, progress)
+
     async def close(self) -> None:
         """Close all connections that are not in use; those in use are closed when their unit of work ends."""
         if not self._pool.closed:
@@ -207,6 +253,9 @@ class _Scope(AbstractAsyncContextManager[AsyncUnitOfWork]):
         try:
             if kind is None and self._commits:
                 await self._uow.commit()
+            elif isinstance(error, DRIVER_ERRORS):  # Of the session; outside of the block it is one of ours.
+                connection, driver = self._lent
+                raise await driver.call(connection.failed, error) from error
         finally:
             try:
                 await self._uow.close()

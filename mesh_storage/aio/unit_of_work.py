@@ -86,7 +86,7 @@ class AsyncUnitOfWork:
         """The SQLAlchemy session of this transaction, for what the repositories do not offer.
 
         `commit()` of the unit of work flushes it; its own `commit()` only flushes, and its `rollback()` rolls back
-        everything. Its errors are SQLAlchemy's.
+        everything. Inside of the block its errors are SQLAlchemy's; one that leaves the block is translated.
         """
         session = AsyncSession(sync_session_class=UnitOfWorkSession, connection=self._connection)
         self._uow.use_session(session.sync_session)

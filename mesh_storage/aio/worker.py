@@ -1,0 +1,46 @@
+"""Long work of the sync side in a thread, such as a backup: progress comes to the event loop, cancellation goes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from mesh_storage.backup import Progress, Report
+
+T = TypeVar("T")
+
+
+async def in_thread(work: Callable[[Report], T], progress: Report | None) -> T:
+    """Run work that reports its progress; what `progress` raises ends it.
+
+    When this task is cancelled, the work is ended at its next report, and waited for: nothing goes on unseen.
+    """
+    loop = asyncio.get_running_loop()
+    cancelled = threading.Event()
+
+    async def pass_on(made: Progress) -> None:
+        if progress is not None:
+            progress(made)
+
+    def report(made: Progress) -> None:
+        if cancelled.is_set():
+            raise asyncio.CancelledError
+        if progress is not None:
+            asyncio.run_coroutine_threadsafe(pass_on(made), loop).result()
+
+    working = asyncio.ensure_future(asyncio.to_thread(work, report))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        cancelled.set()
+        while not working.done():
+            # Cancelled again while it waits: the work is ending already.
+            try:
+                await asyncio.wait([working])
+            except asyncio.CancelledError:
+                continue
+        if not working.cancelled():
+            working.exception()  # Seen here, for nobody else will.
+        raise

@@ -1,0 +1,316 @@
+"""Backup and restore of this library's tables, by pg_dump and pg_restore.
+
+A backup is a directory: `dump/`, which is pg_dump's directory format, and `manifest.json`. A restore is one transaction
+on one connection: pg_restore makes the SQL, `archive` runs it, and the rows are counted before the commit. So all is
+there or as before, whatever ends the process. What can go on at once within one transaction is the building of each
+index, which the server shares among its own processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from psycopg import sql
+from pydantic import SecretStr
+
+from mesh_storage import archive, catalog, client_tools, migration, schema
+from mesh_storage.catalog import Connection
+from mesh_storage.client_tools import ClientTools, path_error
+from mesh_storage.errors import AlreadyExistsError, ConfigurationError, InvalidInputError, SchemaMismatchError
+from mesh_storage.manifest import Manifest
+from mesh_storage.server import Server, open_server
+from mesh_storage.settings import Settings
+
+logger = logging.getLogger("mesh_storage")
+
+JOBS = 4
+"""How many processes work at once where nothing else is said."""
+_MOST_JOBS = 64
+_DUMP = "dump"
+_INDEX_MEMORY_KB = 64 * 1024
+"""What each process that builds an index may take; with less, the server uses fewer of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a backup or restore is."""
+
+    step: str
+    """`dump` and `load` count rows, `sum` and `check` count files, `index` counts indexes and constraints."""
+    done: int
+    total: int
+
+
+Report: TypeAlias = Callable[[Progress], None]
+
+
+def backup(
+    server: Server,
+    path: str | os.PathLike[str],
+    *,
+    jobs: int = JOBS,
+    verify: bool = False,
+    progress: Report | None = None,
+) -> Manifest:
+    """Write a backup to a path, where nothing may be yet, as the database is at one moment; writers go on meanwhile.
+
+    It is made under another name beside the path, and gets its own when it is complete. The schema may be an older one.
+
+    Args:
+        server: Where the database is.
+        path: The directory to make.
+        jobs: How many tables pg_dump reads at once, with a connection each.
+        verify: Restore it into a throw-away server before it gets its name.
+        progress: Called now and then; what it raises ends the backup, and nothing of it stays.
+
+    Raises:
+        AlreadyExistsError: There is something at the path.
+        InvalidInputError: The path cannot be written.
+        ConfigurationError: pg_dump is missing or too old, or this user may not read the tables.
+        SchemaMismatchError: The database has no schema of mesh_storage, or a newer one.
+        StorageTimeoutError: A table is locked for longer than `lock_timeout`.
+        UnavailableError: The disk is full, or the database cannot be reached.
+    """
+    target, report = _path(path), progress or _silent
+    _check_jobs(jobs)
+    if os.path.lexists(target):
+        raise _in_the_way(target)
+    with _path_errors(target):
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=target.parent))
+    try:
+        with catalog.connected(server) as connection:
+            manifest = _dump(connection, unfinished, jobs, report)
+        with _path_errors(target):
+            manifest = manifest.write(unfinished, lambda done, total: report(Progress("sum", done, total)))
+        if verify:
+            _prove(unfinished, jobs, report)
+        with _path_errors(target):
+            _rename(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    logger.info("backup made", extra={"event": "backup", "revision": manifest.revision, "rows": manifest.rows})
+    return manifest
+
+
+def restore(
+    server: Server,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    jobs: int = JOBS,
+    progress: Report | None = None,
+) -> Manifest:
+    """Restore a backup in one transaction: all of it is there afterwards, or the database is as before.
+
+    The backup is verified first, and its rows are counted before the commit. One of an older schema is upgraded after
+    the commit, by the ordinary migrations. Tables that are replaced keep their owners and grants; domains and functions
+    that they need are created where they are missing; a foreign key into another system's table is restored where that
+    table is.
+
+    Args:
+        server: Where the database is.
+        path: A backup.
+        overwrite: Replace what the tables hold; without it they must be missing or empty.
+        jobs: How many processes of the server work on an index, with 64 MB of memory each.
+        progress: Called now and then; what it raises ends the restore, and the database is as before.
+
+    Raises:
+        NotFoundError: There is no backup at the path.
+        InvalidInputError: The backup was truncated or altered, or cannot be read.
+        SchemaMismatchError: The backup or the database has a newer schema than this code.
+        ConflictError: The tables hold rows and `overwrite` was not given, or other systems' foreign keys, views,
+            triggers, policies or publications, which would be lost, depend on the tables.
+        ConfigurationError: pg_restore is missing or too old, or this user may not create the tables.
+        StorageTimeoutError: A table is in use for longer than `lock_timeout`.
+        UnavailableError: The database cannot be reached, or its disk is full.
+    """
+    source, report = _path(path), progress or _silent
+    _check_jobs(jobs)
+    manifest = _check(source, report)
+    with catalog.connected(server) as connection:
+        tools = client_tools.find(max(manifest.tool_major, client_tools.server_major(connection)))
+        with migration.turn(server.connect), connection.transaction():
+            _load(connection, manifest, tools, source / _DUMP, report, overwrite=overwrite, jobs=jobs)
+        connection.execute(sql.SQL("ANALYZE {}").format(catalog.names(manifest.namespace, manifest.rows)))
+    if manifest.revision != schema.head():
+        schema.upgrade_server(server)
+    logger.info("backup restored", extra={"event": "restore", "revision": manifest.revision, "rows": manifest.rows})
+    return manifest
+
+
+def verify(path: str | os.PathLike[str], *, jobs: int = JOBS, progress: Report | None = None) -> Manifest:
+    """Prove a backup by restoring it into a throw-away bundled server: in RAM where it fits there, else on disk.
+
+    Raises:
+        MeshStorageError: The backup is no good; what `restore` raises.
+        ConfigurationError: The extra `embedded` is not installed.
+    """
+    _check_jobs(jobs)
+    return _prove(_path(path), jobs, progress or _silent)
+
+
+def _dump(connection: Connection, directory: Path, jobs: int, report: Report) -> Manifest:
+    tools = client_tools.find(client_tools.server_major(connection), tls=client_tools.uses_tls(connection))
+    environment, public = client_tools.same_server(connection)
+    namespace = catalog.namespace_of(connection)
+    there = catalog.tables(connection, namespace)
+    if "alembic_version" not in there:
+        schema.check(None)
+    with connection.transaction():
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        # Before the snapshot, which the statement after it takes: no table changes its shape between that and the dump.
+        connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(catalog.names(namespace, there)))
+        there = catalog.tables(connection, namespace)
+        snapshot: str = catalog.value(connection, "SELECT pg_export_snapshot()")
+        lock_timeout: str = catalog.value(connection, "SHOW lock_timeout")
+        manifest = _describe(connection, namespace, there, tools)
+        arguments: list[str | Path] = [tools.directory / "pg_dump", f"--dbname={public}", "--no-password"]
+        arguments += ["--format=directory", f"--file={directory / _DUMP}", f"--jobs={jobs}", f"--snapshot={snapshot}"]
+        arguments += [f"--lock-wait-timeout={lock_timeout}", "--no-owner", "--no-privileges", "--no-tablespaces"]
+        arguments += ["--no-publications", "--no-security-labels"]
+        arguments += [f"--table={sql.Identifier(namespace, table).as_string()}" for table in there]
+        copied, total = catalog.copied(connection, there, manifest.rows), sum(manifest.rows.values())
+        client_tools.run(
+            arguments,
+            environment=environment,
+            path=directory,
+            tick=lambda: report(Progress("dump", copied(), total)),
+        )
+    report(Progress("dump", total, total))
+    return manifest
+
+
+def _describe(connection: Connection, namespace: str, there: dict[str, int], tools: ClientTools) -> Manifest:
+    """Say what the snapshot of this transaction holds."""
+    revision = catalog.revision(connection, namespace)
+    if revision is None or revision not in schema.revisions():
+        schema.check(revision)
+    # So that every name is written with its schema.
+    connection.execute("SET LOCAL search_path = ''")
+    return Manifest(
+        created=catalog.value(connection, "SELECT now()"),
+        revision=str(revision),
+        namespace=namespace,
+        server_version=str(catalog.value(connection, "SHOW server_version")).split()[0],
+        tool_version=tools.version,
+        size=catalog.size(connection, there),
+        rows={table: catalog.count(connection, namespace, table) for table in there},
+        definitions=catalog.definitions(connection, there),
+        references=catalog.references(connection, there),
+    )
+
+
+def _check(source: Path, report: Report) -> Manifest:
+    manifest = Manifest.read(source)
+    if manifest.revision not in schema.revisions():
+        raise SchemaMismatchError(
+            f"the backup has the schema revision {manifest.revision}, which this mesh_storage (at {schema.head()}) "
+            "does not know; restore it with a newer mesh_storage"
+        )
+    manifest.verify_files(source, lambda done, total: report(Progress("check", done, total)))
+    return manifest
+
+
+def _load(
+    connection: Connection,
+    manifest: Manifest,
+    tools: ClientTools,
+    dump: Path,
+    report: Report,
+    *,
+    overwrite: bool,
+    jobs: int,
+) -> None:
+    """Do what is in the transaction of a restore."""
+    namespace = catalog.namespace_of(connection)
+    if namespace != manifest.namespace:
+        raise ConfigurationError(
+            f"the tables of the backup are in the schema {manifest.namespace}, the connection leads to {namespace}; "
+            f"change it by the URL's parameter options=-csearch_path={manifest.namespace}"
+        )
+    keep = catalog.make_room(connection, namespace, overwrite=overwrite)
+    catalog.define(connection, manifest.definitions)
+    missing = catalog.missing(connection, manifest.references)
+    if missing:
+        logger.warning("foreign keys left out", extra={"event": "restore", "foreign_keys": missing})
+    connection.execute(
+        "SELECT set_config('max_parallel_maintenance_workers', %s::text, true), set_config('maintenance_work_mem',"
+        " greatest(pg_size_bytes(current_setting('maintenance_work_mem')) / 1024, %s)::text || 'kB', true)",
+        [jobs - 1, _INDEX_MEMORY_KB * jobs],
+    )
+    program, rows = tools.directory / "pg_restore", sum(manifest.rows.values())
+    wanted = archive.entries(program, dump, without=missing)
+    archive.load(
+        connection, program, dump, wanted, lambda step, done, total: report(Progress(step, done, total or rows))
+    )
+    for table, statement in keep:
+        if table in manifest.rows:
+            connection.execute(statement.encode())
+    found = {table: catalog.count(connection, namespace, table) for table in manifest.rows}
+    if found != manifest.rows or catalog.revision(connection, namespace) != manifest.revision:
+        raise InvalidInputError("the dump is not what its manifest says; nothing was restored", field="path")
+
+
+def _prove(source: Path, jobs: int, report: Report) -> Manifest:
+    manifest = Manifest.read(source)
+    ram = Path("/dev/shm")  # noqa: S108 - only asked how much is free
+    fits = not ram.exists() or manifest.size * 2 < shutil.disk_usage(ram).free
+    with tempfile.TemporaryDirectory(prefix="mesh_storage-") as home:
+        server = open_server(Settings(url=SecretStr("memory:" if fits else f"embedded:{home}")))
+        try:
+            if manifest.namespace != "public":
+                server = catalog.with_namespace(server, manifest.namespace)
+            return restore(server, source, jobs=jobs, progress=report)
+        finally:
+            server.close()
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    found = Path(path).absolute()
+    if "\0" in str(found):
+        raise InvalidInputError("path must not have a NUL in it", field="path")
+    return found
+
+
+def _check_jobs(jobs: int) -> None:
+    if not 1 <= jobs <= _MOST_JOBS:
+        raise InvalidInputError(f"jobs must be 1 to {_MOST_JOBS}", field="jobs")
+
+
+def _rename(unfinished: Path, target: Path) -> None:
+    """Give a finished backup its name, and make that last."""
+    try:
+        unfinished.rename(target)
+    except OSError as error:
+        if os.path.lexists(target):
+            raise _in_the_way(target) from error
+        raise
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _in_the_way(target: Path) -> AlreadyExistsError:
+    return AlreadyExistsError(f"there is something at {str(target)!r} already; a backup never replaces anything")
+
+
+@contextmanager
+def _path_errors(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise path_error(path, error) from error
+
+
+def _silent(_progress: Progress) -> None:
+    """Nobody watches."""

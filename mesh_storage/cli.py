@@ -1,0 +1,238 @@
+"""The command line for operators: health, schema, upgrade, backup and restore, with exit codes for scripts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any, NoReturn, TypeAlias
+
+from pydantic import SecretStr
+
+from mesh_storage import backup, schema
+from mesh_storage.backup import Progress
+from mesh_storage.errors import (
+    ConfigurationError,
+    MeshStorageError,
+    SchemaMismatchError,
+    StorageTimeoutError,
+    UnavailableError,
+)
+from mesh_storage.health import Health
+from mesh_storage.manifest import Manifest
+from mesh_storage.server import Server, open_server
+from mesh_storage.settings import Settings
+from mesh_storage.storage import MeshStorage
+
+Answer: TypeAlias = tuple["Exit", dict[str, Any], str]
+"""How a command ends, what it found, and the same in words."""
+
+_BAR_WIDTH = 30
+_BAR_PAUSE_S = 0.1
+
+
+class Exit(IntEnum):
+    """The exit codes; 2 is argparse's for a wrong command line, 130 and 143 are a shell's for Ctrl-C and SIGTERM."""
+
+    OK = 0
+    FAILED = 1
+    """Anything else: the message says what."""
+    USAGE = 2
+    UNHEALTHY = 3
+    """The database answers but takes no writes."""
+    SCHEMA_MISMATCH = 4
+    """The schema of the database or of the backup is behind, ahead or not there."""
+    CONFIGURATION = 5
+    """A setting is wrong, or a program is missing."""
+    UNAVAILABLE = 6
+    """The database cannot be reached, does not answer in time, or a disk is full."""
+    INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command, and give its exit code."""
+    given = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status, facts, words = _run(given)
+    except KeyboardInterrupt:
+        return _fail(given, Exit.INTERRUPTED, "KeyboardInterrupt", "interrupted")
+    except MeshStorageError as error:
+        return _fail(given, _exit_of(error), type(error).__name__, str(error))
+    print(json.dumps(facts) if given.json else words)  # noqa: T201
+    return status
+
+
+def _fail(given: argparse.Namespace, status: Exit, error: str, message: str) -> Exit:
+    if given.json:
+        print(json.dumps({"error": error, "message": message}))  # noqa: T201
+    else:
+        print(f"mesh-storage: {message}", file=sys.stderr)  # noqa: T201
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--url", help="where the database is; a password is safer in MESH_STORAGE_URL")
+    common.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argparse.ArgumentParser(
+        prog="mesh-storage",
+        description="Look after a database of mesh_storage. Settings come from the environment (MESH_STORAGE_URL, ...) "
+        "and from .env.",
+        epilog="Exit codes: 0 done; 1 failed; 2 wrong command line; 3 unhealthy; 4 schema behind, ahead or not there; "
+        "5 configuration; 6 unavailable; 130 interrupted.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace, Server], Answer], words: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, parents=[common], help=words, description=words[0].upper() + words[1:])
+        command.set_defaults(run=run)
+        return command
+
+    add("health", _health, "say whether the database answers, takes writes and has the right schema")
+    add("schema", _schema, "show the revision of the database, the newest, and those pending")
+    add("upgrade", _upgrade, "bring the schema up to date")
+    taking = add("backup", _backup, "write a backup while the traffic goes on")
+    taking.add_argument("path", help="the directory to make")
+    taking.add_argument("--verify", action="store_true", help="restore it into a throw-away server before it counts")
+    giving = add("restore", _restore, "restore a backup, all or nothing")
+    giving.add_argument("path", help="the directory of the backup")
+    giving.add_argument("--overwrite", action="store_true", help="replace what the tables hold")
+    for command in (taking, giving):
+        command.add_argument(
+            "--jobs", type=int, default=backup.JOBS, metavar="N", help="processes at once (%(default)s)"
+        )
+    return parser
+
+
+def _run(given: argparse.Namespace) -> Answer:
+    settings = Settings() if given.url is None else Settings(url=SecretStr(given.url))
+    server = open_server(settings)
+    try:
+        run: Callable[[argparse.Namespace, Server], Answer] = given.run
+        return run(given, server)
+    finally:
+        server.close()
+
+
+def _ask(server: Server) -> Health:
+    """Ask without deploying a schema, as opening a storage may do."""
+    with MeshStorage(Settings(), Server(server.connect)) as storage:
+        return storage.health()
+
+
+def _health(_given: argparse.Namespace, server: Server) -> Answer:
+    health = _ask(server)
+    facts = {
+        "ok": health.ok,
+        "connected": health.connected,
+        "writable": health.writable,
+        "round_trip_ms": health.round_trip_ms,
+        "revision": health.revision,
+        "head": health.head,
+        "error": None if health.error is None else type(health.error).__name__,
+        "message": None if health.error is None else str(health.error),
+    }
+    if health.error is not None:
+        return _exit_of(health.error), facts, str(health.error)
+    if not health.writable:
+        return Exit.UNHEALTHY, facts, "the database takes no writes: it is a standby, or read-only"
+    if not health.ok:
+        words = f"the schema is at {health.revision or 'none'}, this mesh_storage needs {health.head}"
+        return Exit.SCHEMA_MISMATCH, facts, words
+    return Exit.OK, facts, f"healthy: schema {health.revision}, answered in {health.round_trip_ms:.1f} ms"
+
+
+def _schema(_given: argparse.Namespace, server: Server) -> Answer:
+    health = _ask(server)
+    if health.error is not None:
+        raise health.error
+    known = schema.revisions()
+    current, head = health.revision, health.head
+    pending = known[known.index(current) + 1 :] if current in known else known if current is None else ()
+    facts = {"current": current, "head": head, "pending": list(pending)}
+    words = f"current {current or 'none'}, head {head}, pending {', '.join(pending) or 'none'}"
+    return Exit.OK if current == head else Exit.SCHEMA_MISMATCH, facts, words
+
+
+def _upgrade(_given: argparse.Namespace, server: Server) -> Answer:
+    before = _ask(server)
+    if before.error is not None:
+        raise before.error
+    if before.revision is not None and before.revision not in schema.revisions():
+        schema.check(before.revision)
+    schema.upgrade_server(server)
+    facts = {"before": before.revision, "current": schema.head()}
+    return Exit.OK, facts, f"the schema is at {schema.head()} (it was at {before.revision or 'none'})"
+
+
+def _backup(given: argparse.Namespace, server: Server) -> Answer:
+    with _progress_bar() as progress:
+        made = backup.backup(server, given.path, jobs=given.jobs, verify=given.verify, progress=progress)
+    done = "written and verified" if given.verify else "written"
+    return Exit.OK, _facts(given, made), f"{done}: {given.path} ({_summary(made)})"
+
+
+def _restore(given: argparse.Namespace, server: Server) -> Answer:
+    with _progress_bar() as progress:
+        made = backup.restore(server, given.path, overwrite=given.overwrite, jobs=given.jobs, progress=progress)
+    upgraded = "" if made.revision == schema.head() else f", upgraded to {schema.head()}"
+    return Exit.OK, _facts(given, made), f"restored: {given.path} ({_summary(made)}{upgraded})"
+
+
+def _facts(given: argparse.Namespace, made: Manifest) -> dict[str, Any]:
+    return {
+        "path": given.path,
+        "created": made.created.isoformat(),
+        "revision": made.revision,
+        "server_version": made.server_version,
+        "tool_version": made.tool_version,
+        "rows": made.rows,
+    }
+
+
+def _summary(made: Manifest) -> str:
+    return f"{sum(made.rows.values()):,} rows, schema {made.revision}, taken {made.created:%Y-%m-%d %H:%M:%S %Z}"
+
+
+@contextmanager
+def _progress_bar() -> Generator[Callable[[Progress], None] | None]:
+    """Draw a bar on stderr if a person watches, and take it away at the end."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    drawn, step = 0.0, ""
+
+    def draw(made: Progress) -> None:
+        nonlocal drawn, step
+        if made.step == step and made.done < made.total and time.monotonic() - drawn < _BAR_PAUSE_S:
+            return
+        drawn, step = time.monotonic(), made.step
+        part = made.done / made.total if made.total else 1.0
+        bar = "#" * int(part * _BAR_WIDTH)
+        sys.stderr.write(f"\r\033[K{step:>5} [{bar:<{_BAR_WIDTH}}] {part:4.0%} {made.done:,}/{made.total:,}")
+        sys.stderr.flush()
+
+    try:
+        yield draw
+    finally:
+        sys.stderr.write("\r\033[K")
+        sys.stderr.flush()
+
+
+def _exit_of(error: MeshStorageError) -> Exit:
+    if isinstance(error, SchemaMismatchError):
+        return Exit.SCHEMA_MISMATCH
+    if isinstance(error, ConfigurationError):
+        return Exit.CONFIGURATION
+    return Exit.UNAVAILABLE if isinstance(error, UnavailableError | StorageTimeoutError) else Exit.FAILED
+
+
+def _terminate(number: int, _frame: object) -> NoReturn:
+    """End as by an exception, so that nothing is left behind."""
+    raise SystemExit(128 + number)

