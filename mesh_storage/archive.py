@@ -14,7 +14,10 @@ from mesh_storage import client_tools
 from mesh_storage.catalog import Connection
 from mesh_storage.errors import InvalidInputError
 
-_BLOCK = 1 << 20
+# Less than the pipe from pg_restore holds, so that it can go on while a block is on its way to the server.
+_BLOCK = 1 << 16
+_REPORT = 1 << 20
+"""How many bytes of rows there are between two reports."""
 # An entry's line in the list of an archive: dump id; catalog and object id, kind, schema, names, owner.
 _INDEX = re.compile(r"\d+; \d+ \d+ (?:INDEX|(?:FK )?CONSTRAINT) ")
 _ATTACHED = re.compile(r"\d+; \d+ \d+ (?:TRIGGER|RULE|POLICY|ROW SECURITY) ")
@@ -84,7 +87,7 @@ class _Script:
 
     def _copy(self, statement: bytes, script: IO[bytes]) -> None:
         """Pass on the rows up to the line that ends them; no row looks like it, for a backslash is doubled there."""
-        block, size = list[bytes](), 0
+        block, size, unreported = list[bytes](), 0, 0
         with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
             for row in iter(script.readline, b"\\.\n"):
                 if not row:
@@ -93,10 +96,14 @@ class _Script:
                 size += len(row)
                 if size > _BLOCK:
                     self._send(copy, block)
+                    unreported += size
                     block, size = list[bytes](), 0
+                if unreported > _REPORT:
+                    self._report("load", self._loaded, 0)
+                    unreported = 0
             self._send(copy, block)
+        self._report("load", self._loaded, 0)
 
     def _send(self, copy: psycopg.Copy, block: list[bytes]) -> None:
         copy.write(b"".join(block))
         self._loaded += len(block)
-        self._report("load", self._loaded, 0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +25,7 @@ _PLACES = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin")
 """Where the packages of Debian and of Red Hat put them."""
 _BUNDLED = ("18", "16")
 _TICK_S = 0.2
+_PIPE = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What libpq knows no environment variable for, and everybody may read.
 _PUBLIC = (b"keepalives", b"keepalives_idle", b"keepalives_interval", b"keepalives_count", b"tcp_user_timeout")
@@ -166,6 +169,10 @@ def output(arguments: Sequence[str | Path], *, path: Path) -> Generator[IO[bytes
     """
     with _started(arguments, path=path, environment=os.environ | {"LC_ALL": "C"}, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None, "it is a pipe"
+        if sys.platform == "linux":
+            # So that the tool works on while what it wrote is worked on; a user's pipes have a limit, then it is slower.
+            with suppress(OSError):
+                fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
         yield process.stdout
         process.wait()
 
@@ -180,7 +187,7 @@ def _started(
         tempfile.TemporaryFile() as words,
         subprocess.Popen(
             arguments,
-            bufsize=1 << 20,
+            bufsize=_PIPE,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=words,

@@ -15,6 +15,8 @@ from psycopg.pq import TransactionStatus
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh_storage.driver import Liveness, Mode, Parameters, Row
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.base import MAX_ROWS
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -97,6 +99,7 @@ class AsyncRepository(Generic[R]):
 
     async def _stream(self, generator: Generator[T], batch_size: int) -> AsyncGenerator[T]:
         """Give what a sync generator gives, crossing once for each batch of its own."""
+        checks.integer("batch_size", batch_size, 1, MAX_ROWS)
         while True:
             batch = await self._call(_take, generator, batch_size)
             for item in batch:

@@ -1,5 +1,4 @@
 """Shows the storage and its units of work, with the same results on the sync and the async side."""
-# ruff: noqa: PT012 - the block that raises is a whole unit of work
 
 from __future__ import annotations
 
@@ -373,10 +372,11 @@ def test_the_session_is_in_the_same_transaction(storage: MeshStorage) -> None:
     assert keys(storage) == ["a", "b", "c"]
 
 
-def test_errors_of_the_session_are_those_of_sqlalchemy_and_end_the_transaction(storage: MeshStorage) -> None:
-    with pytest.raises(IntegrityError), storage.begin() as uow:
+def test_an_error_of_the_session_is_translated_as_it_leaves_and_ends_the_transaction(storage: MeshStorage) -> None:
+    with pytest.raises(AlreadyExistsError) as error, storage.begin() as uow:
         uow.state.put("a", b"")
         uow.session.execute(text("INSERT INTO mesh_state (key, value) VALUES ('a', '')"))
+    assert isinstance(error.value.__cause__, IntegrityError)
     with pytest.raises(MeshStorageError), storage.begin() as uow:
         uow.state.put("b", b"")
         with pytest.raises(IntegrityError):

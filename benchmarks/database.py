@@ -1,0 +1,86 @@
+"""The database that is measured: a bundled PostgreSQL on disk, as durable as any, with filled tables."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.types.json import set_json_loads
+from pydantic_core import from_json
+
+from mesh_storage import MeshStorage
+from mesh_storage.embedded import EmbeddedServer
+
+MOST_OTHER_ROWS = 1_000_000
+"""Beyond this, only the messages get more."""
+
+_FILL_MESSAGES = """
+    INSERT INTO mesh_messages (id, from_node, to_node, content, timestamp)
+    SELECT 'msg-' || n, 'node-' || n % 100, 'node-' || n % 70, decode(repeat(md5(n::text), 4), 'hex'), 1700000000 + n
+    FROM generate_series(1, {rows}) AS n
+"""
+_FILL_OTHERS = (
+    """INSERT INTO mesh_state (key, value)
+       SELECT 'key-' || n, decode(md5(n::text), 'hex') FROM generate_series(1, {rows}) AS n""",
+    """INSERT INTO mesh_node_state (node_id, state)
+       SELECT 'node-' || n, '{{"load": 0.25, "status": "active"}}' FROM generate_series(1, {rows}) AS n""",
+    """INSERT INTO mesh_consensus_log (term, index, entry)
+       SELECT 1 + n / 1000, n, jsonb_build_object('op', 'set', 'key', 'key-' || n, 'value', n)
+       FROM generate_series(1, {rows}) AS n""",
+    """INSERT INTO mesh_routing_table (destination, route)
+       SELECT 'dest-' || n, jsonb_build_object('via', 'node-' || n % 70, 'cost', n % 100, 'hops', '["a", "b"]'::jsonb)
+       FROM generate_series(1, {rows}) AS n""",
+)
+_TABLES = (
+    "mesh, nodes, routes, mesh_messages, mesh_state, mesh_node_state, mesh_consensus_log, mesh_routing_table,"
+    " mesh_runtime_config"
+)
+
+
+@dataclass
+class Database:
+    """A storage on a server of its own, and what it takes to connect to the same database without the library."""
+
+    storage: MeshStorage
+    url: str
+    connect_arguments: dict[str, Any]
+    rows: int = 0
+    """How many rows each of the runtime tables was filled with."""
+
+    @contextmanager
+    def connection(self, *, autocommit: bool = False) -> Generator[psycopg.Connection[Any]]:
+        """Connect by plain psycopg, with the faster of the JSON parsers that are installed."""
+        with psycopg.connect(**self.connect_arguments, autocommit=autocommit) as connection:
+            set_json_loads(from_json, connection)
+            yield connection
+
+    def fill(self, rows: int) -> None:
+        """Empty all tables and fill those of the runtime layer with rows numbered from 1."""
+        with self.connection(autocommit=True) as connection:
+            connection.execute(f"TRUNCATE {_TABLES}")
+            connection.execute(_FILL_MESSAGES.format(rows=rows))
+            for statement in _FILL_OTHERS:
+                connection.execute(statement.format(rows=min(rows, MOST_OTHER_ROWS)))
+            connection.execute("VACUUM ANALYZE")
+            connection.execute("CHECKPOINT")
+        self.rows = rows
+
+
+@contextmanager
+def durable_database() -> Generator[Database]:
+    """Make a database whose commits are on disk when they return, and remove it afterwards."""
+    with tempfile.TemporaryDirectory(prefix="mesh_storage-benchmark-") as name:
+        path = Path(name) / "postgresql"
+        server = EmbeddedServer.open(path)
+        try:
+            url = f"embedded:{path}"
+            with MeshStorage.open(url) as storage:
+                arguments = {**server.connect_arguments, "options": "-c timezone=UTC"}
+                yield Database(storage, url, arguments)
+        finally:
+            server.close()

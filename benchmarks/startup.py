@@ -1,0 +1,49 @@
+"""Before the first call: importing the library, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from benchmarks.contest import Contest, Rival, Round, Sample, Target, Workload
+from benchmarks.database import Database
+
+_TIMED_IMPORT = """
+import time
+wall, cpu = time.perf_counter(), time.process_time()
+import {modules}
+print(time.process_time() - cpu, time.perf_counter() - wall)
+"""
+
+
+@contextmanager
+def import_library(_database: Database) -> Generator[Contest]:
+    """Import the library, against what it is made of; both from bytecode, as it is where they are installed."""
+    with tempfile.TemporaryDirectory(prefix="mesh_storage-benchmark-") as bytecode:
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": bytecode}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+        def importing(modules: str) -> Round:
+            def round_(calls: int) -> Sample:
+                samples = [_run(_TIMED_IMPORT.format(modules=modules), environment) for _ in range(calls)]
+                return Sample(sum(one.cpu for one in samples), sum(one.wall for one in samples))
+
+            return round_
+
+        parts = importing("sqlalchemy.orm, psycopg, pydantic_settings")
+        yield Contest(importing("mesh_storage"), [Rival("importing its parts", parts, Target(cpu=1.15))])
+
+
+def _run(code: str, environment: dict[str, str]) -> Sample:
+    output = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    cpu, wall = map(float, output.split())
+    return Sample(cpu, wall)
+
+
+WORKLOADS = [Workload("import mesh_storage", import_library, calls=3, quick_calls=1)]
