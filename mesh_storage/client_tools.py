@@ -170,7 +170,7 @@ def output(arguments: Sequence[str | Path], *, path: Path) -> Generator[IO[bytes
     with _started(arguments, path=path, environment=os.environ | {"LC_ALL": "C"}, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None, "it is a pipe"
         if sys.platform == "linux":
-            # So that the tool works on while what it wrote is worked on; a user's pipes have a limit, then it is slower.
+            # So that the tool goes on while its words are worked on; where a user's pipes have a limit, it is slower.
             with suppress(OSError):
                 fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
         yield process.stdout

@@ -382,8 +382,14 @@ def test_the_async_side_does_the_same(
 
 
 async def _cancel(url: str, path: Path) -> None:
+    loop = asyncio.get_running_loop()
+
+    def cancel_twice(_: Progress) -> None:
+        task.cancel()
+        loop.call_soon(lambda: loop.call_soon(task.cancel))
+
     async with AsyncMeshStorage.open(url) as storage:
-        task = asyncio.create_task(storage.backup(path, progress=lambda _: task.cancel() and None))
+        task = asyncio.create_task(storage.backup(path, progress=cancel_twice))
         with pytest.raises(asyncio.CancelledError):
             await task
         assert list(path.parent.iterdir()) == []
