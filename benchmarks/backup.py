@@ -18,7 +18,8 @@ from typing import Any
 
 from psycopg import sql
 
-from mesh_storage import backup, client_tools, engine, schema
+from mesh_storage import backup, engine, schema
+from mesh_storage.backup import client_tools
 from mesh_storage.embedded import EmbeddedServer
 from mesh_storage.server import Server
 

@@ -40,7 +40,9 @@ class Report:
             ]
             parts.append(_table(("", "measured", "target", ""), rows))
         if self.growth:
-            parts.append(_table(_GROWTH_HEAD, [_growth_row(one) for one in self.growth]))
+            parts.append(
+                _table(_GROWTH_HEAD, [_growth_row(one) for one in self.growth if one.rows > self.growth[0].rows])
+            )
         return "\n\n".join(parts)
 
     def json(self) -> str:

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from mesh_storage import backup, schema
 from mesh_storage.backup import Progress
+from mesh_storage.backup.manifest import Manifest
 from mesh_storage.errors import (
     ConfigurationError,
     MeshStorageError,
@@ -24,7 +25,6 @@ from mesh_storage.errors import (
     UnavailableError,
 )
 from mesh_storage.health import Health
-from mesh_storage.manifest import Manifest
 from mesh_storage.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.storage import MeshStorage

@@ -9,22 +9,24 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from pydantic import SecretStr
 
-from mesh_storage import backup, health, schema
-from mesh_storage.backup import JOBS, Report
+from mesh_storage import health, schema
 from mesh_storage.connection import DRIVER_ERRORS, Characteristics, Durability
 from mesh_storage.driver import Isolation
 from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageError
 from mesh_storage.health import Health
-from mesh_storage.manifest import Manifest
 from mesh_storage.pool import Pool
 from mesh_storage.retry import check_attempts, log_if_slow, pause
 from mesh_storage.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.unit_of_work import UnitOfWork
+
+if TYPE_CHECKING:  # Who makes no backup need not wait for what it takes.
+    from mesh_storage.backup import Report
+    from mesh_storage.backup.manifest import Manifest
 
 logger = logging.getLogger("mesh_storage")
 
@@ -162,7 +164,7 @@ class MeshStorage:
         self,
         path: str | os.PathLike[str],
         *,
-        jobs: int = JOBS,
+        jobs: int = 4,
         verify: bool = False,
         progress: Report | None = None,
     ) -> Manifest:
@@ -175,6 +177,8 @@ class MeshStorage:
         """
         if self._pool.closed:
             raise ClosedError("this storage is closed; open another one")
+        from mesh_storage import backup
+
         return backup.backup(self._server, path, jobs=jobs, verify=verify, progress=progress)
 
     def restore(
@@ -182,7 +186,7 @@ class MeshStorage:
         path: str | os.PathLike[str],
         *,
         overwrite: bool = False,
-        jobs: int = JOBS,
+        jobs: int = 4,
         progress: Report | None = None,
     ) -> Manifest:
         """Restore a backup into tables that are empty, or with `overwrite` in place of what they hold: all or nothing.
@@ -194,6 +198,8 @@ class MeshStorage:
         """
         if self._pool.closed:
             raise ClosedError("this storage is closed; open another one")
+        from mesh_storage import backup
+
         return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=progress)
 
     def close(self) -> None:

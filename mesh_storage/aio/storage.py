@@ -10,22 +10,24 @@ import weakref
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from mesh_storage import backup, health, schema
+from mesh_storage import health, schema
 from mesh_storage.aio.pool import AsyncPool, finish
 from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
-from mesh_storage.backup import JOBS, Report
 from mesh_storage.connection import DRIVER_ERRORS, Characteristics, Durability
 from mesh_storage.driver import Isolation
 from mesh_storage.errors import ClosedError, MeshStorageError
 from mesh_storage.health import Health
-from mesh_storage.manifest import Manifest
 from mesh_storage.retry import check_attempts, log_if_slow, pause
 from mesh_storage.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.storage import choose_settings
+
+if TYPE_CHECKING:  # Who makes no backup need not wait for what it takes.
+    from mesh_storage.backup import Report
+    from mesh_storage.backup.manifest import Manifest
 
 logger = logging.getLogger("mesh_storage")
 
@@ -173,7 +175,7 @@ class AsyncMeshStorage:
         self,
         path: str | os.PathLike[str],
         *,
-        jobs: int = JOBS,
+        jobs: int = 4,
         verify: bool = False,
         progress: Report | None = None,
     ) -> Manifest:
@@ -184,6 +186,7 @@ class AsyncMeshStorage:
         """
         if self._pool.closed:
             raise ClosedError("this storage is closed; open another one")
+        from mesh_storage import backup
 
         def work(report: Report) -> Manifest:
             return backup.backup(self._server, path, jobs=jobs, verify=verify, progress=report)
@@ -195,7 +198,7 @@ class AsyncMeshStorage:
         path: str | os.PathLike[str],
         *,
         overwrite: bool = False,
-        jobs: int = JOBS,
+        jobs: int = 4,
         progress: Report | None = None,
     ) -> Manifest:
         """Restore a backup into tables that are empty, or with `overwrite` in place of what they hold: all or nothing.
@@ -205,6 +208,7 @@ class AsyncMeshStorage:
         """
         if self._pool.closed:
             raise ClosedError("this storage is closed; open another one")
+        from mesh_storage import backup
 
         def work(report: Report) -> Manifest:
             return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Text, bindparam, cast, func, select
@@ -79,7 +79,6 @@ class EntryRepository(KeyedRepository[M]):
         """Check the entries and sort them by key, so that two that put the same keys cannot deadlock."""
         if not isinstance(entries, Mapping):
             raise InvalidInputError(f"entries must be a mapping, not {type(entries).__name__}", field="entries")
-        check_key, check_value = self._entries.check_key, self._entries.check_value
-        checked: Iterable[tuple[str, Any]] = ((check_key(key), value) for key, value in entries.items())
-        ordered = sorted(checked, key=lambda entry: entry[0])
-        return {"key": [key for key, _ in ordered], "value": [check_value(value) for _, value in ordered]}
+        keys = self._entries.check_key.column(list(entries))
+        keys.sort()
+        return {"key": keys, "value": self._entries.check_value.column([entries[key] for key in keys])}

@@ -29,7 +29,11 @@ class Infrastructure(Aggregate[M]):
         super().__init__(model)
         self.prefix = prefix
         self.columns: dict[str, Column[Any]] = dict(zip(self.names, self.table.columns, strict=True))
-        self.checks = {name: checks.of_column(f"{self.name}.{name}", column) for name, column in self.columns.items()}
+        self.checks = {
+            name: check.optional() if column.nullable else check
+            for name, column in self.columns.items()
+            for check in [checks.of_column(f"{self.name}.{name}", column)]
+        }
         self.defaults: dict[str, Any] = {
             name: column.default.arg
             for name, column in self.columns.items()
@@ -54,17 +58,27 @@ class Infrastructure(Aggregate[M]):
             .returning(self.columns["updated"])
         )
 
-    def values(self, entity: M, *, new: bool = True) -> dict[str, Any]:
-        """Check an aggregate and give what is sent of it; a default stands in for None, a made id too if it is new."""
-        if not isinstance(entity, self.model):
-            raise InvalidInputError(f"a {self.name} is needed, not a {type(entity).__name__}", field=self.name)
-        values: dict[str, Any] = {}
-        for name, column in self.columns.items():
-            value = getattr(entity, name)
-            if value is None:
-                value = new_id(self.prefix) if new and name == "id" else self.defaults.get(name)
-            values[name] = None if value is None and column.nullable else self.checks[name](value)
-        return values
+    def checked(self, entities: Iterable[M]) -> list[M]:
+        """Check that these are aggregates of this kind.
+
+        Raises:
+            InvalidInputError: One is not.
+        """
+        given = checks.many("entities", entities)
+        for entity in given:
+            if not isinstance(entity, self.model):
+                raise InvalidInputError(f"a {self.name} is needed, not a {type(entity).__name__}", field=self.name)
+        return given
+
+    def column(self, name: str, values: list[Any], *, new: bool) -> list[Any]:
+        """Check the values of one attribute and give what is sent; a default or a made id stands in for None."""
+        if None in values:
+            if name == "id" and new:
+                values = [new_id(self.prefix) if value is None else value for value in values]
+            elif name in self.defaults:
+                default = self.defaults[name]
+                values = [default if value is None else value for value in values]
+        return self.checks[name].column(values)
 
 
 class InfrastructureRepository(KeyedRepository[M]):
@@ -87,16 +101,20 @@ class InfrastructureRepository(KeyedRepository[M]):
 
     def add_many(self, entities: Iterable[M]) -> list[M]:
         """Add many in one statement, all or none, and give them back as `add` does."""
-        given = checks.many("entities", entities)
-        rows = [self._infrastructure.values(entity) for entity in given]
-        if not rows:
+        given = self._infrastructure.checked(entities)
+        if not given:
             return given
-        arrays = {name: [row[name] for row in rows] for name in self._infrastructure.columns}
-        now = self._fetch_value(self._infrastructure.add, **arrays)
-        for entity, row in zip(given, rows, strict=True):
-            for name, value in (row | {name: row[name] or now for name in _TIMES}).items():
-                if getattr(entity, name) is None:
-                    set_attribute(entity, name, value)
+        # Straight from the instances: new ones have nothing to load, and instrumented access costs five times that.
+        instances = [vars(entity) for entity in given]
+        sent = {
+            name: self._infrastructure.column(name, [instance.get(name) for instance in instances], new=True)
+            for name in self._infrastructure.columns
+        }
+        now = self._fetch_value(self._infrastructure.add, **sent)
+        for name, column in sent.items():
+            for instance, value in zip(instances, column, strict=True):
+                if instance.get(name) is None:
+                    instance[name] = now if value is None and name in _TIMES else value
         return given
 
     def update(self, entity: M) -> M:
@@ -106,7 +124,11 @@ class InfrastructureRepository(KeyedRepository[M]):
             NotFoundError: It is not there.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
         """
-        values = self._infrastructure.values(entity, new=False)
+        self._infrastructure.checked([entity])
+        values = {
+            name: self._infrastructure.column(name, [getattr(entity, name)], new=False)[0]
+            for name in self._infrastructure.columns
+        }
         row = self._connection.fetch_one(self._infrastructure.update, values)
         if row is None:
             raise NotFoundError(self._infrastructure.name, values["id"])

@@ -26,7 +26,7 @@ def _check_hash(value: object) -> str:
 
 _HASH = re.compile(r"scrypt(\$\d+){3}(\$[0-9a-f]+){2}\Z")
 _MESHES = Infrastructure(Mesh, prefix="mesh", kept=("join_key_hash",))
-_MESHES.checks["join_key_hash"] = _check_hash
+_MESHES.checks["join_key_hash"] = checks.Check(_check_hash).optional()
 _TABLE = _MESHES.table
 _BY_NAME = Statement(select(_TABLE).where(_TABLE.c.mesh_name == bindparam("name")))
 _SET_JOIN_KEY_HASH = Statement(

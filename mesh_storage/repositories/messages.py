@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import ARRAY, BigInteger, Column, ColumnElement, Text, bindparam, func, select, tuple_
@@ -20,7 +21,7 @@ _TABLE = _MESSAGES.table
 _COLUMNS: list[Column[Any]] = [_TABLE.c.id, _TABLE.c.from_node, _TABLE.c.to_node, _TABLE.c.content, _TABLE.c.timestamp]
 _TIMES: list[Column[Any]] = [_TABLE.c.timestamp, _TABLE.c.created_at]
 _CHECKS = {column.name: checks.of_column(f"Message.{column.name}", column) for column in _COLUMNS}
-_CHECKS["timestamp"] = checks.optional(_CHECKS["timestamp"])
+_CHECKS["timestamp"] = _CHECKS["timestamp"].optional()
 _CLOCK = func.extract("epoch", func.now()).cast(BigInteger)
 
 _VALUES: dict[Column[Any], ColumnElement[Any]] = {column: bindparam(column.name) for column in _COLUMNS}
@@ -92,18 +93,24 @@ class MessageRepository(KeyedRepository[Message]):
             AlreadyExistsError: A different message has one of the ids; the unit of work can only roll back.
             InvalidInputError: Names the field; nothing was stored.
         """
-        by_id: dict[str, dict[str, Any]] = {}
-        for message in checks.many("messages", messages):
-            values = _checked(message)
-            if by_id.setdefault(values["id"], values) != values:
-                raise AlreadyExistsError(f"two different messages are given for {values['id']!r}")
-        if not by_id:
+        given = [_instance(message) for message in checks.many("messages", messages)]
+        if not given:
             return 0
-        rows = [by_id[id_] for id_ in sorted(by_id)]  # In one order, so that two stores cannot deadlock.
-        stored = self._connection.execute(_STORE_MANY, {name: [row[name] for row in rows] for name in _CHECKS})
+        columns = [check.column([instance.get(name) for instance in given]) for name, check in _CHECKS.items()]
+        # In the order of the ids, so that two stores cannot deadlock.
+        rows = sorted(zip(*columns, strict=True), key=itemgetter(0))
+        by_id = {row[0]: row for row in rows}
+        if len(by_id) < len(rows):
+            for row in rows:
+                if row != by_id[row[0]]:
+                    raise AlreadyExistsError(f"two different messages are given for {row[0]!r}")
+            rows = list(by_id.values())
+        stored = self._connection.execute(
+            _STORE_MANY, dict(zip(_CHECKS, map(list, zip(*rows, strict=True)), strict=True))
+        )
         if stored < len(rows):
             for found in self._fetch_all(_SELECT_MANY, ids=list(by_id)):
-                if not _same(found, by_id[found.id]):
+                if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
                     raise self._connection.fail(AlreadyExistsError(f"another message is stored under {found.id!r}"))
         return stored
 
@@ -165,11 +172,15 @@ class MessageRepository(KeyedRepository[Message]):
         return Listing(fetch, lambda message: (message.timestamp, message.id), (int, str))
 
 
-def _checked(message: Message) -> dict[str, Any]:
+def _instance(message: Message) -> dict[str, Any]:
+    """Give what a message holds: a new one has nothing to load, and instrumented access costs five times that."""
     if not isinstance(message, Message):
         raise InvalidInputError(f"message must be a Message, not {type(message).__name__}", field="message")
-    # Straight from the instance: a new message has nothing to load, and instrumented access costs five times that.
-    given = vars(message)
+    return vars(message)
+
+
+def _checked(message: Message) -> dict[str, Any]:
+    given = _instance(message)
     return {name: check(given.get(name)) for name, check in _CHECKS.items()}
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from psycopg import sql
 
-from mesh_storage import MeshStorage, catalog, engine
+from mesh_storage import MeshStorage, engine
+from mesh_storage.backup import catalog
 from mesh_storage.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.testing import (

@@ -24,13 +24,12 @@ from mesh_storage import (
     SchemaMismatchError,
     Settings,
     StorageTimeoutError,
-    archive,
     backup,
     engine,
     schema,
 )
-from mesh_storage.backup import Progress
-from mesh_storage.manifest import Manifest, _own_checksum
+from mesh_storage.backup import Progress, archive
+from mesh_storage.backup.manifest import Manifest, _own_checksum
 from mesh_storage.server import Server
 from mesh_storage.testing import Databases
 

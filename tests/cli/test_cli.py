@@ -220,7 +220,7 @@ def test_missing_tools_are_a_matter_of_configuration(
     url: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert url
-    monkeypatch.setattr("mesh_storage.client_tools._found", lambda **_: iter(()))
+    monkeypatch.setattr("mesh_storage.backup.client_tools._found", lambda **_: iter(()))
     status, _, err = call("backup", tmp_path / "backup")
     assert status == Exit.CONFIGURATION == 5
     assert "install postgresql-client-" in err
@@ -248,7 +248,7 @@ def test_ctrl_c(url: str, call: Call, tmp_path: Path, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     assert url
-    monkeypatch.setattr("mesh_storage.client_tools.run", interrupt)
+    monkeypatch.setattr("mesh_storage.backup.client_tools.run", interrupt)
     status, _, err = call("backup", tmp_path / "backup")
     assert (status, err) == (Exit.INTERRUPTED, "mesh-storage: interrupted\n")
     assert list(tmp_path.iterdir()) == []

@@ -10,8 +10,8 @@ from typing import IO
 
 import psycopg
 
-from mesh_storage import client_tools
-from mesh_storage.catalog import Connection
+from mesh_storage.backup import client_tools
+from mesh_storage.backup.catalog import Connection
 from mesh_storage.errors import InvalidInputError
 
 # Less than the pipe from pg_restore holds, so that it can go on while a block is on its way to the server.

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mesh_storage.client_tools import path_error
+from mesh_storage.backup.client_tools import path_error
 from mesh_storage.errors import InvalidInputError, NotFoundError
 
 FORMAT = 1
