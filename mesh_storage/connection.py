@@ -124,8 +124,7 @@ class Connection:
 
         An error is translated, and remembered as what ended the transaction.
         """
-        if not self._in_use.acquire(blocking=False):
-            raise MeshStorageError("two threads or tasks use one unit of work at once; give each its own")
+        self._use()
         try:
             self._check_open()
             try:
@@ -189,9 +188,16 @@ class Connection:
 
     def rollback(self) -> None:
         """Undo what was done since the last commit or rollback."""
-        self._failure = None
         if self.inherited or self._closed:
             return
+        self._use()
+        try:
+            self._rollback()
+        finally:
+            self._in_use.release()
+
+    def _rollback(self) -> None:
+        self._failure = None
         transaction = self.driver.sqlalchemy.get_transaction()
         try:
             if transaction is not None:
@@ -205,7 +211,10 @@ class Connection:
 
     def close(self) -> None:
         """Roll back what was not committed; the driver is free for the next unit of work then."""
-        self.rollback()
+        if self._in_use.locked():
+            self._doubtful = True  # Another thread or task still uses it, which it must not.
+        elif not self.inherited and not self._closed:
+            self._rollback()
         self._closed = True
 
     def settled(self) -> bool:
@@ -266,6 +275,10 @@ class Connection:
         finally:
             timer.cancel()
             timer.join()
+
+    def _use(self) -> None:
+        if not self._in_use.acquire(blocking=False):
+            raise MeshStorageError("two threads or tasks use one unit of work at once; give each its own")
 
     def _check_open(self) -> None:
         if self._closed:

@@ -191,10 +191,10 @@ def _spawn(home: Path, lock: int, version: str, *, throw_away: bool) -> None:
         "throw_away": throw_away,
     }
     # The lock is inherited: it is held for as long as the supervisor lives, which goes to the background by itself.
-    # Isolated and without site-packages, it starts faster.
+    # Isolated: what is in the environment or the working directory is not for it.
     with (home / "supervisor.log").open("ab") as log:
         subprocess.run(
-            [sys.executable, "-I", "-S", supervisor.__file__, json.dumps(config)],
+            [sys.executable, "-I", supervisor.__file__, json.dumps(config)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import traceback
 from typing import ClassVar
 
 import psycopg
@@ -159,6 +160,9 @@ def connection_refused(error: Exception) -> tuple[MeshStorageError, Exception | 
     Raise outside of the `except` block, so that the error given is not chained as the context.
     """
     original = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+    for each in (error, original):
+        # Its frames hold the half-made connection in a cycle, and so the socket open until the collector comes by.
+        traceback.clear_frames(each.__traceback__ if each else None)
     return translate(error), copy.copy(original) if isinstance(original, psycopg.Error) else None
 
 

@@ -51,11 +51,11 @@ class Pool:
         """
         characteristics.check()
         deadline = characteristics.deadline()
-        if self.closed:
-            raise ClosedError("this storage is closed; open another one")
+        check_open(closed=self.closed)
         if not self._free.acquire(timeout=wait_limit(self._timeout, characteristics.timeout)):
             raise exhausted(self.size, self._timeout, characteristics.timeout)
         try:
+            check_open(closed=self.closed)  # It may have been closed while we waited.
             driver = self._driver(deadline)
             if driver.mode != characteristics.mode:
                 driver.switch(characteristics.mode)
@@ -107,6 +107,16 @@ class Pool:
         except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
             refused, cause = unreachable(error, deadline)
         raise refused from cause
+
+
+def check_open(*, closed: bool) -> None:
+    """Refuse to work on what is closed.
+
+    Raises:
+        ClosedError: It is.
+    """
+    if closed:
+        raise ClosedError("this storage is closed; open another one")
 
 
 def wait_limit(pool_timeout: float, timeout: float | None) -> float:

@@ -18,7 +18,7 @@ from mesh_storage.connection import DRIVER_ERRORS, Characteristics, Durability
 from mesh_storage.driver import Isolation
 from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageError
 from mesh_storage.health import Health
-from mesh_storage.pool import Pool
+from mesh_storage.pool import Pool, check_open
 from mesh_storage.retry import check_attempts, log_if_slow, pause
 from mesh_storage.server import Server, open_server
 from mesh_storage.settings import Settings
@@ -175,8 +175,7 @@ class MeshStorage:
         Raises:
             ClosedError: The storage was closed.
         """
-        if self._pool.closed:
-            raise ClosedError("this storage is closed; open another one")
+        check_open(closed=self._pool.closed)
         from mesh_storage import backup
 
         return backup.backup(self._server, path, jobs=jobs, verify=verify, progress=progress)
@@ -196,8 +195,7 @@ class MeshStorage:
         Raises:
             ClosedError: The storage was closed.
         """
-        if self._pool.closed:
-            raise ClosedError("this storage is closed; open another one")
+        check_open(closed=self._pool.closed)
         from mesh_storage import backup
 
         return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=progress)

@@ -14,6 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 from types import FunctionType
+from typing import Generic, get_overloads
 
 from mesh_storage import repositories
 from mesh_storage.repositories.base import Repository
@@ -71,8 +72,11 @@ def twin_of_class(repository: type[Repository]) -> str:  # type: ignore[type-arg
     methods: dict[str, FunctionType] = {}
     for each in repository.__mro__:
         for name, value in vars(each).items():
-            if isinstance(value, FunctionType) and not name.startswith("_"):
-                methods.setdefault(name, value)
+            if name.startswith("_") or each in (object, Generic):
+                continue
+            if not isinstance(value, FunctionType) or get_overloads(value):
+                raise TypeError(f"{each.__qualname__}.{name} is no plain method")
+            methods.setdefault(name, value)
     model = aggregate_of(repository)
     lines = [f"\n\nclass Async{repository.__name__}(AsyncRepository[{repository.__name__}]):"]
     lines.append(f'    """{inspect.getdoc(repository)}"""')
@@ -91,9 +95,7 @@ def twin_of_method(method: FunctionType, model: str) -> str:
     """Write the twin of one method."""
     signature = inspect.signature(method)
     name, given = method.__name__, [each for each in signature.parameters.values() if each.name != "self"]
-    for parameter in given:
-        if parameter.annotation is parameter.empty or "Callable" in parameter.annotation:
-            raise TypeError(f"{method.__qualname__}: {parameter.name} has no annotation, or is a function")
+    check(method, signature)
     head = ["self"]
     for parameter in given:
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in head:
@@ -102,8 +104,6 @@ def twin_of_method(method: FunctionType, model: str) -> str:
     passed = [f"{each.name}={each.name}" if each.kind is each.KEYWORD_ONLY else each.name for each in given]
     returns = concrete(signature.return_annotation, model)
     if returns.startswith("Generator["):
-        if "batch_size" not in signature.parameters:
-            raise TypeError(f"{method.__qualname__}: a generator needs a batch_size")
         returns = f"Async{returns}"
         generator = f"self._repository.{name}({', '.join(passed)})"
         body = f"async for item in self._stream({generator}, batch_size):\n            yield item"
@@ -112,6 +112,36 @@ def twin_of_method(method: FunctionType, model: str) -> str:
     doc = textwrap.indent(inspect.getdoc(method) or "", " " * 8).strip()
     end = "\n        " if "\n" in doc else ""
     return f'\n    async def {name}({", ".join(head)}) -> {returns}:\n        """{doc}{end}"""\n        {body}'
+
+
+def check(method: FunctionType, signature: inspect.Signature) -> None:
+    """Refuse a method that cannot cross the bridge.
+
+    Raises:
+        TypeError: Names it.
+    """
+    streams = inspect.isgeneratorfunction(method)
+    problems = [
+        *(
+            f"{each.name} has no annotation, or is a function, or is any number of arguments"
+            for each in signature.parameters.values()
+            if each.name != "self"
+            and (
+                each.annotation is each.empty
+                or "Callable" in each.annotation
+                or each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+            )
+        ),
+        *(["the result has no annotation"] if signature.return_annotation is signature.empty else []),
+        *(
+            ["it streams, so its result is a Generator and it has a batch_size"]
+            if streams != str(signature.return_annotation).startswith("Generator[")
+            or (streams and "batch_size" not in signature.parameters)
+            else []
+        ),
+    ]
+    if problems:
+        raise TypeError(f"{method.__qualname__}: {'; '.join(problems)}")
 
 
 def declaration(parameter: inspect.Parameter, model: str) -> str:

@@ -6,6 +6,7 @@ the event loop go on; that place is the driver, and SQLAlchemy's own statements 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -36,10 +37,22 @@ class BridgedDriver:
         self._connection: psycopg.AsyncConnection[Row] = self._adapted.driver_connection
         self._cursor: psycopg.AsyncCursor[Row] = self._connection.cursor(binary=True)
         self.liveness = Liveness(self.sqlalchemy)
+        self._unfinished: set[asyncio.Task[None]] = set()
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Cross the bridge: call a sync function that may use the connection."""
         return await self._bridge.run_sync(lambda _: function(*args, **kwargs))
+
+    async def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run to its end what must not be left half done, also when this task is cancelled meanwhile."""
+        task = in_background(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._unfinished.discard)
+        await asyncio.shield(task)
+
+    def unfinished(self) -> frozenset[asyncio.Task[None]]:
+        """Give what goes on although nobody waits for it."""
+        return frozenset(self._unfinished)
 
     def status(self) -> TransactionStatus:
         """Ask for the state of the transaction."""
@@ -106,6 +119,23 @@ class AsyncRepository(Generic[R]):
                 yield item
             if len(batch) < batch_size:
                 return
+
+
+_background: set[asyncio.Task[None]] = set()
+
+
+def in_background(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Run to its end what nobody may have the time to wait for."""
+    task = asyncio.create_task(work)
+    _background.add(task)
+    task.add_done_callback(_done)
+    return task
+
+
+def _done(task: asyncio.Task[None]) -> None:
+    _background.discard(task)
+    if not task.cancelled():
+        task.exception()  # Whoever waited has it; when nobody did, a rollback failed, and the connection is given up.
 
 
 def _take(generator: Generator[T], size: int) -> list[T]:

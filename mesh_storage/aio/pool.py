@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Collection
+from contextlib import suppress
 
 import psycopg
 import sqlalchemy.exc
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from mesh_storage.aio.bridge import BridgedDriver
+from mesh_storage.aio.bridge import BridgedDriver, in_background
 from mesh_storage.connection import Characteristics, Connection
 from mesh_storage.engine import connect_before, engine_arguments, limit_connecting
-from mesh_storage.errors import ClosedError
-from mesh_storage.pool import exhausted, unreachable, wait_limit
+from mesh_storage.errors import MeshStorageError
+from mesh_storage.pool import check_open, exhausted, unreachable, wait_limit
 from mesh_storage.server import Server
 from mesh_storage.settings import Settings
 
@@ -44,18 +44,22 @@ class AsyncPool:
         """
         characteristics.check()
         deadline = characteristics.deadline()
-        if self.closed:
-            raise ClosedError("this storage is closed; open another one")
+        check_open(closed=self.closed)
         await self._wait(characteristics.timeout)
-        driver = None
+        if self.closed:  # It was closed while we waited.
+            self._free.release()
+            check_open(closed=True)
+        driver = self._idle_driver()
+        # A task of its own, since a connection that is half made when it is cancelled would stay open.
+        connecting = None if driver else asyncio.create_task(self._connect(deadline))
         try:
-            driver = await self._driver(deadline)
+            if driver is None and connecting is not None:
+                driver = await asyncio.shield(connecting)
+            assert driver is not None, "it was idle, or was just made"
             if driver.mode != characteristics.mode:
                 await driver.call(driver.switch, characteristics.mode)
         except BaseException:
-            if driver is not None:
-                await finish(driver.call(driver.discard))
-            self._free.release()
+            in_background(self._give_up(driver, connecting))
             raise
         self.in_use += 1
         return Connection(driver, characteristics, deadline), driver
@@ -66,7 +70,7 @@ class AsyncPool:
             connection.close()
             self._keep(connection, driver)
         else:
-            await finish(self._clean(connection, driver))
+            await driver.finish(self._clean(connection, driver, driver.unfinished()))
 
     async def close(self) -> None:
         """Close the connections that are not lent; the others are closed when they come back."""
@@ -85,8 +89,12 @@ class AsyncPool:
         except TimeoutError:
             raise exhausted(self.size, self._timeout, timeout) from None
 
-    async def _clean(self, connection: Connection, driver: BridgedDriver) -> None:
+    async def _clean(
+        self, connection: Connection, driver: BridgedDriver, unfinished: Collection[asyncio.Task[None]]
+    ) -> None:
         try:
+            if unfinished:  # A savepoint or rollback whose task was cancelled a second time.
+                await asyncio.wait(unfinished)
             await driver.call(connection.close)
             if self.closed or not connection.reusable():
                 await driver.call(driver.discard)
@@ -99,13 +107,16 @@ class AsyncPool:
         self.in_use -= 1
         self._free.release()
 
-    async def _driver(self, deadline: float | None) -> BridgedDriver:
-        """Take the idle connection that was used last, or make one."""
+    def _idle_driver(self) -> BridgedDriver | None:
+        """Take the idle connection that was used last, if there is one that still works."""
         while self._idle:
             driver = self._idle.pop()
             if driver.liveness.usable():
                 return driver
-            await driver.call(driver.discard)
+            in_background(driver.call(driver.discard))
+        return None
+
+    async def _connect(self, deadline: float | None) -> BridgedDriver:
         try:
             with connect_before(deadline):
                 return BridgedDriver(await self._engine.connect())
@@ -113,13 +124,13 @@ class AsyncPool:
             refused, cause = unreachable(error, deadline)
         raise refused from cause
 
-
-_finishing: set[asyncio.Task[None]] = set()
-
-
-async def finish(work: Coroutine[Any, Any, None]) -> None:
-    """Run to its end what must not be left half done, also when this task is cancelled meanwhile."""
-    task = asyncio.create_task(work)
-    _finishing.add(task)
-    task.add_done_callback(_finishing.discard)
-    await asyncio.shield(task)
+    async def _give_up(self, driver: BridgedDriver | None, connecting: asyncio.Task[BridgedDriver] | None) -> None:
+        """Let go of a connection that nobody waits for any more; only then may another be made."""
+        try:
+            if driver is None and connecting is not None:
+                with suppress(MeshStorageError):
+                    driver = await connecting
+            if driver is not None:
+                await driver.call(driver.discard)
+        finally:
+            self._free.release()

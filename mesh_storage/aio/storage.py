@@ -13,13 +13,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from mesh_storage import health, schema
-from mesh_storage.aio.pool import AsyncPool, finish
+from mesh_storage.aio.bridge import in_background
+from mesh_storage.aio.pool import AsyncPool
 from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
 from mesh_storage.connection import DRIVER_ERRORS, Characteristics, Durability
 from mesh_storage.driver import Isolation
 from mesh_storage.errors import ClosedError, MeshStorageError
 from mesh_storage.health import Health
+from mesh_storage.pool import check_open
 from mesh_storage.retry import check_attempts, log_if_slow, pause
 from mesh_storage.server import Server, open_server
 from mesh_storage.settings import Settings
@@ -59,7 +61,12 @@ class Opening:
 
     async def _open(self) -> AsyncMeshStorage:
         # To start a server and deploy a schema takes long and blocks, so a thread does it.
-        server = await asyncio.to_thread(_prepare, self._settings)
+        preparation = _Preparation(self._settings)
+        try:
+            server = await asyncio.to_thread(preparation.run)
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().run_in_executor(None, preparation.abandon)
+            raise
         storage = AsyncMeshStorage(self._settings, server)
         logger.info(
             "storage opened",
@@ -184,8 +191,7 @@ class AsyncMeshStorage:
         A thread does it, and calls `progress` in the event loop. When the task is cancelled, it ends soon and leaves
         nothing behind. The arguments and errors are those of `MeshStorage.backup`.
         """
-        if self._pool.closed:
-            raise ClosedError("this storage is closed; open another one")
+        check_open(closed=self._pool.closed)
         from mesh_storage import backup
 
         def work(report: Report) -> Manifest:
@@ -206,8 +212,7 @@ class AsyncMeshStorage:
         A thread does it, and calls `progress` in the event loop. When the task is cancelled, it ends soon, and the
         database is as before or has it all. The arguments and errors are those of `MeshStorage.restore`.
         """
-        if self._pool.closed:
-            raise ClosedError("this storage is closed; open another one")
+        check_open(closed=self._pool.closed)
         from mesh_storage import backup
 
         def work(report: Report) -> Manifest:
@@ -218,7 +223,7 @@ class AsyncMeshStorage:
     async def close(self) -> None:
         """Close all connections that are not in use; those in use are closed when their unit of work ends."""
         if not self._pool.closed:
-            await finish(self._close())
+            await asyncio.shield(in_background(self._close()))
 
     async def __aenter__(self) -> Self:
         """Give the storage itself."""
@@ -268,11 +273,33 @@ class _Scope(AbstractAsyncContextManager[AsyncUnitOfWork]):
             log_if_slow(time.monotonic() - self._begun, self._slow)
 
 
-def _prepare(settings: Settings) -> Server:
-    server = open_server(settings)
-    try:
-        schema.ensure(server)
-    except BaseException:
-        server.close()
-        raise
-    return server
+class _Preparation:
+    """The blocking part of an opening: a server that is ready, or is closed when nobody waits for it any more."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._abandoned = False
+        self._server: Server | None = None
+
+    def run(self) -> Server:
+        """Find or start the server, and see to its schema."""
+        server = open_server(self._settings)
+        try:
+            schema.ensure(server)
+            with self._lock:
+                if self._abandoned:
+                    raise ClosedError("the opening was cancelled")
+                self._server = server
+        except BaseException:
+            server.close()
+            raise
+        return server
+
+    def abandon(self) -> None:
+        """Close the server, now or as soon as it is ready."""
+        with self._lock:
+            self._abandoned = True
+            server = self._server
+        if server is not None:
+            server.close()

@@ -9,7 +9,6 @@ from functools import cached_property
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mesh_storage.aio.bridge import BridgedDriver
-from mesh_storage.aio.pool import finish
 from mesh_storage.aio.repositories import (
     AsyncConsensusLogRepository,
     AsyncMeshRepository,
@@ -106,7 +105,7 @@ class AsyncUnitOfWork:
 
     async def rollback(self) -> None:
         """Undo everything since the last commit."""
-        await finish(self._driver.call(self._uow.rollback))
+        await self._driver.finish(self._driver.call(self._uow.rollback))
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[None]:
@@ -116,14 +115,14 @@ class AsyncUnitOfWork:
         try:
             yield
         except BaseException as error:
-            await finish(self._driver.call(_leave, savepoint, error))
+            await self._driver.finish(self._driver.call(_leave, savepoint, error))
             raise
         await self._driver.call(savepoint.__exit__, None, None, None)
 
     async def close(self) -> None:
         """Let the session go; the connection rolls back when its own block ends."""
         if "session" in vars(self):
-            await finish(self._driver.call(self._uow.close))
+            await self._driver.finish(self._driver.call(self._uow.close))
 
 
 def _leave(savepoint: AbstractContextManager[None], error: BaseException) -> None:

@@ -7,15 +7,15 @@ import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
-from conftest import Run, Watch, assert_at_rest, eventually, opened, storage_at_rest
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import text
 
 from mesh_storage import MeshStorageError, Message, SerializationError, StorageTimeoutError, UnavailableError
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+from tests.aio.conftest import Run, Watch, assert_at_rest, eventually, opened, storage_at_rest
 
 LOCKED_OUT = 42
 """The advisory lock that a commit waits for."""
@@ -90,7 +90,8 @@ def test_a_thousand_random_cancellations_leave_nothing(run: Run, mesh_storage_ur
         )
 
     assert run(main()) >= 1000
-    first, second = ({key for key in watch.keys() if key.startswith(name)} for name in ("first", "second"))
+    committed = watch.keys()
+    first, second = ({key for key in committed if key.startswith(name)} for name in ("first", "second"))
     assert {key.split()[1] for key in first} == {key.split()[1] for key in second}
     assert {f"first {number}" for number in done} <= first
 
@@ -163,14 +164,15 @@ class Gate:
 
     def __init__(self, url: str, directory: Path) -> None:
         self._server = f"{conninfo_to_dict(url)['host']}/.s.PGSQL.{conninfo_to_dict(url)['port']}"
-        self.url = url.replace(url[url.index("host=") :].split("&")[0], f"host={directory}")
+        self.url = url.replace(url[url.index("host=") :].split("&", maxsplit=1)[0], f"host={directory}")
         self.url = self.url.replace("port=5432", "port=5433")
         self._path = directory / ".s.PGSQL.5433"
         self.held = 0
         self.closed = False
         self._streams: list[asyncio.StreamWriter] = []
+        self._passing: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Gate:
+    async def __aenter__(self) -> Self:
         self._listener = await asyncio.start_unix_server(self._pass, self._path)
         return self
 
@@ -178,8 +180,12 @@ class Gate:
         self._listener.close()
         for stream in self._streams:
             stream.close()
+        await asyncio.wait(self._passing)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task: asyncio.Task[None] | None = asyncio.current_task()
+        assert task is not None
+        self._passing.add(task)
         self._streams.append(writer)
         if self.closed:
             self.held += 1
@@ -200,22 +206,22 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-@pytest.mark.parametrize("given", [{}, {"timeout": 30.0}, {"isolation": "serializable"}], ids=repr)
-def test_cancelled_while_connecting(
-    run: Run, mesh_storage_url: str, watch: Watch, tmp_path: Path, given: dict[str, Any]
-) -> None:
+def test_cancelled_while_connecting(run: Run, mesh_storage_url: str, watch: Watch, tmp_path: Path) -> None:
+    kinds: list[dict[str, Any]] = [{}, {"timeout": 30.0}, {"isolation": "serializable"}, {"read_only": True}]
+
     async def main() -> None:
-        async with Gate(mesh_storage_url, tmp_path) as gate, opened(gate.url, pool_size=2) as storage:
-            gate.closed = True
-            tasks = [asyncio.create_task(put(storage, f"never {number}", **given)) for number in range(5)]
-            await eventually(lambda: gate.held == 2)
-            for task in tasks:
-                await cancelled(task)
-            await eventually(lambda: gate.held == 0)
-            gate.closed = False
-            await put(storage, "after")
-            await assert_at_rest(storage, watch)
-        assert watch.keys() == ["after"]
+        async with Gate(mesh_storage_url, tmp_path) as gate:
+            async with opened(gate.url, pool_size=len(kinds), connect_timeout=2) as storage:
+                gate.closed = True
+                tasks = [asyncio.create_task(put(storage, "never", **given)) for given in kinds * 2]
+                await eventually(lambda: gate.held == len(kinds))
+                for task in tasks:
+                    await cancelled(task)
+                await eventually(lambda: gate.held == 0)
+                gate.closed = False
+                await put(storage, "after")
+                await assert_at_rest(storage, watch)
+            assert watch.keys() == ["after"]
 
     run(main())
 

@@ -347,7 +347,7 @@ def test_after_close_there_is_neither(mesh_storage_url: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["backup", "restore"])
 def test_the_async_side_has_the_same_signatures(name: str) -> None:
     sync, other = getattr(MeshStorage, name), getattr(AsyncMeshStorage, name)
-    assert inspect.signature(sync, eval_str=True) == inspect.signature(other, eval_str=True)
+    assert inspect.signature(sync) == inspect.signature(other)
     assert inspect.iscoroutinefunction(other)
 
 

@@ -162,7 +162,7 @@ def in_child(url: str, path: Path, work: str, prelude: str = "") -> str:
     script = f"""
 import resource, sys
 from pathlib import Path
-from mesh_storage import MeshStorage, MeshStorageError
+from mesh_storage import MeshStorage, MeshStorageError, backup  # Loaded before the process gives its rights away.
 with MeshStorage.open(sys.argv[1]) as storage:
     {prelude}
     try:

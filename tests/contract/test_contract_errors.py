@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Open
 
 from mesh_storage import (
     AlreadyExistsError,
@@ -27,6 +26,7 @@ from mesh_storage import (
     UnitOfWork,
     testing,
 )
+from tests.contract.conftest import Open
 
 
 @pytest.mark.parametrize("url", ["mysql://host/db", "postgresql:///db?no_such=1", "nonsense"])

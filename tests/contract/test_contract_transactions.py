@@ -11,7 +11,6 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import Open
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
@@ -30,6 +29,7 @@ from mesh_storage import (
     UnitOfWork,
     schema,
 )
+from tests.contract.conftest import Open
 
 
 @pytest.fixture
