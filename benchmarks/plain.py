@@ -8,7 +8,7 @@ STORE_MESSAGE = """
 """
 STORE_MESSAGES = """
     INSERT INTO mesh_messages (id, from_node, to_node, content)
-    SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::bytea[]) ON CONFLICT DO NOTHING
+    SELECT * FROM unnest(%b::text[], %b::text[], %b::text[], %b::bytea[]) ON CONFLICT DO NOTHING
 """
 GET_MESSAGE = "SELECT id, from_node, to_node, content, timestamp, created_at FROM mesh_messages WHERE id = %s"
 STREAM_MESSAGES = """
@@ -24,7 +24,7 @@ PUT_NODE_STATE = """
     ON CONFLICT (node_id) DO UPDATE SET state = excluded.state, updated_at = now() RETURNING created_at, updated_at
 """
 PUT_NODE_STATES = """
-    INSERT INTO mesh_node_state (node_id, state) SELECT * FROM unnest(%s::text[], %s::jsonb[])
+    INSERT INTO mesh_node_state (node_id, state) SELECT * FROM unnest(%b::text[], %b::text[]::jsonb[])
     ON CONFLICT (node_id) DO UPDATE SET state = excluded.state, updated_at = now()
     RETURNING node_id, created_at, updated_at
 """
@@ -37,7 +37,7 @@ APPEND_ENTRY = """
 """
 APPEND_ENTRIES = """
     INSERT INTO mesh_consensus_log (term, index, entry)
-    SELECT * FROM unnest(%s::bigint[], %s::bigint[], %s::jsonb[])
+    SELECT * FROM unnest(%b::bigint[], %b::bigint[], %b::text[]::jsonb[])
     WHERE EXISTS (
         SELECT FROM (SELECT term, index FROM mesh_consensus_log ORDER BY index DESC LIMIT 1) AS last
         WHERE last.index = %s::bigint AND last.term <= %s::bigint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator
@@ -287,14 +288,17 @@ class _Preparation:
         server = open_server(self._settings)
         try:
             schema.ensure(server)
-            with self._lock:
-                if self._abandoned:
-                    raise ClosedError("the opening was cancelled")
-                self._server = server
+            self._hand_over(server)
         except BaseException:
             server.close()
             raise
         return server
+
+    def _hand_over(self, server: Server) -> None:
+        with self._lock:
+            if self._abandoned:
+                raise ClosedError("the opening was cancelled")
+            self._server = server
 
     def abandon(self) -> None:
         """Close the server, now or as soon as it is ready."""

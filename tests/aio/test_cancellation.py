@@ -180,7 +180,7 @@ class Gate:
         self._listener.close()
         for stream in self._streams:
             stream.close()
-        await asyncio.wait(self._passing)
+        await asyncio.gather(*self._passing, return_exceptions=True)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task: asyncio.Task[None] | None = asyncio.current_task()
