@@ -238,7 +238,7 @@ def test_the_same_thing_twice_at_once_is_done_once_and_no_error(
 
 
 @pytest.mark.parametrize("commit", [True, False])
-def test_the_last_of_two_puts_of_one_key_stays(storage: MeshStorage, second: Second, commit: bool) -> None:  # noqa: FBT001
+def test_the_last_of_two_puts_of_one_key_stays(storage: MeshStorage, second: Second, commit: bool) -> None:
     second.against(lambda uow: uow.state.put("k", b"1"), lambda uow: uow.state.put("k", b"2"), commit=commit)
     with storage.unit_of_work() as uow:
         assert uow.state.get("k").value == b"2"
@@ -309,7 +309,7 @@ def test_a_message_that_another_deletes_at_the_same_moment_is_stored_again(
 def test_one_whole_swap_of_the_routing_table_stays_of_two(
     storage: MeshStorage,
     second: Second,
-    commit: bool,  # noqa: FBT001
+    commit: bool,
 ) -> None:
     with storage.begin() as uow:
         uow.routing_table.put_many({"a": 0, "b": 0})

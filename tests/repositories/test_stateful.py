@@ -316,7 +316,7 @@ class ConsensusLogMachine(Machine):
                 self.uow.consensus_log.append_many(entries)
 
     @rule(start=st.integers(-3, 4), length=st.integers(-1, 6), suffix=st.booleans())
-    def delete_range(self, start: int, length: int, suffix: bool) -> None:  # noqa: FBT001
+    def delete_range(self, start: int, length: int, suffix: bool) -> None:
         first, last = (self.model[0][1], self.model[-1][1]) if self.model else (0, 0)
         start += last if suffix else first
         end = start + length - 1

@@ -5,7 +5,6 @@ from typing import Any, Generic, TypeVar
 _T = TypeVar("_T")
 
 class Factory(Generic[_T]):
-
     @classmethod
     def build(cls, **kwargs: Any) -> _T: ...
     @classmethod
