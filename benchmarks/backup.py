@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +89,21 @@ def measure(given: argparse.Namespace, home: Path, connect: dict[str, Any]) -> N
         for path in (ours, plain):
             shutil.rmtree(path, ignore_errors=True)
         works: dict[str, Callable[[], object]] = {
-            "backup, plain": lambda plain=plain: plain_backup(source.connect, plain, jobs),
-            "backup, ours": lambda ours=ours: backup.backup(source, ours, jobs=jobs),
+            "backup, plain": partial(plain_backup, source.connect, plain, jobs),
+            "backup, ours": partial(backup.backup, source, ours, jobs=jobs),
         }
         for what, work in works.items():
             times.setdefault(what, []).append(timed(work))
         target = fresh("target")
         times.setdefault(f"restore, plain -j {jobs}", []).append(
-            timed(lambda target=target, plain=plain: plain_restore(target, plain, f"--jobs={jobs}"))
+            timed(partial(plain_restore, target, plain, f"--jobs={jobs}"))
         )
         target = fresh("target")
         times.setdefault("restore, plain, one transaction", []).append(
-            timed(lambda target=target, plain=plain: plain_restore(target, plain, "--single-transaction"))
+            timed(partial(plain_restore, target, plain, "--single-transaction"))
         )
         server = Server(fresh("target"))
-        times.setdefault("restore, ours", []).append(
-            timed(lambda server=server, ours=ours: backup.restore(server, ours, jobs=jobs))
-        )
+        times.setdefault("restore, ours", []).append(timed(partial(backup.restore, server, ours, jobs=jobs)))
     middle = {what: statistics.median(measured) for what, measured in times.items()}
     print(
         f"{given.rows:,} messages of {given.size} bytes, jobs {jobs}, {os.cpu_count()} CPUs, median of {given.repeat}"
