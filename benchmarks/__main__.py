@@ -13,7 +13,7 @@ from benchmarks.limits import FACTS
 from benchmarks.report import Report
 
 ROWS = 200_000
-QUICK_ROWS = 5_000
+QUICK_ROWS = 2_000
 
 
 def main(arguments: list[str] | None = None) -> None:

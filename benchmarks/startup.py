@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -22,20 +21,18 @@ print(time.process_time() - cpu, time.perf_counter() - wall)
 
 @contextmanager
 def import_library(_database: Database) -> Generator[Contest]:
-    """Import the library, against what it is made of; both from bytecode, as it is where they are installed."""
-    with tempfile.TemporaryDirectory(prefix="mesh_storage-benchmark-") as bytecode:
-        environment = {**os.environ, "PYTHONPYCACHEPREFIX": bytecode}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    """Import the library, against what it is made of; both from bytecode, once the first round has written it."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
-        def importing(modules: str) -> Round:
-            def round_(calls: int) -> Sample:
-                samples = [_run(_TIMED_IMPORT.format(modules=modules), environment) for _ in range(calls)]
-                return Sample(sum(one.cpu for one in samples), sum(one.wall for one in samples))
+    def importing(modules: str) -> Round:
+        def round_(calls: int) -> Sample:
+            samples = [_run(_TIMED_IMPORT.format(modules=modules), environment) for _ in range(calls)]
+            return Sample(sum(one.cpu for one in samples), sum(one.wall for one in samples))
 
-            return round_
+        return round_
 
-        parts = importing("sqlalchemy.orm, psycopg, pydantic_settings")
-        yield Contest(importing("mesh_storage"), [Rival("importing its parts", parts, Target(cpu=1.15))])
+    parts = importing("sqlalchemy.orm, psycopg, pydantic_settings")
+    yield Contest(importing("mesh_storage"), [Rival("importing its parts", parts, Target(cpu=1.15))])
 
 
 def _run(code: str, environment: dict[str, str]) -> Sample:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import psycopg
 import sqlalchemy
 from psycopg import IsolationLevel
 from psycopg.pq import TransactionStatus
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Row = tuple[Any, ...]
 Parameters = Mapping[str, Any]
@@ -95,6 +98,10 @@ class Driver(Protocol):
         """Change the mode, between transactions; costs no round trip."""
         ...
 
+    def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what needs the processor for long, without keeping an event loop from its other tasks."""
+        ...
+
     def cancel(self) -> None:
         """Ask the server to cancel what it does; may be called from another thread."""
         ...
@@ -141,6 +148,10 @@ class BlockingDriver:
         self._connection.isolation_level = mode.level
         self._connection.read_only = mode.read_only
         self.mode = mode
+
+    def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call it, in this thread."""
+        return function(*args, **kwargs)
 
     def cancel(self) -> None:
         """Ask the server to cancel."""

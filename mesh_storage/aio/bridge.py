@@ -74,6 +74,10 @@ class BridgedDriver:
         """Change the mode."""
         self._wait(self._switch(mode))
 
+    def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call it, in a thread of its own."""
+        return self._wait(asyncio.to_thread(function, *args, **kwargs))
+
     def cancel(self) -> None:
         """Ask the server to cancel; blocking, as it is called from a thread of its own."""
         self._connection.cancel()

@@ -45,6 +45,7 @@ class MeshRepository(InfrastructureRepository[Mesh]):
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection, _MESHES)
+        self._compute = connection.driver.compute
 
     def get_by_name(self, name: str) -> Mesh:
         """Give the mesh of this name.
@@ -60,7 +61,7 @@ class MeshRepository(InfrastructureRepository[Mesh]):
         Raises:
             NotFoundError: There is no such mesh.
         """
-        hashed = None if key is None else _hash(checks.text("key", key), secrets.token_bytes(16))
+        hashed = None if key is None else self._compute(_hash, checks.text("key", key), secrets.token_bytes(16))
         parameters = {"id": self._aggregate.check_key(mesh_id), "hash": hashed}
         if not self._connection.execute(_SET_JOIN_KEY_HASH, parameters):
             raise NotFoundError(Mesh.__name__, mesh_id)
@@ -78,7 +79,7 @@ class MeshRepository(InfrastructureRepository[Mesh]):
             return False
         if mesh.join_key_hash is None:
             return True
-        return key is not None and _matches(key, mesh.join_key_hash)
+        return key is not None and self._compute(_matches, key, mesh.join_key_hash)
 
 
 def _hash(

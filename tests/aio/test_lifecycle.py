@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mesh_storage import ClosedError, Message, UnavailableError
+from mesh_storage import ClosedError, Mesh, Message, UnavailableError
 from mesh_storage.aio import AsyncMeshStorage
 from tests.aio.conftest import Run, Watch, assert_at_rest, eventually, opened, storage_at_rest
 
@@ -254,3 +257,24 @@ def test_memory_stays_bounded_while_streaming_a_hundred_thousand_rows(mesh_stora
     seen, peak = asyncio.run(main())
     assert seen == rows
     assert peak < rows * 100 / 2  # Less than the half of the contents alone.
+
+
+def test_checking_a_join_key_does_not_block_the_event_loop(run: Run, mesh_storage_url: str) -> None:
+    async def main() -> None:
+        async with AsyncMeshStorage.open(mesh_storage_url) as storage, storage.begin() as uow:
+            mesh = await uow.meshes.add(Mesh(name="m", allow_join=True))
+            await uow.meshes.set_join_key(mesh.id, "key")
+            loop_thread, threads = threading.get_ident(), []
+            hash_ = hashlib.scrypt
+
+            def watched(*args: Any, **kwargs: Any) -> bytes:
+                threads.append(threading.get_ident())
+                return hash_(*args, **kwargs)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(hashlib, "scrypt", watched)
+                assert await uow.meshes.admits(mesh.id, "key")
+            assert len(threads) == 1
+            assert loop_thread not in threads
+
+    run(main())
