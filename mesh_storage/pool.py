@@ -31,15 +31,19 @@ class Pool:
 
     def __init__(self, settings: Settings, server: Server) -> None:
         self.size = settings.pool_size
-        self.in_use = 0
-        """Connections that are lent at this moment."""
         self.closed = False
         self._timeout = settings.pool_timeout
         self._server = server
         self._engine = create_engine(server.connect)
         self._idle: deque[BlockingDriver] = deque()
+        self._lent: set[Connection] = set()
         self._free = threading.BoundedSemaphore(self.size)
         _pools.add(self)
+
+    @property
+    def in_use(self) -> int:
+        """How many connections are lent at this moment."""
+        return len(self._lent)
 
     def take(self, characteristics: Characteristics) -> Connection:
         """Lend a connection; `give_back` must follow.
@@ -54,50 +58,70 @@ class Pool:
         check_open(closed=self.closed)
         if not self._free.acquire(timeout=wait_limit(self._timeout, characteristics.timeout)):
             raise exhausted(self.size, self._timeout, characteristics.timeout)
+        driver = None
         try:
             check_open(closed=self.closed)  # It may have been closed while we waited.
             driver = self._driver(deadline)
             if driver.mode != characteristics.mode:
                 driver.switch(characteristics.mode)
         except BaseException:
+            if driver is not None:
+                driver.discard()
             self._free.release()
             raise
-        self.in_use += 1
-        return Connection(driver, characteristics, deadline)
+        connection = Connection(driver, characteristics, deadline)
+        self._lent.add(connection)
+        return connection
 
     def give_back(self, connection: Connection) -> None:
         """Take a connection back; what was not committed is rolled back."""
-        connection.close()
         if connection.inherited:
             _inherited_by_fork.append(connection)
             return
         driver = connection.driver
-        if self.closed or not connection.reusable() or not isinstance(driver, BlockingDriver):
+        try:
+            connection.close()
+            if connection.reusable() and isinstance(driver, BlockingDriver):
+                self._idle.append(driver)
+            else:
+                driver.discard()
+        except BaseException:
             driver.discard()
-        else:
-            self._idle.append(driver)
-        self.in_use -= 1
-        self._free.release()
+            raise
+        finally:
+            self._lent.discard(connection)
+            self._free.release()
+            if self.closed:
+                self._close_idle()
 
     def close(self) -> None:
         """Close the connections that are not lent; the others are closed when they come back."""
         self.closed = True
-        while self._idle:
-            self._idle.pop().discard()
+        self._close_idle()
 
     def after_fork(self) -> None:
         """In a forked child, begin with no connections and leave the parent's alone."""
         _inherited_by_fork.append(self._idle)
         self._idle = deque()
         self._free = threading.BoundedSemaphore(self.size)
-        self.in_use = 0
+        self._lent = set()
         if self._server.embedded is not None and not self.closed:
             self._server.embedded.after_fork()
+
+    def _close_idle(self) -> None:
+        while True:
+            try:
+                self._idle.pop().discard()
+            except IndexError:  # Another thread may have taken the last one.
+                return
 
     def _driver(self, deadline: float | None) -> BlockingDriver:
         """Take the idle connection that was used last, or make one."""
         while self._idle:
-            driver = self._idle.pop()
+            try:
+                driver = self._idle.pop()
+            except IndexError:  # Another thread was faster.
+                break
             if driver.liveness.usable():
                 return driver
             driver.discard()
