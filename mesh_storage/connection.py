@@ -296,8 +296,9 @@ class Connection:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise StorageTimeoutError("the unit of work took longer than its timeout")
-        milliseconds = str(math.ceil(remaining * 1000))
-        self._execute(_LIMIT_TIME, {"statement": milliseconds, "idle": milliseconds})
+        milliseconds = math.ceil(remaining * 1000)
+        limits = {"statement": str(milliseconds), "idle": str(milliseconds + _IDLE_GRACE_MS)}
+        self._execute(_LIMIT_TIME, limits)
 
     def failed(self, error: BaseException) -> BaseException:
         """Remember why the transaction ended; give the error to raise."""
@@ -323,7 +324,8 @@ class Connection:
 
 
 # set_config() is SET LOCAL with parameters. A transaction that waits for its caller is ended as well, so that it
-# holds no lock for longer.
+# holds no lock for longer; but a little later, so that a caller who comes back learns that the time is over.
+_IDLE_GRACE_MS = 1000
 _LIMIT_TIME = (
     b"SELECT set_config('statement_timeout', %(statement)s, true),"
     b" set_config('idle_in_transaction_session_timeout', %(idle)s, true)"

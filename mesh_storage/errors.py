@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import traceback
-from typing import ClassVar
 
 import psycopg
 import sqlalchemy.exc
@@ -17,7 +16,12 @@ import sqlalchemy.exc
 class MeshStorageError(Exception):
     """The storage could not do what was asked."""
 
-    _retryable: ClassVar[bool] = False
+    sqlstate: str | None = None
+    """The SQLSTATE that the database gave, where it spoke."""
+    constraint: str | None = None
+    """The name of the violated constraint, where there is one."""
+    retryable: bool = False
+    """Whether the same work may succeed when it is done again in a fresh unit of work."""
 
     def __init__(
         self,
@@ -28,11 +32,9 @@ class MeshStorageError(Exception):
     ) -> None:
         super().__init__(*(args or (inspect.getdoc(type(self)),)))
         self.sqlstate = sqlstate
-        """The SQLSTATE that the database gave, where it spoke."""
         self.constraint = constraint
-        """The name of the violated constraint, where there is one."""
-        self.retryable = self._retryable if retryable is None else retryable
-        """Whether the same work may succeed when it is done again in a fresh unit of work."""
+        if retryable is not None:
+            self.retryable = retryable
 
 
 class NotFoundError(MeshStorageError):
@@ -79,13 +81,13 @@ class MissingReferenceError(MeshStorageError):
 class UnavailableError(MeshStorageError):
     """The database cannot be reached, or the connection to it was lost."""
 
-    _retryable = True
+    retryable = True
 
 
 class SerializationError(MeshStorageError):
     """Concurrent transactions got in each other's way; do the work again."""
 
-    _retryable = True
+    retryable = True
 
 
 class StorageTimeoutError(MeshStorageError):

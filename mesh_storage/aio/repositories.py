@@ -47,8 +47,8 @@ class AsyncConsensusLogRepository(AsyncRepository[ConsensusLogRepository]):
         """
         return await self._call(self._repository.append, term, index, entry)
 
-    async def append_many(self, entries: Iterable[LogEntry]) -> None:
-        """Append entries of consecutive indexes in one statement; those that are there already must be the same.
+    async def append_many(self, entries: Iterable[LogEntry | tuple[int, int, JSON]]) -> None:
+        """Append entries, or (term, index, entry) of consecutive indexes; those that are there must be the same.
 
         Raises:
             ConflictError: As for `append`; the unit of work can only roll back if others appended meanwhile.

@@ -54,7 +54,7 @@ class Node(Base):
         "node_platform", String(255), default="linux-amd64", server_default="linux-amd64"
     )
     version: Mapped[str | None] = mapped_column("node_version", String(255), default="1.0.0", server_default="1.0.0")
-    region_id: Mapped[str | None] = mapped_column(Text, info=ULID)
+    region_id: Mapped[str | None] = mapped_column(Text, info=NOT_EMPTY)
     """The id of a region, which another system keeps."""
     public_key: Mapped[str | None] = mapped_column("node_public_key", Text, default="", server_default="")
     ip_address: Mapped[str] = mapped_column(String(255), info=NOT_EMPTY)

@@ -105,7 +105,7 @@ class Aggregate(Generic[M]):
         self.names = attribute_names(model)
         key: Column[Any] = table.primary_key.columns[0]
         self.key_name = self.names[list(table.columns).index(key)]
-        self.check_key = checks.of_column(f"{self.name}.{self.key_name}", key)
+        self.check_key = checks.of_key(f"{self.name}.{self.key_name}", key)
         by_key = key == bindparam("key")
         self.select = Statement(select(table).where(by_key))
         self.delete = Statement(delete(table).where(by_key))

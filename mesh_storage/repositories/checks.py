@@ -25,6 +25,8 @@ _INT32_MAX = 2**31 - 1
 _NUMERIC_DIGITS = 131_072
 _NUMERIC_SCALE = 16_383
 
+_ID_LENGTH = 255
+"""Longer than any id is."""
 _ULID = re.compile(r"[a-z]{2,10}_[0-9A-HJKMNP-TV-Z]{26}\Z")
 
 
@@ -166,6 +168,13 @@ def of_column(field: str, column: Column[Any]) -> Check:
     return Check(
         lambda value: text(field, value, limit, empty=empty), lambda values: _plain_texts(values, limit, empty=empty)
     )
+
+
+def of_key(field: str, column: Column[Any]) -> Check:
+    """Make the check of a key to look for: what is no ULID is simply not there."""
+    if column.info.get("ulid"):
+        return Check(lambda value: text(field, value, _ID_LENGTH))
+    return of_column(field, column)
 
 
 def _all_are(kind: type, values: list[Any]) -> bool:

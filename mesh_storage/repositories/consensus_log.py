@@ -97,18 +97,24 @@ class ConsensusLogRepository(Repository[LogEntry]):
         self._append_slowly([(term, index, sent)])
         return self.get(index)
 
-    def append_many(self, entries: Iterable[LogEntry]) -> None:
-        """Append entries of consecutive indexes in one statement; those that are there already must be the same.
+    def append_many(self, entries: Iterable[LogEntry | tuple[int, int, JSON]]) -> None:
+        """Append entries, or (term, index, entry) of consecutive indexes; those that are there must be the same.
 
         Raises:
             ConflictError: As for `append`; the unit of work can only roll back if others appended meanwhile.
         """
         rows: list[tuple[int, int, str]] = []
         for entry in checks.many("entries", entries):
-            if not isinstance(entry, LogEntry):
-                raise InvalidInputError(f"entries must be LogEntry, not {type(entry).__name__}", field="entries")
-            _check(entry.term, entry.index)
-            rows.append((entry.term, entry.index, jsonb.dumps(entry.entry, "LogEntry.entry")))
+            if isinstance(entry, LogEntry):
+                term, index, value = entry.term, entry.index, entry.entry
+            elif isinstance(entry, tuple) and len(entry) == 3:  # noqa: PLR2004 - term, index, entry
+                term, index, value = entry
+            else:
+                raise InvalidInputError(
+                    f"entries must be LogEntry or (term, index, entry), not {type(entry).__name__}", field="entries"
+                )
+            _check(term, index)
+            rows.append((term, index, jsonb.dumps(value, "LogEntry.entry")))
         for (term, index, _), (next_term, next_index, _) in pairwise(rows):
             if next_index != index + 1:
                 raise ConflictError(f"index {next_index} does not follow index {index}")

@@ -168,11 +168,24 @@ def test_append_many_is_all_or_nothing(uow: UnitOfWork, given: list[tuple[int, i
 
 
 def test_append_many_refuses_what_is_no_entry(uow: UnitOfWork) -> None:
-    for given, field in (((1, 1, {}), "entries"), (LogEntry(term=1, index=2, entry={1: 2}), "LogEntry.entry")):
+    for given, field in (
+        ((1, 2), "entries"),
+        ({"term": 1}, "entries"),
+        (LogEntry(term=1, index=2, entry={1: 2}), "LogEntry.entry"),
+    ):
         with pytest.raises(InvalidInputError) as error:
             uow.consensus_log.append_many([*log((1, 1)), given])
         assert error.value.field == field
     assert uow.consensus_log.count() == 0
+
+
+def test_append_many_takes_triples_as_well(uow: UnitOfWork) -> None:
+    uow.consensus_log.append_many([(1, 1, "a"), LogEntry(term=1, index=2, entry="b"), (2, 3, None)])
+    assert [(entry.term, entry.index, entry.entry) for entry in uow.consensus_log.range(1, 3)] == [
+        (1, 1, "a"),
+        (1, 2, "b"),
+        (2, 3, None),
+    ]
 
 
 def test_append_many_takes_ten_thousand_at_once(uow: UnitOfWork) -> None:

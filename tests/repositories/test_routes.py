@@ -152,13 +152,14 @@ def test_for_node_gives_what_can_be_taken_from_there(uow: UnitOfWork) -> None:
 def test_ends_that_are_no_ids_are_refused_by_name(uow: UnitOfWork) -> None:
     a = new_id("node")
     for call, arguments, field in (
-        (uow.routes.between, ("a", a), "a"),
+        (uow.routes.between, ("a\0", a), "a"),
         (uow.routes.between, (a, ""), "b"),
         (uow.routes.for_node, (None,), "node_id"),
     ):
         with pytest.raises(InvalidInputError) as error:
             call(*arguments)
         assert error.value.field == field
+    assert uow.routes.between("no id", a) == uow.routes.for_node("no id") == []
 
 
 def test_update_stores_what_was_changed(storage: MeshStorage) -> None:
