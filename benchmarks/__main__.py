@@ -19,28 +19,32 @@ QUICK_ROWS = 2_000
 def main(arguments: list[str] | None = None) -> None:
     """Run what the arguments ask for."""
     given = _parser().parse_args(arguments)
-    sizes = given.rows or ([1_000, QUICK_ROWS] if given.quick else [10_000, 100_000, 1_000_000])
-    if given.large:
-        sizes = [*sizes, 10_000_000]
     rounds = given.rounds or (1 if given.quick else 7)
-    report = Report()
     workloads = [one for one in _workloads() if given.only in one.name]
     facts = [fact for name, fact in FACTS.items() if given.only in name]
+    report = Report()
     with durable_database() as database:
         if workloads or facts:
             database.fill(QUICK_ROWS if given.quick else ROWS)
-        for workload in workloads:
-            _progress(workload.name)
-            report.comparisons += compare(workload, database, rounds, quick=given.quick)
-        for fact in facts:
-            report.facts.append(fact(database))
-        if given.only in "growth":
-            report.growth = growth.measure(database, sizes, rounds, quick=given.quick, progress=_progress)
-    print(report.text())
+            for workload in workloads:
+                _progress(workload.name)
+                report.comparisons += compare(workload, database, rounds, quick=given.quick)
+            report.facts = [fact(database) for fact in facts]
+            print(report.comparison_text(), flush=True)
+        if given.only in "growth" and _sizes(given):
+            report.growth = growth.measure(database, _sizes(given), rounds, quick=given.quick, progress=_progress)
+            print(f"\n{report.growth_text()}")
     if given.json is not None:
         given.json.write_text(report.json())
     if given.picture is not None and report.growth:
         given.picture.write_text(picture.draw(report.growth))
+
+
+def _sizes(given: argparse.Namespace) -> list[int]:
+    sizes = [int(size) for size in given.rows.split(",") if size]
+    if given.quick:
+        sizes = [1_000, QUICK_ROWS]
+    return [*sizes, 10_000_000] if given.large else sizes
 
 
 def _workloads() -> list[Workload]:
@@ -59,16 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", default="", metavar="NAME", help="only what has this in its name; 'growth' is one")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each workload (7)")
-    parser.add_argument("--rows", type=_sizes, metavar="N,N,...", help="table sizes for the growth")
+    parser.add_argument(
+        "--rows", default="10000,100000,1000000", metavar="N,N", help="table sizes for the growth; '' for none"
+    )
     parser.add_argument("--large", action="store_true", help="10,000,000 messages as well")
     parser.add_argument("--quick", action="store_true", help="try everything in half a minute; the figures mean little")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the growth, as SVG")
     return parser
-
-
-def _sizes(text: str) -> list[int]:
-    return [int(size) for size in text.split(",")]
 
 
 def _progress(what: str) -> None:

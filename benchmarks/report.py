@@ -23,27 +23,19 @@ class Report:
     facts: list[Fact] = field(default_factory=list)
     growth: list[Point] = field(default_factory=list)
 
-    def text(self) -> str:
-        """Write it as tables."""
+    def comparison_text(self) -> str:
+        """Write the comparisons and the facts as tables."""
         parts = [", ".join(f"{name} {value}" for name, value in _machine().items())]
         if self.comparisons:
             parts.append(_table(_COMPARISON_HEAD, [_comparison_row(one) for one in self.comparisons]))
         if self.facts:
-            rows = [
-                (
-                    one.name,
-                    f"{one.value:.2f} {one.unit}",
-                    f"≤ {one.limit:g} {one.unit}",
-                    _verdict(one.value <= one.limit),
-                )
-                for one in self.facts
-            ]
-            parts.append(_table(("", "measured", "target", ""), rows))
-        if self.growth:
-            parts.append(
-                _table(_GROWTH_HEAD, [_growth_row(one) for one in self.growth if one.rows > self.growth[0].rows])
-            )
+            parts.append(_table(_FACT_HEAD, [_fact_row(one) for one in self.facts]))
         return "\n\n".join(parts)
+
+    def growth_text(self) -> str:
+        """Write the growth as a table, without the smallest size, from which it is counted."""
+        smallest = min(one.rows for one in self.growth)
+        return _table(_GROWTH_HEAD, [_growth_row(one) for one in self.growth if one.rows > smallest])
 
     def json(self) -> str:
         """Write it for programs."""
@@ -62,6 +54,7 @@ class Report:
 _COMPARISON_HEAD = (
     "workload", "against", "CPU µs", "its CPU µs", "CPU x", "items/s", "its items/s", "throughput x", "target", "",
 )  # fmt: skip
+_FACT_HEAD = ("", "measured", "target", "")
 _GROWTH_HEAD = ("workload", "rows", "ours x", "plain x", "ours / plain", "target", "")
 
 
@@ -78,6 +71,10 @@ def _comparison_row(one: Comparison) -> tuple[str, ...]:
         str(one.target),
         _verdict(one.meets_target) if any(one.target) else "",
     )
+
+
+def _fact_row(one: Fact) -> tuple[str, ...]:
+    return one.name, f"{one.value:.2f} {one.unit}", f"≤ {one.limit:g} {one.unit}", _verdict(one.value <= one.limit)
 
 
 def _growth_row(one: Point) -> tuple[str, ...]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 
 import sqlalchemy
 from sqlalchemy.engine import make_url
 from sqlalchemy.sql import Executable
 from sqlalchemy.sql.elements import CompilerElement
+
+# As text, psycopg would escape each element of an array with a regular expression; in binary it only copies them.
+_ARRAY_PARAMETER = re.compile(r"%\((\w+)\)s(::[^,)%]*?\[\])")
 
 
 class Statement:
@@ -25,4 +29,4 @@ class Statement:
         compiled = self._element.compile(dialect=make_url("postgresql+psycopg://").get_dialect()())
         fixed = [name for name, value in (compiled.params or {}).items() if value is not None]
         assert not fixed, f"make {fixed} a named parameter or a literal of the statement"
-        return str(compiled).encode()
+        return _ARRAY_PARAMETER.sub(r"%(\1)b\2", str(compiled)).encode()

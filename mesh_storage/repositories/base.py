@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from sqlalchemy import ARRAY, Column, Integer, Table, TableValuedAlias, bindparam, delete, func, select
+from sqlalchemy import ARRAY, Column, Integer, String, Table, TableValuedAlias, Text, bindparam, delete, func, select
 from sqlalchemy.types import TypeEngine
 
 from mesh_storage.connection import Connection
@@ -30,8 +30,10 @@ LIMIT = bindparam("limit", type_=Integer)
 
 def rows_of(types: Mapping[str, TypeEngine[Any]]) -> TableValuedAlias:
     """Make a table of array parameters, one for each column by its name: many rows in one statement of a fixed text."""
-    arrays = (bindparam(name, type_=ARRAY(kind)) for name, kind in types.items())
-    columns = (Column(name, kind) for name, kind in types.items())
+    # Texts without a length, since a cast to one would cut them silently.
+    kinds = {name: Text() if isinstance(kind, String) else kind for name, kind in types.items()}
+    arrays = (bindparam(name, type_=ARRAY(kind)) for name, kind in kinds.items())
+    columns = (Column(name, kind) for name, kind in kinds.items())
     return func.unnest(*arrays).table_valued(*columns, name="input").render_derived()
 
 
