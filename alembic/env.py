@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from logging.config import fileConfig
 from typing import Any
 
-import psycopg.errors
+import sqlalchemy
 import sqlalchemy.exc
 from alembic import context
 from sqlalchemy.dialects.postgresql import DOMAIN
 
-from mesh_storage import migration
+from mesh_storage import adoption, migration
 from mesh_storage.models import Base
 from mesh_storage.server import open_server
 from mesh_storage.settings import Settings
@@ -23,6 +25,8 @@ if config.config_file_name is not None:
 NOT_REFLECTED = {
     index.name for table in Base.metadata.tables.values() for index in table.indexes if index.info.get("not_reflected")
 }
+TIMES, CHECKS, VALIDATED = "0003", "0004", "0005"
+"""The revisions that change the types of times, add the checks, and hold all rows against them."""
 
 
 def include_object(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:  # noqa: FBT001 - Alembic's signature
@@ -59,6 +63,25 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+def check_before_upgrade(connection: sqlalchemy.Connection) -> None:
+    """Before an upgrade changes anything, find everything that would stop it half-way."""
+    runner = context.get_context()
+    command = runner.opts.get("fn")
+    if "destination_rev" not in runner.opts or getattr(command, "__name__", "") in {"downgrade", "do_stamp"}:
+        return  # Only those three commands go from one revision to another.
+    current = max(runner.get_current_heads(), default="")
+    if current < VALIDATED:
+        revision = context.script.get_revision
+        adoption.check(
+            connection,
+            revision("0001").module.TABLES,
+            revision(CHECKS).module.CHECKS,
+            shape=not current,
+            times=current < TIMES,
+        )
+    connection.rollback()
+
+
 def run_offline() -> None:
     """Write the SQL instead of running it."""
     context.configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"}, **OPTIONS)
@@ -69,24 +92,38 @@ def run_offline() -> None:
 def run_online(connect: dict[str, Any]) -> None:
     """Run the migrations; one that gets no lock in time is undone and tried again, so that the traffic goes on."""
     engine = migration.create_engine(connect)
-    with migration.turn(connect):
-        for attempt in range(1, migration.LOCK_ATTEMPTS + 1):
+
+    def run(check_turn: Callable[[], None]) -> None:
+        with engine.connect() as connection:
+            context.configure(connection=connection, on_version_apply=lambda **_: check_turn(), **OPTIONS)
+            check_before_upgrade(connection)
             try:
-                with engine.connect() as connection:
-                    context.configure(connection=connection, **OPTIONS)
-                    with context.begin_transaction():
-                        context.run_migrations()
-            except sqlalchemy.exc.OperationalError as error:
-                if not isinstance(error.orig, psycopg.errors.LockNotAvailable) or attempt == migration.LOCK_ATTEMPTS:
-                    raise
-            else:
-                return
+                with context.begin_transaction():
+                    context.run_migrations()
+            except sqlalchemy.exc.IntegrityError:
+                # A service added such a row since the check, which says which one it is.
+                connection.rollback()
+                check_before_upgrade(connection)
+                raise
+
+    with migration.turn(connect) as check_turn:
+        migration.patiently(lambda: run(check_turn))
+
+
+def run_in(given: sqlalchemy.Engine | sqlalchemy.Connection) -> None:
+    """Run on the connection of a test, perhaps in its transaction; the test sees to it that nobody else migrates."""
+    with nullcontext(given) if isinstance(given, sqlalchemy.Connection) else given.connect() as connection:
+        context.configure(connection=connection, in_callers_transaction=connection.in_transaction(), **OPTIONS)
+        with context.begin_transaction():
+            context.run_migrations()
 
 
 if context.is_offline_mode():
     run_offline()
 elif (connect_arguments := config.attributes.get("connect")) is not None:
     run_online(connect_arguments)
+elif (given_connection := config.attributes.get("connection")) is not None:
+    run_in(given_connection)
 else:
     server = open_server(Settings())
     try:

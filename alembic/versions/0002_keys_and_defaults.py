@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from alembic import op
 
+from mesh_storage import migration
+
 revision = "0002"
 down_revision = "0001"
 branch_labels = None
@@ -12,6 +14,7 @@ depends_on = None
 
 def upgrade() -> None:
     """Add the columns; a constant default does not rewrite the table."""
+    migration.lock("mesh", "mesh_messages")
     op.execute("ALTER TABLE mesh ADD COLUMN mesh_public_key text NOT NULL DEFAULT ''")
     op.execute("ALTER TABLE mesh ADD COLUMN mesh_join_key_hash text")
     op.execute("ALTER TABLE mesh_messages ALTER COLUMN timestamp SET DEFAULT EXTRACT(epoch FROM now())::bigint")
@@ -19,6 +22,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Drop them."""
+    migration.lock("mesh", "mesh_messages")
     op.execute("ALTER TABLE mesh_messages ALTER COLUMN timestamp DROP DEFAULT")
     op.execute("ALTER TABLE mesh DROP COLUMN mesh_join_key_hash")
     op.execute("ALTER TABLE mesh DROP COLUMN mesh_public_key")

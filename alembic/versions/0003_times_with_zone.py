@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from alembic import op
 
+from mesh_storage import migration
+
 revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
+
+EXCEPTIONS = {
+    "changing-column-type": "from timestamp to timestamptz in UTC nothing is rewritten; a test holds it to that"
+}
+
+TABLES = ("mesh", "nodes", "routes")
 
 
 def upgrade() -> None:
@@ -25,8 +33,9 @@ def downgrade() -> None:
 
 
 def _change(kind: str) -> None:
+    migration.lock(*TABLES)
     op.execute("SET LOCAL timezone TO 'UTC'")
-    for table in ("mesh", "nodes", "routes"):
+    for table in TABLES:
         changes = ", ".join(
             f"ALTER COLUMN {column} TYPE {kind}, ALTER COLUMN {column} SET DEFAULT CURRENT_TIMESTAMP"
             for column in ("created", "updated")

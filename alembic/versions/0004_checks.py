@@ -1,13 +1,17 @@
-"""The checks, for new rows at first; the next revision validates the rows that are there."""
+"""The checks, for new rows at first; the next revision validates the rows that are there. And our names for the keys."""
 
 from __future__ import annotations
 
 from alembic import op
 
+from mesh_storage import migration
+
 revision = "0004"
 down_revision = "0003"
 branch_labels = None
 depends_on = None
+
+EXCEPTIONS = {"ban-drop-constraint": "it is added again by the same statement, or was never there"}
 
 _ULID = "~ '^[a-z]{2,10}_[0-9A-HJKMNP-TV-Z]{26}$'"
 _STATUS = "status ~ '^STATUS_[A-Z_]+$'"
@@ -37,17 +41,52 @@ CHECKS = {
     "mesh_runtime_config": {"key": "key <> ''"},
 }
 
+# The keys of the first revision are there under some name; errors are told apart by ours (PostgreSQL's own choice).
+RENAME_KEYS = """
+    DO $$
+    DECLARE key record;
+    BEGIN
+        FOR key IN
+            SELECT relname, conname, relname || CASE contype WHEN 'p' THEN '' ELSE '_' || columns END || ending AS name
+            FROM pg_constraint JOIN pg_class ON pg_class.oid = conrelid,
+                LATERAL (SELECT string_agg(attname, '_' ORDER BY position) AS columns
+                         FROM unnest(conkey) WITH ORDINALITY AS part (number, position)
+                         JOIN pg_attribute ON attrelid = conrelid AND attnum = number) AS columns,
+                (VALUES ('p', '_pkey'), ('u', '_key'), ('f', '_fkey')) AS endings (kind, ending)
+            WHERE kind = contype::text AND conrelid IN ({tables})
+            AND (contype = 'p' OR relname = 'mesh' AND columns = 'mesh_name' OR relname = 'nodes' AND columns = 'node_name'
+                 OR relname = 'routes' AND columns IN ('source_node_id', 'target_node_id') AND confrelid = 'nodes'::regclass)
+        LOOP
+            IF key.conname <> key.name AND NOT EXISTS (
+                SELECT FROM pg_constraint WHERE conrelid = key.relname::regclass AND conname = key.name
+            ) THEN
+                EXECUTE format('ALTER TABLE %I RENAME CONSTRAINT %I TO %I', key.relname, key.conname, key.name);
+            END IF;
+        END LOOP;
+    END $$
+"""
+
 
 def upgrade() -> None:
     """Add them; the check of an id may be there from the first revision."""
+    migration.lock(*CHECKS)
     for table, checks in CHECKS.items():
-        changes = [f"DROP CONSTRAINT IF EXISTS {table}_{name}_check" for name in checks if checks[name].endswith(_ULID)]
+        changes = [f"DROP CONSTRAINT IF EXISTS {table}_{name}_check" for name in checks]
         changes += [f"ADD CONSTRAINT {table}_{name}_check CHECK ({rule}) NOT VALID" for name, rule in checks.items()]
         op.execute(f"ALTER TABLE {table} {', '.join(changes)}")
+    op.execute(RENAME_KEYS.format(tables=", ".join(f"'{table}'::regclass" for table in CHECKS)))
 
 
 def downgrade() -> None:
-    """Drop them, but for those of the ids, which the first revision has."""
+    """Drop them, but for those of the ids where the first revision made them: where there is no domain for ids.
+
+    A name that a key had before is not given back: nothing depends on it.
+    """
+    migration.lock(*CHECKS)
     for table, checks in CHECKS.items():
-        drops = [f"DROP CONSTRAINT {table}_{name}_check" for name in checks if not checks[name].endswith(_ULID)]
+        ids = [name for name, rule in checks.items() if rule.endswith(_ULID)]
+        drops = [f"DROP CONSTRAINT {table}_{name}_check" for name in checks if name not in ids]
         op.execute(f"ALTER TABLE {table} {', '.join(drops)}")
+        for name in ids:
+            drop = f"ALTER TABLE {table} DROP CONSTRAINT {table}_{name}_check"
+            op.execute(f"DO $$ BEGIN IF to_regtype('ulid') IS NOT NULL THEN {drop}; END IF; END $$")

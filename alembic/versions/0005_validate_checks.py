@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from alembic import op
 
+from mesh_storage import migration
+
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
@@ -23,7 +25,8 @@ NAMES = {
 
 
 def upgrade() -> None:
-    """Validate them."""
+    """Validate them; this locks a table against other migrations only."""
+    migration.wait_longer()
     for table, names in NAMES.items():
         validations = ", ".join(f"VALIDATE CONSTRAINT {table}_{name}_check" for name in names)
         op.execute(f"ALTER TABLE {table} {validations}")

@@ -1,31 +1,24 @@
 """A place for entries of the consensus log that Raft calls stale: of two with one index, that of the lower term.
 
 A leader of a higher term overwrites what an earlier one left at the same index (Raft, section 5.3). The table of the Go
-service kept both. The stale one is set aside, not lost.
+service kept both. The next revision sets the stale one aside here, and it is not lost.
 """
 
 from __future__ import annotations
 
 from alembic import op
 
+from mesh_storage import migration
+
 revision = "0006"
 down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-SET_ASIDE = """
-    WITH stale AS (
-        DELETE FROM mesh_consensus_log AS entry
-        USING (SELECT index, max(term) AS term FROM mesh_consensus_log GROUP BY index HAVING count(*) > 1) AS newest
-        WHERE entry.index = newest.index AND entry.term < newest.term
-        RETURNING entry.term, entry.index, entry.entry, entry.created_at
-    )
-    INSERT INTO mesh_consensus_log_stale (term, index, entry, created_at) SELECT * FROM stale
-"""
-
 
 def upgrade() -> None:
-    """Create the table and move the stale entries."""
+    """Create the table; an entry may come, be set aside and come again."""
+    migration.wait_longer()
     op.execute(
         """
         CREATE TABLE mesh_consensus_log_stale (
@@ -34,17 +27,17 @@ def upgrade() -> None:
             entry jsonb NOT NULL,
             created_at timestamptz,
             set_aside_at timestamptz NOT NULL DEFAULT CURRENT_TIMESTAMP,
-            CONSTRAINT mesh_consensus_log_stale_pkey PRIMARY KEY (term, index)
+            CONSTRAINT mesh_consensus_log_stale_pkey PRIMARY KEY (term, index, set_aside_at)
         )
         """
     )
-    op.execute(SET_ASIDE)
 
 
 def downgrade() -> None:
-    """Move them back."""
+    """Move the entries back; of those with one term and one index, which have room for one, that which came last."""
     op.execute(
         "INSERT INTO mesh_consensus_log (term, index, entry, created_at) "
-        "SELECT term, index, entry, created_at FROM mesh_consensus_log_stale"
+        "SELECT DISTINCT ON (term, index) term, index, entry, created_at FROM mesh_consensus_log_stale "
+        "ORDER BY term, index, set_aside_at DESC ON CONFLICT DO NOTHING"
     )
     op.execute("DROP TABLE mesh_consensus_log_stale")

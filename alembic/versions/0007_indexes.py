@@ -1,8 +1,6 @@
-"""The indexes that the queries of the repositories go by."""
+"""One entry for each index of the consensus log, and the indexes that the queries of the repositories go by."""
 
 from __future__ import annotations
-
-from alembic import op
 
 from mesh_storage import migration
 
@@ -24,17 +22,31 @@ INDEXES = {
     "mesh_runtime_config_key_c_idx": ("mesh_runtime_config", 'key COLLATE "C"'),
 }
 
+# Both sides in one statement: no entry is in neither table, or in both, at any time. The entry that stays is never
+# deleted and written again.
+SET_ASIDE = """
+    WITH stale AS (
+        DELETE FROM mesh_consensus_log AS entry
+        USING (SELECT index, max(term) AS term FROM mesh_consensus_log GROUP BY index HAVING count(*) > 1) AS newest
+        WHERE entry.index = newest.index AND entry.term < newest.term
+        RETURNING entry.term, entry.index, entry.entry, entry.created_at
+    )
+    INSERT INTO mesh_consensus_log_stale (term, index, entry, created_at) SELECT * FROM stale
+"""
+
 
 def upgrade() -> None:
     """Create them, each beside the traffic."""
-    with op.get_context().autocommit_block():
+    with migration.beside_traffic():
+        migration.create_index(
+            "mesh_consensus_log_index_key", "mesh_consensus_log", "index", unique=True, repair=SET_ASIDE
+        )
         for name, (table, columns) in INDEXES.items():
             migration.create_index(name, table, columns)
-        migration.create_index("mesh_consensus_log_index_key", "mesh_consensus_log", "index", unique=True)
 
 
 def downgrade() -> None:
     """Drop them."""
-    with op.get_context().autocommit_block():
-        for name in ("mesh_consensus_log_index_key", *INDEXES):
+    with migration.beside_traffic():
+        for name in (*INDEXES, "mesh_consensus_log_index_key"):
             migration.drop_index(name)

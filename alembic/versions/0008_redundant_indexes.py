@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from alembic import op
-
 from mesh_storage import migration
 
 revision = "0008"
@@ -28,13 +26,13 @@ INDEXES = {
 
 def upgrade() -> None:
     """Drop them, each beside the traffic."""
-    with op.get_context().autocommit_block():
+    with migration.beside_traffic():
         for name in INDEXES:
             migration.drop_index(name)
 
 
 def downgrade() -> None:
     """Create them again."""
-    with op.get_context().autocommit_block():
+    with migration.beside_traffic():
         for name, (table, columns) in INDEXES.items():
             migration.create_index(name, table, columns)

@@ -59,9 +59,8 @@ def loader(model: type[M]) -> Callable[[Sequence[Any]], M]:
 
     def load(row: Sequence[Any]) -> M:
         entity = new_instance()
-        state = instance_state(entity)
-        state.dict.update(zip(names, row, strict=False))
-        state.key = (model, tuple([row[position] for position in keys]), None)
+        vars(entity).update(zip(names, row, strict=False))
+        instance_state(entity).key = (model, tuple([row[position] for position in keys]), None)
         return entity
 
     return load

@@ -21,22 +21,29 @@ LINK = re.compile(r"\]\(([^)#:]+)(#[^)]*)?\)")
 
 
 class Block(NamedTuple):
-    """A fenced block of a document."""
+    """A fenced block of a document.
+
+    Words behind its language say how it runs: `no-run` not at all, `checkout` in the directory of the project, which
+    Alembic's configuration is in, instead of an empty one.
+    """
 
     document: str
     line: int
     language: str
-    options: str
+    options: list[str]
     text: str
 
 
-def blocks(*languages: str) -> Iterator[Block]:
+def all_blocks() -> Iterator[Block]:
     for document in DOCUMENTS:
         text = document.read_text()
         for match in FENCE.finditer(text):
             language, options, code = match.groups()
-            if language in languages and "no-run" not in options:
-                yield Block(document.name, text.count("\n", 0, match.start()) + 1, language, options, code)
+            yield Block(document.name, text.count("\n", 0, match.start()) + 1, language, options.split(), code)
+
+
+def blocks(*languages: str) -> list[Block]:
+    return [block for block in all_blocks() if block.language in languages and "no-run" not in block.options]
 
 
 def name(block: Block) -> str:
@@ -58,7 +65,7 @@ def test_commands_run(block: Block, mesh_storage_url: str, tmp_path: Path) -> No
     }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
-        cwd=tmp_path,
+        cwd=ROOT if "checkout" in block.options else tmp_path,
         env=environment,
         capture_output=True,
         text=True,
@@ -69,7 +76,25 @@ def test_commands_run(block: Block, mesh_storage_url: str, tmp_path: Path) -> No
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(list(blocks("python"))) > 5
+    assert len(blocks("python")) > 8
+    assert len(blocks("console")) > 1
+
+
+def test_no_block_escapes_by_a_word_that_nobody_knows() -> None:
+    for block in all_blocks():
+        assert block.language in {"python", "console", "text"}, name(block)
+        assert set(block.options) <= {"no-run", "checkout"}, name(block)
+    for document in DOCUMENTS:
+        fences = [line for line in document.read_text().splitlines() if line.lstrip().startswith("```")]
+        assert len(fences) == 2 * sum(block.document == document.name for block in all_blocks())
+
+
+def test_python_that_does_not_run_compiles() -> None:
+    spared = [block for block in all_blocks() if "no-run" in block.options]
+    assert len(spared) <= 4
+    for block in spared:
+        if block.language == "python":
+            compile(block.text, name(block), "exec")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
