@@ -46,7 +46,7 @@ class Report:
                 for one in self.comparisons
             ],
             "facts": [asdict(one) for one in self.facts],
-            "growth": [asdict(one) | {"ratio": one.ratio, "limit": LIMIT} for one in self.growth],
+            "growth": [asdict(one) | {"limit": LIMIT} for one in self.growth],
         }
         return json.dumps(document, indent=2) + "\n"
 

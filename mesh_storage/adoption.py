@@ -1,4 +1,4 @@
-"""What stands in the way of the migrations in a database that the earlier Go service filled, found before any change."""
+"""What stands in the way of the migrations in a database of the earlier Go service, found before any change."""
 
 from __future__ import annotations
 
@@ -83,8 +83,13 @@ def _columns(connection: sqlalchemy.Connection, table: str) -> dict[str, _Column
 
 def _type(definition: str) -> str:
     """Give the type of a column's definition by PostgreSQL's own name."""
-    word = definition.split()[0]
+    word = definition.split(maxsplit=1)[0]
     return _TYPES.get(word, word.replace("varchar", "character varying"))
+
+
+def _is_comparable(kind: str, expected: str) -> bool:
+    expected = expected.split("(", maxsplit=1)[0]
+    return kind == expected or {kind, expected} <= {*_TEXT}
 
 
 def _is_not_null(definition: str) -> bool:
@@ -111,9 +116,7 @@ def _shape(
         elif found[name].type != expected:
             problems.append(f"table {table}: column {name} is of type {found[name].type}, not {expected}")
         elif found[name].not_null != (_is_not_null(definition) or name in _key(definitions)):
-            problems.append(
-                f"table {table}: column {name} must {'' if _is_not_null(definition) else 'not '}be NOT NULL"
-            )
+            problems.append(f"table {table}: column {name} is {'' if found[name].not_null else 'not '}NOT NULL")
     constraints = connection.execute(
         sqlalchemy.text("SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = to_regclass(:name)"),
         {"name": table},
@@ -147,14 +150,7 @@ def _rules(
     unusable = [
         name
         for name, definition in definitions.items()
-        if name != "PRIMARY KEY"
-        and (
-            name not in found
-            or (
-                found[name].kind != (kind := _type(definition).split("(")[0])
-                and not {found[name].kind, kind} <= {*_TEXT}
-            )
-        )
+        if name != "PRIMARY KEY" and not (name in found and _is_comparable(found[name].kind, _type(definition)))
     ]
     return {
         reason: rule for reason, rule in rules.items() if not any(re.search(rf"\b{name}\b", rule) for name in unusable)
@@ -212,6 +208,6 @@ def _dependents(connection: sqlalchemy.Connection, tables: list[str]) -> list[st
         {"names": tables},
     )
     return [
-        f"table {table}: the type of column {column} cannot change while there is {what}"
-        for table, column, what in rows
+        f"table {table}: the type of column {column} cannot change while there is {dependent}"
+        for table, column, dependent in rows
     ]

@@ -41,6 +41,8 @@ Durability = Literal["strict", "relaxed"]
 DRIVER_ERRORS = (sqlalchemy.exc.DBAPIError, psycopg.Error)
 
 _READ_ONLY_SQL_TRANSACTION = "25006"
+_LONGEST_TIMEOUT_S = 1_000_000
+"""About 11 days; PostgreSQL has timeouts in 32 bits of milliseconds."""
 
 
 class Characteristics(NamedTuple):
@@ -62,8 +64,8 @@ class Characteristics(NamedTuple):
             raise InvalidInputError("isolation must be 'repeatable read' or 'serializable'", field="isolation")
         if self.durability not in ("strict", "relaxed"):
             raise InvalidInputError("durability must be 'strict' or 'relaxed'", field="durability")
-        if self.timeout is not None and not 0 < self.timeout < math.inf:
-            raise InvalidInputError("timeout must be a positive number of seconds", field="timeout")
+        if self.timeout is not None and not 0 < self.timeout <= _LONGEST_TIMEOUT_S:
+            raise InvalidInputError(f"timeout must be from 0 to {_LONGEST_TIMEOUT_S} seconds", field="timeout")
 
     def deadline(self) -> float | None:
         """Give the moment of `time.monotonic()` at which the time will be over, when it begins now."""
@@ -144,6 +146,24 @@ class Connection:
         self._failure = error
         return error
 
+    @property
+    def has_snapshot(self) -> bool:
+        """Whether it sees the database as it was when its transaction began (manual, 13.2.2), not as it is now."""
+        return self.characteristics.isolation in ("repeatable read", "serializable")
+
+    def check_sees_present(self) -> None:
+        """Refuse what must see what is committed now, after others have been locked out.
+
+        Raises:
+            InvalidInputError: There is a snapshot already.
+        """
+        self._check_writable()
+        if self.has_snapshot and (self.driver.status() != TransactionStatus.IDLE or self._deadline is not None):
+            raise InvalidInputError(
+                "in a 'repeatable read' or 'serializable' unit of work without a timeout, this must be the first call",
+                field="isolation",
+            )
+
     def for_session(self) -> sqlalchemy.Connection:
         """Give the connection to an ORM session, in a transaction; one that is to be read-only is so on the server."""
         return self.perform(self._begin_for_session)
@@ -161,7 +181,8 @@ class Connection:
                 # The time may be over, but to undo is always allowed.
                 deadline, self._deadline = self._deadline, None
                 try:
-                    self.perform(savepoint.rollback)
+                    if savepoint.is_active:
+                        self.perform(savepoint.rollback)
                 finally:
                     self._deadline = deadline
             raise

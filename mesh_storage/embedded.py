@@ -171,11 +171,11 @@ def _spawn(home: Path, lock: int, version: str, *, throw_away: bool) -> None:
     version_file = home / "data" / "PG_VERSION"
     if version_file.exists():
         version = version_file.read_text().strip()
+    bin_directory = programs(version)
     sockets = Path(tempfile.mkdtemp(prefix="mesh_storage-"))
     if len(str(sockets)) > _SOCKET_PATH_LIMIT:
         sockets.rmdir()
         sockets = Path(tempfile.mkdtemp(prefix="mesh_storage-", dir="/tmp"))
-    bin_directory = programs(version)
     user, group = _account(home) if os.geteuid() == 0 else (None, None)
     if user is not None and group is not None:
         os.chown(sockets, user, group)

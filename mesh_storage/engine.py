@@ -21,6 +21,8 @@ from mesh_storage.settings import Settings
 
 _connect_deadline: ContextVar[float | None] = ContextVar("connect_deadline", default=None)
 
+_HIGHEST_PORT = 65_535
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _SERVER_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 # A peer that vanished without a word is noticed within about half a minute (PostgreSQL manual, 34.1.2).
 _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
@@ -61,6 +63,7 @@ def connect_arguments(settings: Settings) -> dict[str, Any]:
     for name, value in fields.items():
         if value is not None:
             arguments.setdefault(name, value)
+    _check(arguments)
     limits = {
         "statement_timeout": settings.statement_timeout,
         "lock_timeout": settings.lock_timeout,
@@ -129,6 +132,22 @@ def limit_connecting(engine: sqlalchemy.Engine) -> None:
             parameters["connect_timeout"] = min(parameters["connect_timeout"] or remaining, remaining)
 
 
+def _check(arguments: dict[str, Any]) -> None:
+    """Refuse what libpq would take for something else."""
+    for name, value in arguments.items():
+        if "\0" in str(value):
+            raise ConfigurationError(f"bad setting {name}: it holds NUL")
+    for port in str(arguments.get("port") or "").split(","):
+        if port and not (port.isdecimal() and 1 <= int(port) <= _HIGHEST_PORT):
+            raise ConfigurationError(f"bad setting port: it must be a number from 1 to {_HIGHEST_PORT}")
+    timeout = str(arguments["connect_timeout"])
+    if not timeout.isdecimal():
+        raise ConfigurationError("bad setting connect_timeout: it must be a whole number of seconds")
+    arguments["connect_timeout"] = int(timeout)
+    if arguments.get("sslmode", "prefer") not in _SSL_MODES:
+        raise ConfigurationError(f"bad setting sslmode: it must be one of {', '.join(_SSL_MODES)}")
+
+
 def _parse(url: str) -> dict[str, Any]:
     scheme, rest = split_scheme(url)
     if scheme not in _SERVER_SCHEMES:
@@ -139,13 +158,8 @@ def _parse(url: str) -> dict[str, Any]:
         arguments = {}
         parsed = False
     else:
-        # libpq takes anything for a host or a port; a "@" in a host is the end of a password that was not encoded.
-        ports = str(arguments.get("port", "")).split(",")
-        parsed = (
-            rest.startswith("//")
-            and "@" not in str(arguments.get("host", ""))
-            and all(not port or port.isdecimal() for port in ports)
-        )
+        # libpq takes anything for a host; a "@" in it is the end of a password that was not encoded.
+        parsed = rest.startswith("//") and "@" not in str(arguments.get("host", ""))
     if not parsed:
         # Outside of the handler: libpq's message repeats parts of the URL, the password perhaps.
         raise ConfigurationError(

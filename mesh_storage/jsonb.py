@@ -66,7 +66,7 @@ def _check(value: JSON, field: str, depth: int) -> bool:
     if kind is float:
         if not math.isfinite(value):
             raise InvalidInputError(f"{field} holds {value}, which JSON does not have", field=field)
-        return bool(abs(value) >= _EXPONENT_FROM)
+        return bool(abs(value) >= _EXPONENT_FROM) or (not value and math.copysign(1, value) < 0)
     if depth == 0:
         raise InvalidInputError(f"{field} is nested deeper than {MAX_DEPTH} levels", field=field)
     exponents = False
@@ -76,7 +76,8 @@ def _check(value: JSON, field: str, depth: int) -> bool:
     elif issubclass(kind, list):
         members = value
     elif issubclass(kind, str):
-        return _check(str(value), field, depth)
+        check_text(value, field)
+        return False
     else:
         raise InvalidInputError(f"{field} holds a {kind.__name__}, which is no JSON value", field=field)
     for member in members:
@@ -106,10 +107,12 @@ def _spell_out(value: JSON) -> str:
     kind: type[object] = value.__class__
     if issubclass(kind, dict):
         members: dict[str, JSON] = value
-        return "{" + ",".join(f"{_encode(str(key))}:{_spell_out(member)}" for key, member in members.items()) + "}"
+        return "{" + ",".join(f"{_encode(key)}:{_spell_out(member)}" for key, member in members.items()) + "}"
     if issubclass(kind, list):
         elements: list[JSON] = value
         return "[" + ",".join(map(_spell_out, elements)) + "]"
+    if isinstance(value, float) and not value:
+        return "0.0"  # numeric has no negative zero
     if isinstance(value, float) and abs(value) >= _EXPONENT_FROM:
         return format(Decimal(repr(value)), "f") + ".0"
     return _encode(value)

@@ -1,4 +1,4 @@
-"""What the migrations need: one migrator at a time, locks that hold nobody up, indexes that are built beside the traffic.
+"""What the migrations need: one migrator at a time, locks that hold nobody up, indexes built beside the traffic.
 
 Three rules keep the services that use the database going while it is migrated:
 
@@ -31,8 +31,8 @@ logger = logging.getLogger("mesh_storage")
 HOLD_UP_MS = 300
 """Milliseconds that others may wait behind a migration that waits for its locks.
 
-Less than PostgreSQL's `deadlock_timeout` of a second, so that in a deadlock with a service it is the migration that gives
-way, before the server chooses.
+Less than PostgreSQL's `deadlock_timeout` of a second, so that in a deadlock with a service it is the migration that
+gives way, before the server chooses.
 """
 LOCK_TIMEOUT_S = 5
 """Seconds that a migration waits for a lock where nobody waits behind it.
@@ -135,7 +135,7 @@ def lock(*tables: str) -> None:
         InUseError: They did not.
     """
     names = ", ".join(tables)
-    op.execute(f"SET LOCAL lock_timeout TO '{LOCK_TIMEOUT_S}s'")
+    wait_longer()
     op.execute(f"LOCK TABLE {names} IN SHARE UPDATE EXCLUSIVE MODE")
     # For the statement as a whole: lock_timeout is for each of the tables, and those before it are locked already.
     op.execute(f"SET LOCAL statement_timeout TO '{HOLD_UP_MS}ms'")
@@ -172,8 +172,8 @@ def beside_traffic() -> Generator[None]:
 def create_index(name: str, table: str, columns: str, *, unique: bool = False, repair: str = "") -> None:
     """Create an index beside the traffic; one that a killed migrator left half built is built anew.
 
-    Must run in `beside_traffic()`. For a unique index, `repair` is a statement that takes doubles away; it is done again
-    when a service has added another meanwhile.
+    Must run in `beside_traffic()`. For a unique index, `repair` is a statement that takes doubles away; it is done
+    again when a service has added another meanwhile.
 
     Raises:
         InUseError: A transaction of a service goes on for so long that the index would not be finished.
@@ -218,7 +218,8 @@ def _await_old_transactions() -> None:
         f"""
         SELECT pid, application_name FROM pg_stat_activity
         WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
-        AND xact_start < now() - interval '{_OLD_TRANSACTION_S} s' AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
+        AND xact_start < now() - interval '{_OLD_TRANSACTION_S} s'
+        AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
         ORDER BY xact_start LIMIT 1
         """  # noqa: S608 - a number of ours
     )

@@ -62,6 +62,8 @@ class Settings(BaseSettings):
         if problem is None:
             try:
                 super().__init__(**values)
+            except UnicodeError:
+                problem = ".env: it is no UTF-8"
             except ValidationError as error:
                 problem = "; ".join(
                     f"{'.'.join(str(part) for part in detail['loc'][:1])}: {detail['msg']}"

@@ -91,7 +91,7 @@ class MeshStorage:
             ClosedError: The storage was closed.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return _Scope(self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
+        return _Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
 
     def begin(
         self,
@@ -106,7 +106,7 @@ class MeshStorage:
         The arguments and errors are those of `unit_of_work`.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return _Scope(self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
+        return _Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
 
     def run(
         self,
@@ -201,7 +201,7 @@ class MeshStorage:
         return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=progress)
 
     def close(self) -> None:
-        """Close all connections that are not in use; those in use are closed when their unit of work ends."""
+        """Close the connections: those in use when their unit of work ends, but a bundled server stops at once."""
         if self._pool.closed:
             return
         self._pool.close()
@@ -231,7 +231,10 @@ def choose_settings(url: str | None, settings: Settings | None) -> Settings:
 class _Scope(AbstractContextManager[UnitOfWork]):
     """The block of one unit of work; a class, since generators as context managers cost several times as much."""
 
-    def __init__(self, pool: Pool, characteristics: Characteristics, slow: float, *, commits: bool) -> None:
+    def __init__(
+        self, storage: MeshStorage, pool: Pool, characteristics: Characteristics, slow: float, *, commits: bool
+    ) -> None:
+        self._storage = storage  # When nobody holds it any more, its bundled server stops.
         self._pool = pool
         self._characteristics = characteristics
         self._slow = slow

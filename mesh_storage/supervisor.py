@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 CRASHES_IN_A_ROW = 10
+RESTARTS_IN_A_ROW = 120
+"""After a crash, the processes of the old server may take their time to end, and hold its shared memory meanwhile."""
 FIRST_USER_TIMEOUT_S = 10.0
 STATUS_LINE = 7
 """Where postmaster.pid says whether the server is ready (PostgreSQL's source, utils/pidfile.h)."""
@@ -43,6 +45,7 @@ class Supervisor:
         self.server: subprocess.Popen[bytes] | None = None
         self.failure = ""
         self.ready = False
+        self.recovering = False
         self.crashes = 0
         self.selector = selectors.DefaultSelector()
 
@@ -158,18 +161,18 @@ class Supervisor:
             return
         if self.server.poll() is not None:
             self.crashes += 1
-            if self.crashes >= CRASHES_IN_A_ROW:
+            if self.crashes >= (RESTARTS_IN_A_ROW if self.recovering else CRASHES_IN_A_ROW):
                 self.failure = f"the server ends as soon as it starts; see {self.home / 'server.log'}"
                 self.server = None
                 self._tell_all()
                 return
-            time.sleep(0.1 * self.crashes)
+            time.sleep(min(0.1 * self.crashes, 0.5))
             self._start()
         elif not self.ready:
             with suppress(OSError):
                 status = (self.data / "postmaster.pid").read_text().split("\n")
                 if status[0] == str(self.server.pid) and status[STATUS_LINE : STATUS_LINE + 1] == ["ready   "]:
-                    self.ready = True
+                    self.ready = self.recovering = True
                     self.crashes = 0
                     self._tell_all()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,19 @@ class UnitOfWorkSession(Session):
     def __init__(self, connection: Connection, **_: Any) -> None:
         super().__init__(expire_on_commit=False, join_transaction_mode="rollback_only")
         self._connection = connection
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:
+        """Flush; when that fails, SQLAlchemy has rolled back, and nothing but a rollback may follow."""
+        try:
+            super().flush(objects)
+        except BaseException as error:
+            self._connection.failed(error)
+            raise
+
+    def rollback(self) -> None:
+        """Roll back everything, also what the repositories did."""
+        super().rollback()
+        self._connection.rollback()
 
     def get_bind(self, *_arguments: Any, **_keywords: Any) -> sqlalchemy.Connection:
         """Give the connection of the unit of work; SQLAlchemy asks before each statement."""
@@ -115,8 +128,7 @@ class UnitOfWork:
             MeshStorageError: A call failed before and its error was caught; everything was rolled back.
             UnavailableError: The connection was lost; if that was during the commit, it may have been made or not.
         """
-        if self._session is not None:
-            self._flush(self._session)
+        self._flush_if_used()
         self._connection.commit()
 
     def rollback(self) -> None:
@@ -128,13 +140,16 @@ class UnitOfWork:
     @contextmanager
     def savepoint(self) -> Generator[None]:
         """Undo only what the block did if it raises, so that the unit of work can go on after the error is caught."""
-        if self._session is not None:
-            self._flush(self._session)
+        self._flush_if_used()
         try:
             with self._connection.savepoint():
-                yield
-                if self._session is not None:
-                    self._flush(self._session)
+                if self._session is None:
+                    yield
+                    self._flush_if_used()
+                else:  # Its failure must end at the savepoint, not at the transaction that it joined.
+                    with self._session.begin_nested():
+                        yield
+                        self._flush(self._session)
         except BaseException:
             if self._session is not None:
                 self._session.expunge_all()
@@ -144,6 +159,10 @@ class UnitOfWork:
         """Let the session go; the connection rolls back when its own block ends."""
         if self._session is not None:
             self._session.close()
+
+    def _flush_if_used(self) -> None:
+        if self._session is not None:
+            self._flush(self._session)
 
     def _flush(self, session: Session) -> None:
         try:

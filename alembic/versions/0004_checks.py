@@ -1,4 +1,7 @@
-"""The checks, for new rows at first; the next revision validates the rows that are there. And our names for the keys."""
+"""The checks, for new rows at first; the next revision validates the rows that are there.
+
+And our names for the keys that are there: errors are told apart by the names of constraints.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ CHECKS = {
     "mesh_runtime_config": {"key": "key <> ''"},
 }
 
-# The keys of the first revision are there under some name; errors are told apart by ours (PostgreSQL's own choice).
+# The keys of the first revision are there under some name. Ours are those that PostgreSQL chooses by itself, so on most
+# databases nothing is to do. The index behind a key is renamed with it.
 RENAME_KEYS = """
     DO $$
     DECLARE key record;
@@ -54,8 +58,9 @@ RENAME_KEYS = """
                          JOIN pg_attribute ON attrelid = conrelid AND attnum = number) AS columns,
                 (VALUES ('p', '_pkey'), ('u', '_key'), ('f', '_fkey')) AS endings (kind, ending)
             WHERE kind = contype::text AND conrelid IN ({tables})
-            AND (contype = 'p' OR relname = 'mesh' AND columns = 'mesh_name' OR relname = 'nodes' AND columns = 'node_name'
-                 OR relname = 'routes' AND columns IN ('source_node_id', 'target_node_id') AND confrelid = 'nodes'::regclass)
+            AND (contype = 'p' OR (relname, columns) IN (('mesh', 'mesh_name'), ('nodes', 'node_name'))
+                 OR (relname, columns) IN (('routes', 'source_node_id'), ('routes', 'target_node_id'))
+                 AND confrelid = 'nodes'::regclass)
         LOOP
             IF key.conname <> key.name AND NOT EXISTS (
                 SELECT FROM pg_constraint WHERE conrelid = key.relname::regclass AND conname = key.name

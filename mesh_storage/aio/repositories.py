@@ -87,7 +87,7 @@ class AsyncConsensusLogRepository(AsyncRepository[ConsensusLogRepository]):
         """Delete the entries from index `start` to index `end`, both included, and give their number.
 
         The range is a prefix of the log (after a snapshot) or a suffix (after a conflict); it may reach beyond. Appends
-        of others wait until this unit of work ends. In a "repeatable read" unit of work, make it the first call.
+        of others wait until this unit of work ends.
 
         Raises:
             InvalidInputError: The range would leave a gap.
@@ -142,6 +142,8 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
 
     async def update(self, entity: Mesh) -> Mesh:
         """Store what was changed in an aggregate, by its id, and give it back with its new `updated`.
+
+        `created` stays as it is stored; a default stands in for None, as for `add`.
 
         Raises:
             NotFoundError: It is not there.
@@ -338,6 +340,8 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
     async def update(self, entity: Node) -> Node:
         """Store what was changed in an aggregate, by its id, and give it back with its new `updated`.
 
+        `created` stays as it is stored; a default stands in for None, as for `add`.
+
         Raises:
             NotFoundError: It is not there.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
@@ -452,6 +456,8 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
 
     async def update(self, entity: Route) -> Route:
         """Store what was changed in an aggregate, by its id, and give it back with its new `updated`.
+
+        `created` stays as it is stored; a default stands in for None, as for `add`.
 
         Raises:
             NotFoundError: It is not there.

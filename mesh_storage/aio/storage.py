@@ -115,7 +115,7 @@ class AsyncMeshStorage:
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return _Scope(self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
+        return _Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
 
     def begin(
         self,
@@ -130,7 +130,7 @@ class AsyncMeshStorage:
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return _Scope(self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
+        return _Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
 
     async def run(
         self,
@@ -222,7 +222,7 @@ class AsyncMeshStorage:
         return await in_thread(work, progress)
 
     async def close(self) -> None:
-        """Close all connections that are not in use; those in use are closed when their unit of work ends."""
+        """Close the connections: those in use when their unit of work ends, but a bundled server stops at once."""
         if not self._pool.closed:
             await asyncio.shield(in_background(self._close()))
 
@@ -245,7 +245,16 @@ class AsyncMeshStorage:
 class _Scope(AbstractAsyncContextManager[AsyncUnitOfWork]):
     """The block of one unit of work; a class, since generators as context managers cost several times as much."""
 
-    def __init__(self, pool: AsyncPool, characteristics: Characteristics, slow: float, *, commits: bool) -> None:
+    def __init__(
+        self,
+        storage: AsyncMeshStorage,
+        pool: AsyncPool,
+        characteristics: Characteristics,
+        slow: float,
+        *,
+        commits: bool,
+    ) -> None:
+        self._storage = storage  # When nobody holds it any more, its bundled server stops.
         self._pool = pool
         self._characteristics = characteristics
         self._slow = slow

@@ -98,7 +98,8 @@ class AsyncUnitOfWork:
             MeshStorageError: A call failed before and its error was caught; everything was rolled back.
             UnavailableError: The connection was lost; if that was during the commit, it may have been made or not.
         """
-        if self._connection.settled() and "session" not in vars(self):
+        untimed = self._connection.characteristics.timeout is None
+        if untimed and self._connection.settled() and "session" not in vars(self):
             self._uow.commit()  # There is nothing to send, so the bridge need not be crossed.
         else:
             await self._driver.call(self._uow.commit)

@@ -25,6 +25,7 @@ _INT32_MAX = 2**31 - 1
 _NUMERIC_DIGITS = 131_072
 _NUMERIC_SCALE = 16_383
 
+_CONTENT_BYTES = 2**28
 _ID_LENGTH = 255
 """Longer than any id is."""
 _ULID = re.compile(r"[a-z]{2,10}_[0-9A-HJKMNP-TV-Z]{26}\Z")
@@ -52,9 +53,11 @@ def integer(field: str, value: object, low: int = INT64_MIN, high: int = INT64_M
 
 
 def content(field: str, value: object) -> bytes:
-    """Check bytes; PostgreSQL keeps up to 1 GB (manual, appendix K)."""
+    """Check bytes, of up to 256 MiB: pg_dump doubles them, and a line of its may have 1 GB."""
     if not isinstance(value, bytes):
         raise InvalidInputError(f"{field} must be bytes, not {type(value).__name__}", field=field)
+    if len(value) > _CONTENT_BYTES:
+        raise InvalidInputError(f"{field} has {len(value)} bytes; {_CONTENT_BYTES} is the limit", field=field)
     return value
 
 
@@ -143,7 +146,10 @@ def of_column(field: str, column: Column[Any]) -> Check:
     if isinstance(kind, JSONB):
         return Check(lambda value: jsonb.dumps(value, field))
     if isinstance(kind, LargeBinary):
-        return Check(lambda value: content(field, value), lambda values: _all_are(bytes, values))
+        return Check(
+            lambda value: content(field, value),
+            lambda values: _all_are(bytes, values) and max(map(len, values)) <= _CONTENT_BYTES,
+        )
     if isinstance(kind, DateTime):
         return Check(lambda value: time(field, value))
     if isinstance(kind, Boolean):

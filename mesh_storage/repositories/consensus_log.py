@@ -36,6 +36,9 @@ _LOCK = Statement(text("LOCK TABLE mesh_consensus_log IN SHARE ROW EXCLUSIVE MOD
 _LOCK_BEGINNING = Statement(
     select(func.pg_advisory_xact_lock(literal_column(str(int.from_bytes(b"mesh_log"))))), writes=True
 )
+_HOLD = Statement(
+    select(_INDEX).where(_INDEX == bindparam("index")).with_for_update(key_share=True, read=True), writes=True
+)
 _DELETE = Statement(delete(_TABLE).where(_INDEX.between(bindparam("start"), bindparam("end"))))
 
 _ROWS = rows_of({"term": BigInteger(), "index": BigInteger(), "entry": Text()})
@@ -91,6 +94,7 @@ class ConsensusLogRepository(Repository[LogEntry]):
         """
         _check(term, index)
         sent = jsonb.dumps(entry, "LogEntry.entry")
+        self._hold(index - 1)
         row = self._connection.fetch_one(_EXTEND_BY_ONE, {"term": term, "index": index, "entry": sent})
         if row is not None:
             return self._aggregate.load((term, index, jsonb.loads(sent), row[0]))
@@ -120,7 +124,10 @@ class ConsensusLogRepository(Repository[LogEntry]):
                 raise ConflictError(f"index {next_index} does not follow index {index}")
             if next_term < term:
                 raise ConflictError(f"term {next_term} at index {next_index} is lower than term {term} before it")
-        if rows and not self._extend(rows):
+        if not rows:
+            return
+        self._hold(rows[0][1] - 1)
+        if not self._extend(rows):
             self._append_slowly(rows)
 
     def find(self, index: int) -> LogEntry | None:
@@ -155,13 +162,14 @@ class ConsensusLogRepository(Repository[LogEntry]):
         """Delete the entries from index `start` to index `end`, both included, and give their number.
 
         The range is a prefix of the log (after a snapshot) or a suffix (after a conflict); it may reach beyond. Appends
-        of others wait until this unit of work ends. In a "repeatable read" unit of work, make it the first call.
+        of others wait until this unit of work ends.
 
         Raises:
             InvalidInputError: The range would leave a gap.
         """
         checks.integer("start", start)
         checks.integer("end", end)
+        self._connection.check_sees_present()
         self._connection.execute(_LOCK)
         first, last = self.first_index(), self.last_index()
         if start > end or end < first or start > last:
@@ -175,6 +183,11 @@ class ConsensusLogRepository(Repository[LogEntry]):
     def count(self) -> int:
         """Count the entries."""
         return int(self._fetch_value(self._aggregate.count))
+
+    def _hold(self, index: int) -> None:
+        """Where an old snapshot is seen, keep the predecessor of an append from being deleted, or fail if it was."""
+        if self._connection.has_snapshot:
+            self._connection.fetch_one(_HOLD, {"index": index})
 
     def _end(self, statement: Statement) -> tuple[int, int]:
         row = self._connection.fetch_one(statement)
@@ -200,6 +213,8 @@ class ConsensusLogRepository(Repository[LogEntry]):
     def _append_behind_last(self, rows: Sequence[tuple[int, int, str]]) -> bool:
         last_term, last_index = self._end(_LAST)
         if not last_index:
+            if self._connection.has_snapshot:
+                raise InvalidInputError("a log begins in a 'read committed' unit of work only", field="isolation")
             self._connection.execute(_LOCK_BEGINNING)
             last_term, last_index = self._end(_LAST)
             if not last_index:

@@ -120,6 +120,8 @@ class InfrastructureRepository(KeyedRepository[M]):
     def update(self, entity: M) -> M:
         """Store what was changed in an aggregate, by its id, and give it back with its new `updated`.
 
+        `created` stays as it is stored; a default stands in for None, as for `add`.
+
         Raises:
             NotFoundError: It is not there.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
@@ -132,5 +134,8 @@ class InfrastructureRepository(KeyedRepository[M]):
         row = self._connection.fetch_one(self._infrastructure.update, values)
         if row is None:
             raise NotFoundError(self._infrastructure.name, values["id"])
+        for name, value in values.items():
+            if value is not None and getattr(entity, name) is None:
+                set_attribute(entity, name, value)
         set_attribute(entity, "updated", row[0])
         return entity

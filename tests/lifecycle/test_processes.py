@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -192,8 +192,10 @@ def test_every_connection_of_the_pool_is_replaced_after_a_crash(tmp_path: Path) 
         os.kill(pid, signal.SIGKILL)
 
         def started_anew() -> bool:
-            lines = (home / "data" / "postmaster.pid").read_text().split("\n")
-            return lines[0] != str(pid) and "ready   " in lines
+            with suppress(FileNotFoundError):
+                lines = (home / "data" / "postmaster.pid").read_text().split("\n")
+                return lines[0] != str(pid) and "ready   " in lines
+            return False
 
         assert eventually(started_anew)
         with storage.begin() as one, storage.begin() as two, storage.begin(read_only=True) as three:
