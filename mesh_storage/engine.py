@@ -135,8 +135,11 @@ def limit_connecting(engine: sqlalchemy.Engine) -> None:
 def _check(arguments: dict[str, Any]) -> None:
     """Refuse what libpq would take for something else."""
     for name, value in arguments.items():
-        if "\0" in str(value):
-            raise ConfigurationError(f"bad setting {name}: it holds NUL")
+        if "\0" in str(value) or any("\ud800" <= character <= "\udfff" for character in str(value)):
+            raise ConfigurationError(f"bad setting {name}: it holds NUL, or is no valid text")
+    for name in ("host", "dbname"):
+        if "@" in str(arguments.get(name, "")) or "://" in str(arguments.get(name, "")):
+            raise ConfigurationError(f"bad setting {name}: it holds a part of a URL; percent-encode the password")
     for port in str(arguments.get("port") or "").split(","):
         if port and not (port.isdecimal() and 1 <= int(port) <= _HIGHEST_PORT):
             raise ConfigurationError(f"bad setting port: it must be a number from 1 to {_HIGHEST_PORT}")
@@ -154,7 +157,7 @@ def _parse(url: str) -> dict[str, Any]:
         raise ConfigurationError(f"bad setting url: {scheme}: is the bundled PostgreSQL, not a server")
     try:
         arguments: dict[str, Any] = dict(conninfo_to_dict(f"postgresql:{rest}"))
-    except psycopg.Error:
+    except (psycopg.Error, UnicodeError):
         arguments = {}
         parsed = False
     else:
