@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, LiteralString
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 logger = logging.getLogger("mesh_storage")
+
+# Alembic keeps what it works on in its modules, so of two threads one would migrate the other's database.
+_alembic = threading.Lock()
 
 
 @functools.cache
@@ -106,10 +110,11 @@ def alembic_config(connect: dict[str, object] | None = None) -> Config:
 def upgrade(url: str | None = None, revision: str = "head") -> None:
     """Bring the schema of a database up to date: what `alembic upgrade head` does, from Python.
 
-    Without a URL the settings of the environment apply. Many processes may do this at once: one migrates, and the
-    others wait for it.
+    Without a URL the settings of the environment apply. Many processes and threads may do this at once: one
+    migrates, and the others wait for it.
 
     Raises:
+        ConflictError: The database holds rows that cannot be adopted; nothing was changed, and the message lists them.
         ConfigurationError: The URL or another setting is wrong.
         UnavailableError: The database cannot be reached.
         StorageTimeoutError: A lock was not to be had, or another process migrates for too long.
@@ -127,7 +132,8 @@ def upgrade_server(server: Server, revision: str = "head") -> None:
 
     logger.info("deploying the schema", extra={"event": "deploy", "server": server.kind, "revision": revision})
     try:
-        command.upgrade(alembic_config(server.connect), revision)
+        with _alembic:
+            command.upgrade(alembic_config(server.connect), revision)
     except Exception as error:
         translated = translate(error)
         if translated is error:

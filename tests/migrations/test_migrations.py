@@ -6,7 +6,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import psycopg
@@ -146,6 +149,19 @@ def test_many_at_once_all_succeed(url: str) -> None:
     assert [code for _, code in results] == [0] * 4, results
     ran = [err.count("Running upgrade") for (_, err), _ in results]
     assert sorted(ran) == [0, 0, 0, len(schema.revisions())]
+
+
+def test_threads_each_migrate_their_own_database(mesh_storage_databases: Databases, mesh_storage_url: str) -> None:
+    with ExitStack() as stack, ThreadPoolExecutor(4) as threads:
+        urls = [stack.enter_context(mesh_storage_databases.fresh(with_schema=False)) for _ in range(4)]
+        together = threading.Barrier(4)
+
+        def upgrade(url: str) -> None:
+            together.wait(60)
+            schema.upgrade(url)
+
+        list(threads.map(upgrade, urls))
+        assert [structure(url) for url in urls] == [structure(mesh_storage_url)] * 4
 
 
 def test_from_python_it_is_the_same(url: str, mesh_storage_url: str) -> None:
