@@ -65,7 +65,9 @@ class Characteristics(NamedTuple):
         if self.durability not in ("strict", "relaxed"):
             raise InvalidInputError("durability must be 'strict' or 'relaxed'", field="durability")
         if self.timeout is not None and not 0 < self.timeout <= _LONGEST_TIMEOUT_S:
-            raise InvalidInputError(f"timeout must be from 0 to {_LONGEST_TIMEOUT_S} seconds", field="timeout")
+            raise InvalidInputError(
+                f"timeout must be more than 0 and at most {_LONGEST_TIMEOUT_S} seconds", field="timeout"
+            )
 
     def deadline(self) -> float | None:
         """Give the moment of `time.monotonic()` at which the time will be over, when it begins now."""

@@ -17,12 +17,11 @@ from sqlalchemy.pool import NullPool
 
 from mesh_storage import jsonb
 from mesh_storage.errors import ConfigurationError, connection_refused
-from mesh_storage.settings import Settings
+from mesh_storage.settings import SSL_MODES, Settings
 
 _connect_deadline: ContextVar[float | None] = ContextVar("connect_deadline", default=None)
 
 _HIGHEST_PORT = 65_535
-_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _SERVER_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 # A peer that vanished without a word is noticed within about half a minute (PostgreSQL manual, 34.1.2).
 _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
@@ -147,8 +146,8 @@ def _check(arguments: dict[str, Any]) -> None:
     if not timeout.isdecimal():
         raise ConfigurationError("bad setting connect_timeout: it must be a whole number of seconds")
     arguments["connect_timeout"] = int(timeout)
-    if arguments.get("sslmode", "prefer") not in _SSL_MODES:
-        raise ConfigurationError(f"bad setting sslmode: it must be one of {', '.join(_SSL_MODES)}")
+    if arguments.get("sslmode", "prefer") not in SSL_MODES:
+        raise ConfigurationError(f"bad setting sslmode: it must be one of {', '.join(SSL_MODES)}")
 
 
 def _parse(url: str) -> dict[str, Any]:

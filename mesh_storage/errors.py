@@ -146,8 +146,6 @@ def translate(error: Exception) -> MeshStorageError:
         return translate(error.orig)
     if isinstance(error, psycopg.Error):
         return _translate_psycopg(error)
-    if isinstance(error, sqlalchemy.exc.TimeoutError):
-        return UnavailableError("every connection of the pool is in use; raise pool_size or pool_timeout")
     if isinstance(error, sqlalchemy.exc.StatementError) and isinstance(error.orig, (TypeError, ValueError)):
         return InvalidInputError("a parameter of the statement has the wrong type or value")
     if isinstance(error, (UnicodeError, OverflowError)):

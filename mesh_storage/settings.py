@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -10,6 +10,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from mesh_storage.errors import ConfigurationError
 
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
+SSL_MODES: tuple[SslMode, ...] = get_args(SslMode)
 
 ENV_PREFIX = "MESH_STORAGE_"
 
@@ -38,7 +40,7 @@ class Settings(BaseSettings):
     user: str | None = None
     password: SecretStr | None = None
     database: str | None = None
-    sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None = None
+    sslmode: SslMode | None = None
     """How TLS is used and checked (PostgreSQL manual, 34.19); the default of libpq is `prefer`."""
     application_name: str = "mesh_storage"
     """How the connections show in `pg_stat_activity`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cached_property
+from functools import cache, cached_property
 
 import sqlalchemy
 from sqlalchemy.engine import make_url
@@ -12,6 +12,11 @@ from sqlalchemy.sql.elements import CompilerElement
 
 # As text, psycopg would escape each element of an array with a regular expression; in binary it only copies them.
 _ARRAY_PARAMETER = re.compile(r"%\((\w+)\)s(::[^,)%]*?\[\])")
+
+
+@cache
+def _dialect() -> sqlalchemy.Dialect:
+    return make_url("postgresql+psycopg://").get_dialect()()
 
 
 class Statement:
@@ -26,7 +31,7 @@ class Statement:
     def sql(self) -> bytes:
         """The SQL in psycopg's form, its parameters by name."""
         assert isinstance(self._element, CompilerElement)
-        compiled = self._element.compile(dialect=make_url("postgresql+psycopg://").get_dialect()())
+        compiled = self._element.compile(dialect=_dialect())
         fixed = [name for name, value in (compiled.params or {}).items() if value is not None]
         assert not fixed, f"make {fixed} a named parameter or a literal of the statement"
         return _ARRAY_PARAMETER.sub(r"%(\1)b\2", str(compiled)).encode()
