@@ -18,7 +18,8 @@ from mesh_storage.server import open_server
 from mesh_storage.settings import Settings
 
 config = context.config
-if config.config_file_name is not None:
+# A service's own alembic.ini may leave logging to the service.
+if config.config_file_name is not None and config.file_config.has_section("loggers"):
     fileConfig(config.config_file_name, disable_existing_loggers=False)
 
 

@@ -149,6 +149,12 @@ def lock(*tables: str) -> None:
     op.execute(f"SET LOCAL lock_timeout TO '{HOLD_UP_MS}ms'")
 
 
+def hold_nobody_up() -> None:
+    """Say for the SQL that is written instead of run what comes with the connection otherwise; for any statement."""
+    op.execute(f"SET LOCAL lock_timeout TO '{HOLD_UP_MS}ms'")
+    op.execute("SET LOCAL statement_timeout TO 0")
+
+
 def wait_longer() -> None:
     """Let the statements of a revision wait for locks that nobody queues up behind: no stronger than SHARE UPDATE."""
     op.execute(f"SET LOCAL lock_timeout TO '{LOCK_TIMEOUT_S}s'")

@@ -130,7 +130,7 @@ def upgrade() -> None:
     An index that is missing on a table that is there stays so: it could not be made beside the traffic here, and a
     later revision would drop it again.
     """
-    migration.wait_longer()
+    migration.hold_nobody_up()
     for table, columns in TABLES.items():
         if _exists(table):
             continue
@@ -142,6 +142,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Drop the tables, but leave them where they are the Go service's own: where there is its domain for ids."""
+    migration.lock(*TABLES)
     drops = "".join(f"DROP TABLE IF EXISTS {name}; " for name in reversed(TABLES))
     op.execute(f"DO $$ BEGIN IF to_regtype('ulid') IS NULL THEN {drops}END IF; END $$")
 

@@ -11,6 +11,9 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
+_AS_ASKED = "what the upgrade brought goes with it, as a downgrade is asked to"
+DOWNGRADE_EXCEPTIONS = {"ban-drop-column": _AS_ASKED, "ban-drop-default": _AS_ASKED}
+
 
 def upgrade() -> None:
     """Add the columns; a constant default does not rewrite the table."""

@@ -15,6 +15,7 @@ branch_labels = None
 depends_on = None
 
 EXCEPTIONS = {"ban-drop-constraint": "it is added again by the same statement, or was never there"}
+DOWNGRADE_EXCEPTIONS = {"ban-drop-constraint": "what the upgrade brought goes with it, as a downgrade is asked to"}
 
 _ULID = "~ '^[a-z]{2,10}_[0-9A-HJKMNP-TV-Z]{26}$'"
 _STATUS = "status ~ '^STATUS_[A-Z_]+$'"

@@ -15,10 +15,12 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
+DOWNGRADE_EXCEPTIONS = {"ban-drop-table": "its rows have gone back to where they came from"}
+
 
 def upgrade() -> None:
     """Create the table; an entry may come, be set aside and come again."""
-    migration.wait_longer()
+    migration.hold_nobody_up()
     op.execute(
         """
         CREATE TABLE mesh_consensus_log_stale (
@@ -35,6 +37,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Move the entries back; of those with one term and one index, which have room for one, that which came last."""
+    migration.lock("mesh_consensus_log_stale")
     op.execute(
         "INSERT INTO mesh_consensus_log (term, index, entry, created_at) "
         "SELECT DISTINCT ON (term, index) term, index, entry, created_at FROM mesh_consensus_log_stale "
