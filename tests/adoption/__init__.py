@@ -1,0 +1,1 @@
+"""Tests of taking over the databases that the earlier Go service made and still writes to."""
