@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types schema aio bench check migrate revision lock clean
+.PHONY: help install demo test test-matrix lint format types schema aio bench check migrate revision lock clean
 
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## Make the environment in .venv
 
@@ -27,6 +27,9 @@ demo: install ## Run a day of a real network on a database of its own
 test: install ## Run all tests against a real PostgreSQL
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered $(T)
 
+test-matrix: install ## Run all tests on PostgreSQL 15, 16 and 18, as far as they are found
+	$(BIN)/python tools/test_matrix.py $(MATRIX) -- -n 2 --dist worksteal $(T)
+
 lint: install ## Check format, style and generated code
 	$(BIN)/python tools/generate_aio.py --check
 	$(BIN)/ruff format --check .
@@ -40,7 +43,7 @@ types: install ## Check the types
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-check: lint types schema test ## Everything that CI runs
+check: lint types schema test ## Everything that is to pass before a change is handed in
 
 schema: install ## Check that the models and the migrations say the same
 	@directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && export MESH_STORAGE_URL="embedded:$$directory" && \

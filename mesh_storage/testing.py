@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -45,7 +46,8 @@ class Databases:
     def __init__(self, connect: dict[str, Any]) -> None:
         self._connect = connect
         self._admin = engine.connect(connect)
-        self._prefix = f"mesh_storage_{os.getpid()}"
+        # No number of a process: those of several machines may share a server.
+        self._prefix = f"mesh_storage_{secrets.token_hex(6)}"
         self._numbers = itertools.count(1)
         self._template = f"{self._prefix}_template"
         self._execute("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'", self._template)
