@@ -16,7 +16,7 @@ TIMEOUT_S = 2.0
 """Seconds that a health check may take."""
 
 _READ_ONLY = Statement(
-    select(
+    lambda: select(
         or_(
             func.pg_is_in_recovery(),
             func.current_setting(literal_column("'default_transaction_read_only'")) == literal_column("'on'"),

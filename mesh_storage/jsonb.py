@@ -10,9 +10,8 @@ import json
 import math
 from collections.abc import Iterable
 from decimal import Decimal
-from typing import Any
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.models.base import JSON
@@ -23,8 +22,10 @@ MAX_DEPTH = 200
 _EXPONENT_FROM = 1e16
 """From here on, repr() and so JSON write a float with an exponent."""
 
+_INTEGER_LIMIT = 10**4300
+"""From here on, Python refuses to read an integer (docs, "Integer string conversion length limitation")."""
+
 _encode_sorted = json.JSONEncoder(sort_keys=True).encode
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def dumps(value: JSON, field: str = "value") -> str:
@@ -35,11 +36,7 @@ def dumps(value: JSON, field: str = "value") -> str:
             that is no str, a tuple, a set, NUL or a lone surrogate in a text, an integer of over 4,300 digits, or
             nesting deeper than `MAX_DEPTH`.
     """
-    exponents = _check(value, field, MAX_DEPTH)
-    try:
-        return _spell_out(value) if exponents else _encode(value)
-    except ValueError:  # The interpreter's own limit on the digits of an integer.
-        raise InvalidInputError(f"{field} holds an integer of too many digits", field=field) from None
+    return _spell_out(value) if _check((value,), field, MAX_DEPTH) else _write(value)
 
 
 def same(one: JSON, other: JSON) -> bool:
@@ -55,41 +52,46 @@ def loads(text: str | bytes) -> JSON:
         return json.loads(text)  # Others may have stored what is nested deeper.
 
 
-def _check(value: JSON, field: str, depth: int) -> bool:
+def _check(values: Iterable[JSON], field: str, depth: int) -> bool:
     """Refuse what JSON does not have; say whether a float needs to be written without its exponent."""
-    kind: type[object] = value.__class__
-    if kind is str:
-        check_text(value, field)
-        return False
-    if kind is int or kind is bool or value is None:
-        return False
-    if kind is float:
-        if not math.isfinite(value):
-            raise InvalidInputError(f"{field} holds {value}, which JSON does not have", field=field)
-        return bool(abs(value) >= _EXPONENT_FROM) or (not value and math.copysign(1, value) < 0)
-    if depth == 0:
-        raise InvalidInputError(f"{field} is nested deeper than {MAX_DEPTH} levels", field=field)
     exponents = False
-    if issubclass(kind, dict):
-        _check_keys(value, field)
-        members: Iterable[JSON] = value.values()
-    elif issubclass(kind, list):
-        members = value
-    elif issubclass(kind, str):
-        check_text(value, field)
-        return False
-    else:
-        raise InvalidInputError(f"{field} holds a {kind.__name__}, which is no JSON value", field=field)
-    for member in members:
-        exponents |= _check(member, field, depth - 1)
+    for value in values:
+        kind: type[object] = value.__class__
+        if kind is str:
+            if not value.isascii() or "\0" in value:
+                check_text(value, field)
+        elif kind is int:
+            if not -_INTEGER_LIMIT < value < _INTEGER_LIMIT:
+                raise InvalidInputError(f"{field} holds an integer of too many digits", field=field)
+        elif kind is float:
+            if not math.isfinite(value):
+                raise InvalidInputError(f"{field} holds {value}, which JSON does not have", field=field)
+            exponents |= abs(value) >= _EXPONENT_FROM or (not value and math.copysign(1, value) < 0)
+        elif kind is not bool and value is not None:
+            exponents |= _check(_members(value, field, depth), field, depth - 1)
     return exponents
 
 
-def _check_keys(value: dict[Any, JSON], field: str) -> None:
-    for key in value:
+def _members(value: JSON, field: str, depth: int) -> Iterable[JSON]:
+    """Give what a list or dict holds, its keys checked."""
+    kind: type[object] = value.__class__
+    if issubclass(kind, str):
+        check_text(value, field)
+        return ()
+    if not issubclass(kind, (dict, list)):
+        raise InvalidInputError(f"{field} holds a {kind.__name__}, which is no JSON value", field=field)
+    if depth == 0:
+        raise InvalidInputError(f"{field} is nested deeper than {MAX_DEPTH} levels", field=field)
+    members: Iterable[JSON] = value
+    if issubclass(kind, list):
+        return members
+    for key in members:
         if not isinstance(key, str):
             raise InvalidInputError(f"{field} has a key of type {type(key).__name__}; JSON takes str", field=field)
-        check_text(key, field)
+        if not key.isascii() or "\0" in key:
+            check_text(key, field)
+    named: dict[str, JSON] = value
+    return named.values()
 
 
 def check_text(value: str, field: str) -> None:
@@ -107,7 +109,7 @@ def _spell_out(value: JSON) -> str:
     kind: type[object] = value.__class__
     if issubclass(kind, dict):
         members: dict[str, JSON] = value
-        return "{" + ",".join(f"{_encode(key)}:{_spell_out(member)}" for key, member in members.items()) + "}"
+        return "{" + ",".join(f"{_write(key)}:{_spell_out(member)}" for key, member in members.items()) + "}"
     if issubclass(kind, list):
         elements: list[JSON] = value
         return "[" + ",".join(map(_spell_out, elements)) + "]"
@@ -115,4 +117,8 @@ def _spell_out(value: JSON) -> str:
         return "0.0"  # numeric has no negative zero
     if isinstance(value, float) and abs(value) >= _EXPONENT_FROM:
         return format(Decimal(repr(value)), "f") + ".0"
-    return _encode(value)
+    return _write(value)
+
+
+def _write(value: JSON) -> str:
+    return to_json(value).decode()

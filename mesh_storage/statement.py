@@ -1,8 +1,9 @@
-"""A SQL statement that is compiled once: building and compiling it for each call would cost more than running it."""
+"""A SQL statement that is built and compiled once: doing that for each call would cost more than running it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache, cached_property
 
 import sqlalchemy
@@ -20,12 +21,21 @@ def _dialect() -> sqlalchemy.Dialect:
 
 
 class Statement:
-    """A SQL statement made of SQLAlchemy's Core elements, compiled at its first use."""
+    """A SQL statement made of SQLAlchemy's Core elements, built and compiled at its first use."""
 
-    def __init__(self, element: Executable, *, writes: bool | None = None) -> None:
-        """Take the elements; whether they write is seen from their kind, but for a select with a writing CTE."""
-        self._element = element
-        self.writes = not isinstance(element, sqlalchemy.SelectBase) if writes is None else writes
+    def __init__(self, build: Callable[[], Executable], *, writes: bool | None = None) -> None:
+        """Take what builds it; whether it writes is seen from its kind, but for a select with a writing CTE."""
+        self._build = build
+        self._writes = writes
+
+    @cached_property
+    def _element(self) -> Executable:
+        return self._build()
+
+    @cached_property
+    def writes(self) -> bool:
+        """Whether it changes rows."""
+        return not isinstance(self._element, sqlalchemy.SelectBase) if self._writes is None else self._writes
 
     @cached_property
     def sql(self) -> bytes:

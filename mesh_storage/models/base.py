@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar, cast
+from functools import cache
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 from sqlalchemy import MetaData, Table, inspect
 from sqlalchemy.orm import DeclarativeBase, Mapper
-from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.state import InstanceState
 from ulid import ULID
 
 JSON: TypeAlias = Any
@@ -26,10 +27,50 @@ NAMING_CONVENTION = {
 }
 
 
+class _LateState:
+    """SQLAlchemy's record of an aggregate's changes, made when a session or a change first asks for it.
+
+    It costs several times what the aggregate itself does, and keeps the garbage collector busy; most aggregates are
+    read or stored by a repository and never need one.
+    """
+
+    def __get__(self, entity: Base | None, owner: type[Base]) -> InstanceState[Any]:
+        if entity is None:
+            raise AttributeError(f"{owner.__name__} is a class; only its instances have a state")
+        mapper: Mapper[Any] = inspect(owner)
+        state = InstanceState(entity, mapper.class_manager)
+        vars(entity)["_sa_instance_state"] = state
+        if not entity.is_new:
+            state.key = mapper.identity_key_from_instance(entity)
+        return state
+
+
 class Base(DeclarativeBase):
     """The base of every model."""
 
+    __slots__ = ("_is_new",)  # not among the attributes; those that came out of the database have none
+
     metadata = MetaData(naming_convention=NAMING_CONVENTION)
+    _sa_instance_state = _LateState()
+    _attributes: ClassVar[frozenset[str]]
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        # SQLAlchemy's own constructor, which it has put there, would make the state at once.
+        delattr(cls, "__init__")
+        cls._attributes = frozenset(attribute_names(cls))
+
+    def __init__(self, **values: Any) -> None:
+        if not values.keys() <= self._attributes:
+            unknown = ", ".join(sorted(values.keys() - self._attributes))
+            raise TypeError(f"{type(self).__name__} has no attribute {unknown}")
+        vars(self).update(values)
+        self._is_new = True
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it was made by its class, and not read from the database."""
+        return getattr(self, "_is_new", False)
 
     def __repr__(self) -> str:
         # Only the key: it is always loaded, and no value that a caller stored gets into a log by accident.
@@ -52,18 +93,17 @@ def loader(model: type[M]) -> Callable[[Sequence[Any]], M]:
     The aggregate is *detached* in SQLAlchemy's terms: it is readable for ever, and `session.add` takes it up as
     persistent. It is made without the events of the ORM's own loading, which cost more than the query.
     """
-    mapper: Mapper[M] = inspect(model)
-    new_instance = mapper.class_manager.new_instance
-    names = attribute_names(model)
-    keys = tuple(names.index(mapper.get_property_by_column(column).key) for column in mapper.primary_key)
-
-    def load(row: Sequence[Any]) -> M:
-        entity = new_instance()
-        vars(entity).update(zip(names, row, strict=False))
-        instance_state(entity).key = (model, tuple([row[position] for position in keys]), None)
-        return entity
-
-    return load
+    # Written out as code, as dataclasses do: to go through the names for each row would take twice as long.
+    names = [f"_{number}" for number in range(len(attribute_names(model)))]
+    attributes = ", ".join(f"{name!r}: {value}" for name, value in zip(attribute_names(model), names, strict=True))
+    code = f"""def load(row):
+        {", ".join(names)} = row
+        entity = new(model)
+        entity.__dict__ = {{{attributes}}}
+        return entity"""
+    made: dict[str, Any] = {"model": model, "new": model.__new__}
+    exec(code, made)  # noqa: S102 - all that is in it are the names of our own attributes
+    return cast("Callable[[Sequence[Any]], M]", made["load"])
 
 
 def table_of(model: type[Base]) -> Table[Any]:
@@ -71,6 +111,7 @@ def table_of(model: type[Base]) -> Table[Any]:
     return cast("Table[Any]", model.__table__)
 
 
+@cache
 def attribute_names(model: type[Base]) -> tuple[str, ...]:
     """Give the names of the mapped attributes in the order of the table's columns."""
     mapper: Mapper[Any] = inspect(model)

@@ -1,7 +1,5 @@
 """The column types and constraints that several models use."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The infrastructure layer: what administrators configured and what rarely changes."""
 
-from __future__ import annotations
-
 from decimal import Decimal
 
 from sqlalchemy import CheckConstraint, ForeignKey, Index, Numeric, String, Text, text

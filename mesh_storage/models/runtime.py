@@ -1,7 +1,5 @@
 """The runtime layer: what the mesh is doing now and what changes all the time."""
 
-from __future__ import annotations
-
 from sqlalchemy import BigInteger, CheckConstraint, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 

@@ -140,6 +140,14 @@ class Check:
         return Check(lambda value: None if value is None else one(value), plain_or_none)
 
 
+def whole(field: str, low: int, high: int = INT64_MAX) -> Check:
+    """Make the check of whole numbers from `low` to `high`."""
+    return Check(
+        lambda value: integer(field, value, low, high),
+        lambda values: _all_are(int, values) and low <= min(values) and max(values) <= high,
+    )
+
+
 def of_column(field: str, column: Column[Any]) -> Check:
     """Make the check of a column by its type."""
     kind = column.type
@@ -155,11 +163,7 @@ def of_column(field: str, column: Column[Any]) -> Check:
     if isinstance(kind, Boolean):
         return Check(lambda value: flag(field, value), lambda values: _all_are(bool, values))
     if isinstance(kind, Integer):
-        low, high = (INT64_MIN, INT64_MAX) if isinstance(kind, BigInteger) else (0, _INT32_MAX)
-        return Check(
-            lambda value: integer(field, value, low, high),
-            lambda values: _all_are(int, values) and low <= min(values) and max(values) <= high,
-        )
+        return whole(field, INT64_MIN) if isinstance(kind, BigInteger) else whole(field, 0, _INT32_MAX)
     if isinstance(kind, Numeric):
         return Check(
             lambda value: number(field, value),

@@ -9,73 +9,73 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from sqlalchemy import BigInteger, Text, bindparam, cast, delete, desc, func, literal_column, select, text
-from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
+from sqlalchemy.sql.dml import ReturningInsert
 
 from mesh_storage import jsonb
 from mesh_storage.connection import Connection
 from mesh_storage.errors import ConflictError, InvalidInputError
 from mesh_storage.models import JSON, LogEntry
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import Aggregate, Repository, rows_of
+from mesh_storage.repositories.base import Aggregate, Repository, Rows, rows_of
 from mesh_storage.statement import Statement
 
 _LOG = Aggregate(LogEntry)
 _TABLE = _LOG.table
 _TERM, _INDEX, _ENTRY, _CREATED_AT = _TABLE.columns
 
-_GET = Statement(select(_TABLE).where(_INDEX == bindparam("index")))
-_RANGE = Statement(select(_TABLE).where(_INDEX.between(bindparam("start"), bindparam("end"))).order_by(_INDEX))
-_FIRST = Statement(select(_TERM, _INDEX).order_by(_INDEX).limit(literal_column("1")))
-_LAST_ENTRY = select(_TERM, _INDEX).order_by(desc(_INDEX)).limit(literal_column("1"))
-_LAST = Statement(_LAST_ENTRY)
-_LOCK = Statement(text("LOCK TABLE mesh_consensus_log IN SHARE ROW EXCLUSIVE MODE"))
+_CHECK_TERM, _CHECK_INDEX = checks.whole("LogEntry.term", 0), checks.whole("LogEntry.index", 1)
+
+
+def _last() -> Rows:
+    return select(_TERM, _INDEX).order_by(desc(_INDEX)).limit(literal_column("1"))
+
+
+def _new_rows() -> Rows:
+    rows = rows_of({"term": BigInteger(), "index": BigInteger(), "entry": Text()})
+    return select(rows.c.term, rows.c.index, cast(rows.c.entry, JSONB))
+
+
+def _insert(rows: Rows) -> Insert:
+    return insert(_TABLE).from_select([_TERM, _INDEX, _ENTRY], rows).on_conflict_do_nothing()
+
+
+def _extend() -> Insert:
+    last = _last().subquery("last")
+    is_before = select(last.c.index).where(
+        last.c.index == bindparam("previous_index", type_=BigInteger),
+        last.c.term <= bindparam("highest_term", type_=BigInteger),
+    )
+    return _insert(_new_rows().where(is_before.exists()))
+
+
+def _extend_by_one() -> ReturningInsert[Any]:
+    last = _last().subquery("last")
+    term, index = bindparam("term", type_=BigInteger), bindparam("index", type_=BigInteger)
+    row = select(term, index, bindparam("entry", type_=JSONB)).select_from(last)
+    return _insert(row.where(last.c.index == index - literal_column("1"), last.c.term <= term)).returning(_CREATED_AT)
+
+
+_GET = Statement(lambda: select(_TABLE).where(_INDEX == bindparam("index")))
+_RANGE = Statement(lambda: select(_TABLE).where(_INDEX.between(bindparam("start"), bindparam("end"))).order_by(_INDEX))
+_FIRST = Statement(lambda: select(_TERM, _INDEX).order_by(_INDEX).limit(literal_column("1")))
+_LAST = Statement(_last)
+_LOCK = Statement(lambda: text("LOCK TABLE mesh_consensus_log IN SHARE ROW EXCLUSIVE MODE"))
 # An advisory lock, since a transaction that has tried to append holds a lock of the table already, and two that both
 # wanted a stronger one would wait for each other. "mesh_log" as a number.
 _LOCK_BEGINNING = Statement(
-    select(func.pg_advisory_xact_lock(literal_column(str(int.from_bytes(b"mesh_log"))))), writes=True
+    lambda: select(func.pg_advisory_xact_lock(literal_column(str(int.from_bytes(b"mesh_log"))))), writes=True
 )
 _HOLD = Statement(
-    select(_INDEX).where(_INDEX == bindparam("index")).with_for_update(key_share=True, read=True), writes=True
+    lambda: select(_INDEX).where(_INDEX == bindparam("index")).with_for_update(key_share=True, read=True), writes=True
 )
-_DELETE = Statement(delete(_TABLE).where(_INDEX.between(bindparam("start"), bindparam("end"))))
-
-_ROWS = rows_of({"term": BigInteger(), "index": BigInteger(), "entry": Text()})
-_NEW = select(_ROWS.c.term, _ROWS.c.index, cast(_ROWS.c.entry, JSONB))
-_LAST_SUBQUERY = _LAST_ENTRY.subquery("last")
-_BEGIN = Statement(insert(_TABLE).from_select([_TERM, _INDEX, _ENTRY], _NEW).on_conflict_do_nothing())
-_EXTEND = Statement(
-    insert(_TABLE)
-    .from_select(
-        [_TERM, _INDEX, _ENTRY],
-        _NEW.where(
-            select(_LAST_SUBQUERY.c.index)
-            .where(
-                _LAST_SUBQUERY.c.index == bindparam("previous_index", type_=BigInteger),
-                _LAST_SUBQUERY.c.term <= bindparam("highest_term", type_=BigInteger),
-            )
-            .exists()
-        ),
-    )
-    .on_conflict_do_nothing()
-)
-_EXTEND_BY_ONE = Statement(
-    insert(_TABLE)
-    .from_select(
-        [_TERM, _INDEX, _ENTRY],
-        select(
-            bindparam("term", type_=BigInteger), bindparam("index", type_=BigInteger), bindparam("entry", type_=JSONB)
-        )
-        .select_from(_LAST_SUBQUERY)
-        .where(
-            _LAST_SUBQUERY.c.index == bindparam("index", type_=BigInteger) - literal_column("1"),
-            _LAST_SUBQUERY.c.term <= bindparam("term", type_=BigInteger),
-        ),
-    )
-    .on_conflict_do_nothing()
-    .returning(_CREATED_AT)
-)
+_DELETE = Statement(lambda: delete(_TABLE).where(_INDEX.between(bindparam("start"), bindparam("end"))))
+_BEGIN = Statement(lambda: _insert(_new_rows()))
+_EXTEND = Statement(_extend)
+_EXTEND_BY_ONE = Statement(_extend_by_one)
 
 
 class ConsensusLogRepository(Repository[LogEntry]):
@@ -92,7 +92,8 @@ class ConsensusLogRepository(Repository[LogEntry]):
         Raises:
             ConflictError: Another entry is at this index, the index leaves a gap, or the term is lower than the last.
         """
-        _check(term, index)
+        _CHECK_TERM(term)
+        _CHECK_INDEX(index)
         sent = jsonb.dumps(entry, "LogEntry.entry")
         self._hold(index - 1)
         row = self._connection.fetch_one(_EXTEND_BY_ONE, {"term": term, "index": index, "entry": sent})
@@ -107,25 +108,18 @@ class ConsensusLogRepository(Repository[LogEntry]):
         Raises:
             ConflictError: As for `append`; the unit of work can only roll back if others appended meanwhile.
         """
-        rows: list[tuple[int, int, str]] = []
-        for entry in checks.many("entries", entries):
-            if isinstance(entry, LogEntry):
-                term, index, value = entry.term, entry.index, entry.entry
-            elif isinstance(entry, tuple) and len(entry) == 3:  # noqa: PLR2004 - term, index, entry
-                term, index, value = entry
-            else:
-                raise InvalidInputError(
-                    f"entries must be LogEntry or (term, index, entry), not {type(entry).__name__}", field="entries"
-                )
-            _check(term, index)
-            rows.append((term, index, jsonb.dumps(value, "LogEntry.entry")))
+        given = [_parts(entry) for entry in checks.many("entries", entries)]
+        if not given:
+            return
+        terms, indexes, values = map(list, zip(*given, strict=True))
+        _CHECK_TERM.column(terms)
+        _CHECK_INDEX.column(indexes)
+        rows = list(zip(terms, indexes, [jsonb.dumps(value, "LogEntry.entry") for value in values], strict=True))
         for (term, index, _), (next_term, next_index, _) in pairwise(rows):
             if next_index != index + 1:
                 raise ConflictError(f"index {next_index} does not follow index {index}")
             if next_term < term:
                 raise ConflictError(f"term {next_term} at index {next_index} is lower than term {term} before it")
-        if not rows:
-            return
         self._hold(rows[0][1] - 1)
         if not self._extend(rows):
             self._append_slowly(rows)
@@ -238,14 +232,17 @@ class ConsensusLogRepository(Repository[LogEntry]):
         return not rest or self._extend(rest)
 
 
-def _check(term: int, index: int) -> None:
-    checks.integer("LogEntry.term", term, 0)
-    checks.integer("LogEntry.index", index, 1)
+def _parts(entry: LogEntry | tuple[int, int, JSON]) -> tuple[Any, Any, JSON]:
+    if isinstance(entry, LogEntry):
+        attributes = vars(entry)  # A new one has nothing to load, and instrumented access costs five times that.
+        return attributes.get("term"), attributes.get("index"), attributes.get("entry")
+    if isinstance(entry, tuple) and len(entry) == 3:  # noqa: PLR2004 - term, index, entry
+        return entry
+    raise InvalidInputError(
+        f"entries must be LogEntry or (term, index, entry), not {type(entry).__name__}", field="entries"
+    )
 
 
 def _arrays(rows: Sequence[tuple[int, int, str]]) -> dict[str, object]:
-    return {
-        "term": [term for term, _, _ in rows],
-        "index": [index for _, index, _ in rows],
-        "entry": [sent for _, _, sent in rows],
-    }
+    terms, indexes, sent = map(list, zip(*rows, strict=True))
+    return {"term": terms, "index": indexes, "entry": sent}

@@ -25,12 +25,14 @@ class Entries(Aggregate[M]):
         self.key, self.value, self.created_at, self.updated_at = columns
         self.check_value = checks.of_column(f"{self.name}.{self.names[1]}", self.value)
         self.is_json = isinstance(self.value.type, JSONB)
-        one = insert(self.table).values(
-            {self.key: bindparam("key", type_=Text), self.value: bindparam("value", type_=self.value.type)}
-        )
-        self.put = Statement(self.replacing(one).returning(self.created_at, self.updated_at))
+        self.put = Statement(lambda: self.replacing(self._insert()).returning(self.created_at, self.updated_at))
         self.put_many = Statement(
-            self.replacing(self.insert_many()).returning(self.key, self.created_at, self.updated_at)
+            lambda: self.replacing(self.insert_many()).returning(self.key, self.created_at, self.updated_at)
+        )
+
+    def _insert(self) -> Insert:
+        return insert(self.table).values(
+            {self.key: bindparam("key", type_=Text), self.value: bindparam("value", type_=self.value.type)}
         )
 
     def insert_many(self) -> Insert:

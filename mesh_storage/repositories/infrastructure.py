@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
+from itertools import repeat
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, bindparam, func, literal_column, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm.attributes import set_attribute
-from sqlalchemy.sql.dml import ReturningInsert
+from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
 from mesh_storage.connection import Connection
-from mesh_storage.errors import InvalidInputError, NotFoundError
+from mesh_storage.errors import NotFoundError
 from mesh_storage.models.base import new_id
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, rows_of
+from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, Rows, parameter_type, rows_of
 from mesh_storage.statement import Statement
 
 _TIMES = ("created", "updated")
@@ -28,6 +30,7 @@ class Infrastructure(Aggregate[M]):
         """Build the statements; `prefix` begins new ids, and an update leaves the attributes `kept` alone."""
         super().__init__(model)
         self.prefix = prefix
+        self.adding = cache(self._adding)
         self.columns: dict[str, Column[Any]] = dict(zip(self.names, self.table.columns, strict=True))
         self.checks = {
             name: check.optional() if column.nullable else check
@@ -39,36 +42,33 @@ class Infrastructure(Aggregate[M]):
             for name, column in self.columns.items()
             if isinstance(column.default, ScalarElementColumnDefault)
         }
-        given = rows_of({name: column.type for name, column in self.columns.items()})
-        rows = select(
-            *(func.coalesce(given.c[name], func.now()) if name in _TIMES else given.c[name] for name in self.columns)
-        )
-        added: ReturningInsert[Any] = (
-            insert(self.table).from_select(list(self.table.columns), rows).returning(literal_column("1"))
-        )
-        # One row comes back, however many went there: the transaction's time, which all of them got.
-        self.add = Statement(select(func.now()).add_cte(added.cte("added")), writes=True)
-        changed = [name for name in self.columns if name not in ("id", *_TIMES, *kept)]
-        values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in changed}
+        self._changed = [name for name in self.columns if name not in ("id", *_TIMES, *kept)]
+        self.update = Statement(self._update)
+
+    def _update(self) -> ReturningUpdate[Any]:
+        values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in self._changed}
         values[self.columns["updated"]] = func.now()
-        self.update = Statement(
-            update(self.table)
-            .where(self.columns["id"] == bindparam("id"))
-            .values(values)
-            .returning(self.columns["updated"])
-        )
+        changed = update(self.table).where(self.columns["id"] == bindparam("id")).values(values)
+        return changed.returning(self.columns["updated"])
 
-    def checked(self, entities: Iterable[M]) -> list[M]:
-        """Check that these are aggregates of this kind.
+    def _adding(self, shared: frozenset[str]) -> Statement:
+        """Build the statement that adds rows which have the same value in the columns `shared`: that is sent once."""
 
-        Raises:
-            InvalidInputError: One is not.
-        """
-        given = checks.many("entities", entities)
-        for entity in given:
-            if not isinstance(entity, self.model):
-                raise InvalidInputError(f"a {self.name} is needed, not a {type(entity).__name__}", field=self.name)
-        return given
+        def add() -> Rows:
+            arrays = rows_of({name: column.type for name, column in self.columns.items() if name not in shared})
+            values: dict[str, ColumnElement[Any]] = {
+                name: bindparam(name, type_=parameter_type(column.type)) if name in shared else arrays.c[name]
+                for name, column in self.columns.items()
+            }
+            values |= {name: func.coalesce(values[name], func.now()) for name in _TIMES}
+            rows = select(*values.values()).select_from(arrays)
+            added: ReturningInsert[Any] = (
+                insert(self.table).from_select(list(self.table.columns), rows).returning(literal_column("1"))
+            )
+            # One row comes back, however many went there: the transaction's time, which all of them got.
+            return select(func.now()).add_cte(added.cte("added"))
+
+        return Statement(add, writes=True)
 
     def column(self, name: str, values: list[Any], *, new: bool) -> list[Any]:
         """Check the values of one attribute and give what is sent; a default or a made id stands in for None."""
@@ -101,18 +101,21 @@ class InfrastructureRepository(KeyedRepository[M]):
 
     def add_many(self, entities: Iterable[M]) -> list[M]:
         """Add many in one statement, all or none, and give them back as `add` does."""
-        given = self._infrastructure.checked(entities)
+        kind, sent, shared = self._infrastructure, dict[str, Any](), set[str]()
+        given = checks.many("entities", entities)
+        instances = kind.attributes(kind.name, given)
         if not given:
             return given
-        # Straight from the instances: new ones have nothing to load, and instrumented access costs five times that.
-        instances = [vars(entity) for entity in given]
-        sent = {
-            name: self._infrastructure.column(name, [instance.get(name) for instance in instances], new=True)
-            for name in self._infrastructure.columns
-        }
-        now = self._fetch_value(self._infrastructure.add, **sent)
-        for name, column in sent.items():
-            for instance, value in zip(instances, column, strict=True):
+        for name in kind.columns:
+            column = [instance.get(name) for instance in instances]
+            if name == "id" or column.count(None) < len(column):
+                sent[name] = kind.column(name, column, new=True)
+            else:
+                sent[name] = kind.checks[name](kind.defaults.get(name))
+                shared.add(name)
+        now = self._fetch_value(kind.adding(frozenset(shared)), **sent)
+        for name, values in sent.items():
+            for instance, value in zip(instances, repeat(values) if name in shared else values, strict=False):
                 if instance.get(name) is None:
                     instance[name] = now if value is None and name in _TIMES else value
         return given
@@ -126,7 +129,7 @@ class InfrastructureRepository(KeyedRepository[M]):
             NotFoundError: It is not there.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
         """
-        self._infrastructure.checked([entity])
+        self._infrastructure.attributes(self._infrastructure.name, [entity])
         values = {
             name: self._infrastructure.column(name, [getattr(entity, name)], new=False)[0]
             for name in self._infrastructure.columns

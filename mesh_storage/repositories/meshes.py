@@ -28,11 +28,13 @@ _HASH = re.compile(r"scrypt(\$\d+){3}(\$[0-9a-f]+){2}\Z")
 _MESHES = Infrastructure(Mesh, prefix="mesh", kept=("join_key_hash",))
 _MESHES.checks["join_key_hash"] = checks.Check(_check_hash).optional()
 _TABLE = _MESHES.table
-_BY_NAME = Statement(select(_TABLE).where(_TABLE.c.mesh_name == bindparam("name")))
+_BY_NAME = Statement(lambda: select(_TABLE).where(_TABLE.c.mesh_name == bindparam("name")))
 _SET_JOIN_KEY_HASH = Statement(
-    update(_TABLE)
-    .where(_TABLE.c.mesh_id == bindparam("id"))
-    .values(mesh_join_key_hash=bindparam("hash"), updated=func.now())
+    lambda: (
+        update(_TABLE)
+        .where(_TABLE.c.mesh_id == bindparam("id"))
+        .values(mesh_join_key_hash=bindparam("hash"), updated=func.now())
+    )
 )
 
 # scrypt's cost parameters for interactive use (RFC 7914, section 2): 16 MiB and about 40 ms. They are stored with each

@@ -6,11 +6,12 @@ from collections.abc import Generator, Iterable
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import ARRAY, BigInteger, Column, ColumnElement, Text, bindparam, func, select, tuple_
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import ARRAY, BigInteger, Column, ColumnElement, Text, bindparam, cast, func, select, tuple_
+from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy.sql.dml import ReturningInsert
 
 from mesh_storage.connection import Connection
-from mesh_storage.errors import AlreadyExistsError, ConflictError, InvalidInputError
+from mesh_storage.errors import AlreadyExistsError, ConflictError
 from mesh_storage.models import Message
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import LIMIT, Aggregate, KeyedRepository, Listing, Page, Position, rows_of
@@ -19,34 +20,46 @@ from mesh_storage.statement import Statement
 _MESSAGES = Aggregate(Message)
 _TABLE = _MESSAGES.table
 _COLUMNS: list[Column[Any]] = [_TABLE.c.id, _TABLE.c.from_node, _TABLE.c.to_node, _TABLE.c.content, _TABLE.c.timestamp]
-_TIMES: list[Column[Any]] = [_TABLE.c.timestamp, _TABLE.c.created_at]
 _CHECKS = {column.name: checks.of_column(f"Message.{column.name}", column) for column in _COLUMNS}
 _CHECKS["timestamp"] = _CHECKS["timestamp"].optional()
-_CLOCK = func.extract("epoch", func.now()).cast(BigInteger)
 
-_VALUES: dict[Column[Any], ColumnElement[Any]] = {column: bindparam(column.name) for column in _COLUMNS}
-_VALUES[_TABLE.c.timestamp] = func.coalesce(bindparam("timestamp", type_=BigInteger), _CLOCK)
 
-_STORE = Statement(insert(_TABLE).values(_VALUES).on_conflict_do_nothing().returning(*_TIMES))
-_ROWS = rows_of({column.name: column.type for column in _COLUMNS})
-_MANY_VALUES: list[ColumnElement[Any]] = [_ROWS.c[column.name] for column in _COLUMNS[:-1]]
-_MANY_VALUES.append(func.coalesce(_ROWS.c.timestamp, _CLOCK))
-_STORE_MANY = Statement(insert(_TABLE).from_select(_COLUMNS, select(*_MANY_VALUES)).on_conflict_do_nothing())
-_SELECT_MANY = Statement(select(_TABLE).where(_TABLE.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))))
+def _or_now(timestamp: ColumnElement[Any]) -> ColumnElement[Any]:
+    return func.coalesce(timestamp, cast(func.extract("epoch", func.now()), BigInteger))
+
+
+def _store() -> ReturningInsert[Any]:
+    values: dict[Column[Any], ColumnElement[Any]] = {column: bindparam(column.name) for column in _COLUMNS}
+    values[_TABLE.c.timestamp] = _or_now(bindparam("timestamp", type_=BigInteger))
+    times: list[Column[Any]] = [_TABLE.c.timestamp, _TABLE.c.created_at]
+    return insert(_TABLE).values(values).on_conflict_do_nothing().returning(*times)
+
+
+def _store_many() -> Insert:
+    rows = rows_of({column.name: column.type for column in _COLUMNS})
+    values = [*(rows.c[column.name] for column in _COLUMNS[:-1]), _or_now(rows.c.timestamp)]
+    return insert(_TABLE).from_select(_COLUMNS, select(*values)).on_conflict_do_nothing()
+
+
+_STORE = Statement(_store)
+_STORE_MANY = Statement(_store_many)
+_SELECT_MANY = Statement(lambda: select(_TABLE).where(_TABLE.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))))
 
 
 class _Traffic:
     """The statements that list the messages to a node, from a node, between two, or all."""
 
     def __init__(self, *ends: Column[Any]) -> None:
-        by_time = tuple_(_TABLE.c.timestamp, _TABLE.c.id)
-        within = (
-            *(end == bindparam(end.name) for end in ends),
-            by_time > tuple_(bindparam("time", type_=BigInteger), bindparam("id", type_=Text)),
-            _TABLE.c.timestamp <= bindparam("last", type_=BigInteger),
-        )
-        self.page = Statement(select(_TABLE).where(*within).order_by(_TABLE.c.timestamp, _TABLE.c.id).limit(LIMIT))
-        self.count = Statement(select(func.count()).select_from(_TABLE).where(*within))
+        self._ends = ends
+        by_time = (_TABLE.c.timestamp, _TABLE.c.id)
+        self.page = Statement(lambda: select(_TABLE).where(*self._within()).order_by(*by_time).limit(LIMIT))
+        self.count = Statement(lambda: select(func.count()).select_from(_TABLE).where(*self._within()))
+
+    def _within(self) -> Iterable[ColumnElement[bool]]:
+        yield from (end == bindparam(end.name) for end in self._ends)
+        start = tuple_(bindparam("time", type_=BigInteger), bindparam("id", type_=Text))
+        yield tuple_(_TABLE.c.timestamp, _TABLE.c.id) > start
+        yield _TABLE.c.timestamp <= bindparam("last", type_=BigInteger)
 
 
 _TRAFFIC = {
@@ -72,7 +85,8 @@ class MessageRepository(KeyedRepository[Message]):
             AlreadyExistsError: A different message has this id.
             InvalidInputError: Names the field.
         """
-        values = _checked(message)
+        (given,) = _MESSAGES.attributes("message", [message])
+        values = {name: check(given.get(name)) for name, check in _CHECKS.items()}
         for _ in range(3):  # The row in the way may be deleted before it is read.
             row = self._connection.fetch_one(_STORE, values)
             if row is None:
@@ -82,7 +96,7 @@ class MessageRepository(KeyedRepository[Message]):
                 if not _same(found, values):
                     raise AlreadyExistsError(f"another message is stored under {message.id!r}")
                 row = (found.timestamp, found.created_at)
-            vars(message).update(timestamp=row[0], created_at=row[1])
+            given.update(timestamp=row[0], created_at=row[1])
             return message
         raise ConflictError(f"others store and delete {message.id!r} at this moment", retryable=True)
 
@@ -93,7 +107,7 @@ class MessageRepository(KeyedRepository[Message]):
             AlreadyExistsError: A different message has one of the ids; the unit of work can only roll back.
             InvalidInputError: Names the field; nothing was stored.
         """
-        given = [_instance(message) for message in checks.many("messages", messages)]
+        given = _MESSAGES.attributes("message", messages)
         if not given:
             return 0
         columns = [check.column([instance.get(name) for instance in given]) for name, check in _CHECKS.items()]
@@ -170,18 +184,6 @@ class MessageRepository(KeyedRepository[Message]):
             return self._fetch_all(traffic.page, limit=limit, **{**parameters, **start})
 
         return Listing(fetch, lambda message: (message.timestamp, message.id), (int, str))
-
-
-def _instance(message: Message) -> dict[str, Any]:
-    """Give what a message holds: a new one has nothing to load, and instrumented access costs five times that."""
-    if not isinstance(message, Message):
-        raise InvalidInputError(f"message must be a Message, not {type(message).__name__}", field="message")
-    return vars(message)
-
-
-def _checked(message: Message) -> dict[str, Any]:
-    given = _instance(message)
-    return {name: check(given.get(name)) for name, check in _CHECKS.items()}
 
 
 def _same(found: Message, values: dict[str, Any]) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy import Interval, bindparam, func, literal_column, select
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.sql.dml import ReturningInsert
 
 from mesh_storage import jsonb
 from mesh_storage.connection import Connection
@@ -20,22 +22,27 @@ from mesh_storage.statement import Statement
 _NODE_STATES = Entries(NodeState)
 _TABLE = _NODE_STATES.table
 
-_PATCH = insert(_TABLE).values(node_id=bindparam("key"), state=bindparam("patch"))
-_MERGE = Statement(
-    _PATCH.on_conflict_do_update(
+
+def _merge() -> ReturningInsert[Any]:
+    patch = insert(_TABLE).values(node_id=bindparam("key"), state=bindparam("patch"))
+    return patch.on_conflict_do_update(
         index_elements=[_TABLE.c.node_id],
-        set_={"state": _TABLE.c.state.op("||")(_PATCH.excluded.state), "updated_at": func.now()},
+        set_={"state": _TABLE.c.state.op("||")(patch.excluded.state), "updated_at": func.now()},
         where=func.jsonb_typeof(_TABLE.c.state) == literal_column("'object'"),
     ).returning(_TABLE)
-)
+
+
+_MERGE = Statement(_merge)
 _LONGEST_AGE = timedelta(days=365_000)
 
 # By design without an index: one on a time that each heartbeat changes would make each a costlier, non-HOT update.
 _STALE = Statement(
-    select(_TABLE)
-    .where(_TABLE.c.updated_at < func.now() - bindparam("older_than", type_=Interval))
-    .order_by(_TABLE.c.updated_at, _TABLE.c.node_id)
-    .limit(LIMIT)
+    lambda: (
+        select(_TABLE)
+        .where(_TABLE.c.updated_at < func.now() - bindparam("older_than", type_=Interval))
+        .order_by(_TABLE.c.updated_at, _TABLE.c.node_id)
+        .limit(LIMIT)
+    )
 )
 
 

@@ -11,22 +11,26 @@ from mesh_storage.connection import Connection
 from mesh_storage.models import Node, NodeState
 from mesh_storage.models.base import loader, table_of
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import LIMIT, Listing, Page, Position
+from mesh_storage.repositories.base import LIMIT, Listing, Page, Position, Rows
 from mesh_storage.repositories.infrastructure import Infrastructure, InfrastructureRepository
 from mesh_storage.statement import Statement
 
 _NODES = Infrastructure(Node, prefix="node")
 _TABLE = _NODES.table
 _STATES = table_of(NodeState)
-_BY_NAME = Statement(select(_TABLE).where(_TABLE.c.node_name == bindparam("name")))
-_AFTER = _TABLE.c.node_id > bindparam("after", type_=Text)
-_WITH_STATE = Statement(
-    select(_TABLE, _STATES)
-    .select_from(_TABLE.outerjoin(_STATES, _STATES.c.node_id == _TABLE.c.node_id))
-    .where(_AFTER)
-    .order_by(_TABLE.c.node_id)
-    .limit(LIMIT)
-)
+_BY_NAME = Statement(lambda: select(_TABLE).where(_TABLE.c.node_name == bindparam("name")))
+
+
+def _behind(rows: Rows) -> Rows:
+    return rows.where(_TABLE.c.node_id > bindparam("after", type_=Text)).order_by(_TABLE.c.node_id).limit(LIMIT)
+
+
+def _with_state() -> Rows:
+    both = _TABLE.outerjoin(_STATES, _STATES.c.node_id == _TABLE.c.node_id)
+    return _behind(select(_TABLE, _STATES).select_from(both))
+
+
+_WITH_STATE = Statement(_with_state)
 _load_state = loader(NodeState)
 
 
@@ -34,9 +38,12 @@ class _Filtered:
     """The statements that list the nodes with a status, in a region, both, or all."""
 
     def __init__(self, *columns: Column[Any]) -> None:
-        matches = [column == bindparam(column.name) for column in columns]
-        self.page = Statement(select(_TABLE).where(*matches, _AFTER).order_by(_TABLE.c.node_id).limit(LIMIT))
-        self.count = Statement(select(func.count()).select_from(_TABLE).where(*matches))
+        self._columns = columns
+        self.page = Statement(lambda: _behind(self._matching(select(_TABLE))))
+        self.count = Statement(lambda: self._matching(select(func.count()).select_from(_TABLE)))
+
+    def _matching(self, rows: Rows) -> Rows:
+        return rows.where(*(column == bindparam(column.name) for column in self._columns))
 
 
 _FILTERED = {

@@ -9,7 +9,7 @@ from sqlalchemy import bindparam, collate, func, select
 
 from mesh_storage.connection import Connection
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import LIMIT, Listing, M, Page, Position
+from mesh_storage.repositories.base import LIMIT, Listing, M, Page, Position, Rows
 from mesh_storage.repositories.entries import Entries, EntryRepository
 from mesh_storage.statement import Statement
 
@@ -22,11 +22,13 @@ class PrefixEntries(Entries[M]):
 
     def __init__(self, model: type[M]) -> None:
         super().__init__(model)
-        key = collate(self.key, "C")
-        range_ = (key >= bindparam("start"), key < bindparam("stop"))
-        self.page = Statement(select(self.table).where(*range_).order_by(key).limit(LIMIT))
-        self.all = Statement(select(self.key, self.value).where(*range_).order_by(key))
-        self.count = Statement(select(func.count()).select_from(self.table).where(*range_))
+        self._ordered_key = collate(self.key, "C")
+        self.page = Statement(lambda: self._in_range(select(self.table)).order_by(self._ordered_key).limit(LIMIT))
+        self.all = Statement(lambda: self._in_range(select(self.key, self.value)).order_by(self._ordered_key))
+        self.count = Statement(lambda: self._in_range(select(func.count()).select_from(self.table)))
+
+    def _in_range(self, rows: Rows) -> Rows:
+        return rows.where(self._ordered_key >= bindparam("start"), self._ordered_key < bindparam("stop"))
 
 
 class PrefixRepository(EntryRepository[M]):

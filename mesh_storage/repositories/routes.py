@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import bindparam, select, union_all
+from typing import Any
+
+from sqlalchemy import ColumnElement, CompoundSelect, bindparam, select, union_all
 
 from mesh_storage.connection import Connection
 from mesh_storage.models import Route
@@ -12,15 +14,22 @@ from mesh_storage.statement import Statement
 
 _ROUTES = Infrastructure(Route, prefix="route")
 _TABLE = _ROUTES.table
-_SOURCE, _TARGET, _BOTH_WAYS = _TABLE.c.source_node_id, _TABLE.c.target_node_id, _TABLE.c.route_bidirectional
+_SOURCE, _TARGET = _TABLE.c.source_node_id, _TABLE.c.target_node_id
 
-# Each half goes by an index of its own, which one condition with OR would not.
-_FROM = select(_TABLE).where(_SOURCE == bindparam("node_id"))
-_TO = select(_TABLE).where(_TARGET == bindparam("node_id"), _BOTH_WAYS)
-_FOR_NODE = Statement(union_all(_FROM, _TO).order_by(_TABLE.c.route_id.name))
-_THERE = select(_TABLE).where(_SOURCE == bindparam("a"), _TARGET == bindparam("b"))
-_BACK = select(_TABLE).where(_SOURCE == bindparam("b"), _TARGET == bindparam("a"), _BOTH_WAYS)
-_BETWEEN = Statement(union_all(_THERE, _BACK).order_by(_TABLE.c.route_id.name))
+
+def _both(there: ColumnElement[bool], back: ColumnElement[bool]) -> CompoundSelect[Any]:
+    """Each half goes by an index of its own, which one condition with OR would not."""
+    halves = select(_TABLE).where(there), select(_TABLE).where(back, _TABLE.c.route_bidirectional)
+    return union_all(*halves).order_by(_TABLE.c.route_id.name)
+
+
+_FOR_NODE = Statement(lambda: _both(_SOURCE == bindparam("node_id"), _TARGET == bindparam("node_id")))
+_BETWEEN = Statement(
+    lambda: _both(
+        (_SOURCE == bindparam("a")) & (_TARGET == bindparam("b")),
+        (_SOURCE == bindparam("b")) & (_TARGET == bindparam("a")),
+    )
+)
 
 
 class RouteRepository(InfrastructureRepository[Route]):

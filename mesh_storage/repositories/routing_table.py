@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sqlalchemy import Text, cast, delete, select, text
+from sqlalchemy.dialects.postgresql import Insert
 
 from mesh_storage.connection import Connection
 from mesh_storage.models import JSON, RoutingEntry
@@ -16,18 +17,22 @@ _ROUTING_TABLE = Entries(RoutingEntry)
 _TABLE = _ROUTING_TABLE.table
 
 # One statement, so that it sees one version of the table.
-_ALL = Statement(select(_TABLE.c.destination, _TABLE.c.route).order_by(_TABLE.c.destination))
+_ALL = Statement(lambda: select(_TABLE.c.destination, _TABLE.c.route).order_by(_TABLE.c.destination))
 # Two swaps at once would mix; this makes the second wait for the first, and lets everybody read meanwhile.
-_LOCK = Statement(text("LOCK TABLE mesh_routing_table IN SHARE ROW EXCLUSIVE MODE"))
-_KEPT = rows_of({"key": Text()})
-_DELETE_OTHERS = Statement(delete(_TABLE).where(_TABLE.c.destination.not_in(select(_KEPT.c.key))))
-_INSERT = _ROUTING_TABLE.insert_many()
-# As texts, since jsonb takes 1 and 1.0 for equal.
-_PUT_CHANGED = Statement(
-    _ROUTING_TABLE.replacing(
-        _INSERT, where=cast(_TABLE.c.route, Text).is_distinct_from(cast(_INSERT.excluded.route, Text))
-    )
+_LOCK = Statement(lambda: text("LOCK TABLE mesh_routing_table IN SHARE ROW EXCLUSIVE MODE"))
+
+
+def _put_changed() -> Insert:
+    new = _ROUTING_TABLE.insert_many()
+    # As texts, since jsonb takes 1 and 1.0 for equal.
+    differs = cast(_TABLE.c.route, Text).is_distinct_from(cast(new.excluded.route, Text))
+    return _ROUTING_TABLE.replacing(new, where=differs)
+
+
+_DELETE_OTHERS = Statement(
+    lambda: delete(_TABLE).where(_TABLE.c.destination.not_in(select(rows_of({"key": Text()}).c.key)))
 )
+_PUT_CHANGED = Statement(_put_changed)
 
 
 class RoutingTableRepository(EntryRepository[RoutingEntry]):
