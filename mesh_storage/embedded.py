@@ -46,14 +46,14 @@ class EmbeddedServer:
             ConfigurationError: The extra `embedded` is not installed, or the path cannot be used.
             UnavailableError: The server does not start.
         """
-        home = _default_home() if path is None else path.expanduser().absolute()
+        home = _default_home() if path is None else path
         try:
+            home = home.expanduser().absolute()
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
             return cls._join(home, version, throw_away=False)
-        except OSError as error:
-            raise ConfigurationError(
-                f"bad setting url: the path {str(home)!r} cannot be used: {error.strerror}"
-            ) from error
+        except (OSError, ValueError, RuntimeError) as error:  # Of a path with NUL, or with the home of nobody.
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigurationError(f"bad setting url: the path {str(home)!r} cannot be used: {reason}") from error
 
     @classmethod
     def throw_away(cls, *, version: str = "18") -> EmbeddedServer:

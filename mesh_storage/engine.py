@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from mesh_storage.settings import SSL_MODES, Settings
 _connect_deadline: ContextVar[float | None] = ContextVar("connect_deadline", default=None)
 
 _HIGHEST_PORT = 65_535
+_WHOLE_NUMBER = re.compile("[0-9]{1,9}")
 _SERVER_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 # A peer that vanished without a word is noticed within about half a minute (PostgreSQL manual, 34.1.2).
 _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
@@ -135,19 +137,35 @@ def _check(arguments: dict[str, Any]) -> None:
     """Refuse what libpq would take for something else."""
     for name, value in arguments.items():
         if "\0" in str(value) or any("\ud800" <= character <= "\udfff" for character in str(value)):
-            raise ConfigurationError(f"bad setting {name}: it holds NUL, or is no valid text")
+            raise ConfigurationError(f"bad setting {_setting(name)}: it holds NUL, or is no valid text")
     for name in ("host", "dbname"):
         if "@" in str(arguments.get(name, "")) or "://" in str(arguments.get(name, "")):
-            raise ConfigurationError(f"bad setting {name}: it holds a part of a URL; percent-encode the password")
-    for port in str(arguments.get("port") or "").split(","):
-        if port and not (port.isdecimal() and 1 <= int(port) <= _HIGHEST_PORT):
-            raise ConfigurationError(f"bad setting port: it must be a number from 1 to {_HIGHEST_PORT}")
+            raise ConfigurationError(
+                f"bad setting {_setting(name)}: it holds a part of a URL; percent-encode the password"
+            )
+    _check_ports(arguments)
     timeout = str(arguments["connect_timeout"])
-    if not timeout.isdecimal():
+    if not _WHOLE_NUMBER.fullmatch(timeout):
         raise ConfigurationError("bad setting connect_timeout: it must be a whole number of seconds")
     arguments["connect_timeout"] = int(timeout)
     if arguments.get("sslmode", "prefer") not in SSL_MODES:
         raise ConfigurationError(f"bad setting sslmode: it must be one of {', '.join(SSL_MODES)}")
+
+
+def _check_ports(arguments: dict[str, Any]) -> None:
+    ports = str(arguments.get("port", "")).split(",")
+    for port in ports:
+        # An empty one is the default port (PostgreSQL manual, 34.1.1.3).
+        if port and not (_WHOLE_NUMBER.fullmatch(port) and 1 <= int(port) <= _HIGHEST_PORT):
+            raise ConfigurationError(f"bad setting port: it must be a number from 1 to {_HIGHEST_PORT}")
+    hosts = arguments.get("hostaddr") or arguments.get("host")
+    if hosts and len(ports) not in (1, len(str(hosts).split(","))):
+        raise ConfigurationError("bad setting port: give one port, or as many as there are hosts")
+
+
+def _setting(name: str) -> str:
+    """Give the name of a setting that libpq calls otherwise."""
+    return "database" if name == "dbname" else name
 
 
 def _parse(url: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import psycopg
 from mesh_storage import engine
 from mesh_storage.embedded import DATABASE, EmbeddedServer
 from mesh_storage.engine import connect_arguments, split_scheme
+from mesh_storage.errors import ConfigurationError
 from mesh_storage.settings import Settings
 
 
@@ -58,6 +59,8 @@ def _open_embedded(settings: Settings) -> EmbeddedServer | None:
         return None if settings.host else EmbeddedServer.open()
     scheme, rest = split_scheme(settings.url.get_secret_value())
     if scheme == "memory":
+        if rest not in ("", "//"):
+            raise ConfigurationError("bad setting url: nothing may follow memory:; a path goes with embedded:")
         return EmbeddedServer.throw_away()
     if scheme == "embedded":
         path = rest.removeprefix("//")
