@@ -21,7 +21,7 @@ import sqlalchemy
 import sqlalchemy.exc
 from psycopg.pq import TransactionStatus
 
-from mesh_storage.driver import Driver, Isolation, Mode, Parameters, Row
+from mesh_storage.driver import GRACE_S, Driver, Isolation, Mode, Parameters, Row, TimeLimit
 from mesh_storage.errors import (
     ClosedError,
     InvalidInputError,
@@ -41,8 +41,9 @@ Durability = Literal["strict", "relaxed"]
 DRIVER_ERRORS = (sqlalchemy.exc.DBAPIError, psycopg.Error)
 
 _READ_ONLY_SQL_TRANSACTION = "25006"
-_LONGEST_TIMEOUT_S = 1_000_000
-"""About 11 days; PostgreSQL has timeouts in 32 bits of milliseconds."""
+_LONGEST_TIMEOUT_S = 365 * 86_400
+_LONGEST_LIMIT_MS = 2**31 - 1
+"""About 24 days: PostgreSQL has its timeouts in 32 bits of milliseconds."""
 
 
 class Characteristics(NamedTuple):
@@ -64,10 +65,15 @@ class Characteristics(NamedTuple):
             raise InvalidInputError("isolation must be 'repeatable read' or 'serializable'", field="isolation")
         if self.durability not in ("strict", "relaxed"):
             raise InvalidInputError("durability must be 'strict' or 'relaxed'", field="durability")
-        if self.timeout is not None and not 0 < self.timeout <= _LONGEST_TIMEOUT_S:
-            raise InvalidInputError(
-                f"timeout must be more than 0 and at most {_LONGEST_TIMEOUT_S} seconds", field="timeout"
-            )
+        if self.timeout is not None:
+            if not isinstance(self.timeout, (int, float)) or isinstance(self.timeout, bool):
+                raise InvalidInputError(
+                    f"timeout must be a number of seconds, not {type(self.timeout).__name__}", field="timeout"
+                )
+            if not 0 < self.timeout <= _LONGEST_TIMEOUT_S:  # NaN is not either.
+                raise InvalidInputError(
+                    f"timeout must be more than 0 and at most {_LONGEST_TIMEOUT_S} seconds (a year)", field="timeout"
+                )
 
     def deadline(self) -> float | None:
         """Give the moment of `time.monotonic()` at which the time will be over, when it begins now."""
@@ -104,6 +110,7 @@ class Connection:
         self._process = os.getpid()
         self._closed = False
         self._doubtful = False
+        self._limit = None if deadline is None else TimeLimit(driver, deadline + GRACE_S)
 
     @property
     def inherited(self) -> bool:
@@ -230,15 +237,18 @@ class Connection:
         except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
             # The server undoes the work of a connection that it lost; what is left is to drop our end of it.
             logger.debug("rollback failed", exc_info=error)
-            self.driver.discard()
+            self._discard()
 
     def close(self) -> None:
         """Roll back what was not committed; the driver is free for the next unit of work then."""
-        if self._in_use.locked():
-            self._doubtful = True  # Another thread or task still uses it, which it must not.
-        elif not self.inherited and not self._closed:
-            self._rollback()
-        self._closed = True
+        try:
+            if self._in_use.locked():
+                self._doubtful = True  # Another thread or task still uses it, which it must not.
+            elif not self.inherited and not self._closed:
+                self._rollback()
+        finally:
+            self._lift_limit()
+            self._closed = True
 
     def settled(self) -> bool:
         """Whether there is nothing to roll back: no transaction is open, and no session or savepoint has one."""
@@ -291,13 +301,11 @@ class Connection:
             self._doubtful = True  # The request may arrive late and hit what comes next on this connection.
             self.driver.cancel()
 
-        timer = threading.Timer(self._deadline - time.monotonic(), cancel)
-        timer.start()
+        alarm = self.driver.at(self._deadline, cancel)
         try:
             yield
         finally:
-            timer.cancel()
-            timer.join()
+            alarm.cancel()
 
     def _use(self) -> None:
         if not self._in_use.acquire(blocking=False):
@@ -320,7 +328,10 @@ class Connection:
         if remaining <= 0:
             raise StorageTimeoutError("the unit of work took longer than its timeout")
         milliseconds = math.ceil(remaining * 1000)
-        limits = {"statement": str(milliseconds), "idle": str(milliseconds + _IDLE_GRACE_MS)}
+        limits = {
+            "statement": str(min(milliseconds, _LONGEST_LIMIT_MS)),
+            "idle": str(min(milliseconds + _IDLE_GRACE_MS, _LONGEST_LIMIT_MS)),
+        }
         self._execute(_LIMIT_TIME, limits)
 
     def failed(self, error: BaseException) -> BaseException:
@@ -336,14 +347,26 @@ class Connection:
             self._drop(translated)
         elif self.driver.status() == TransactionStatus.UNKNOWN:
             self._drop(translated)
-            if not isinstance(translated, (UnavailableError, StorageTimeoutError)):
+            if self._limit is not None and self._limit.reached:
+                translated = StorageTimeoutError("the server did not answer within the timeout of the unit of work")
+            elif not isinstance(translated, (UnavailableError, StorageTimeoutError)):
                 translated = UnavailableError(sqlstate=translated.sqlstate)
         self._failure = translated
         return translated
 
     def _drop(self, error: MeshStorageError) -> None:
+        if self.driver.sqlalchemy.closed:
+            return  # An error of the session comes by more than once.
         logger.warning("connection lost", extra={"event": "connection_lost", "sqlstate": error.sqlstate})
+        self._discard()
+
+    def _discard(self) -> None:
+        self._lift_limit()
         self.driver.discard()
+
+    def _lift_limit(self) -> None:
+        if self._limit is not None:
+            self._limit.lift()
 
 
 # set_config() is SET LOCAL with parameters. A transaction that waits for its caller is ended as well, so that it

@@ -6,15 +6,22 @@ out of SQLAlchemy's pool and to make its result objects costs more than most sta
 
 from __future__ import annotations
 
+import os
 import select
+import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import psycopg
 import sqlalchemy
 from psycopg import IsolationLevel
 from psycopg.pq import TransactionStatus
+
+from mesh_storage import alarm
+from mesh_storage.alarm import Alarm
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,9 +37,8 @@ _LEVELS: dict[Isolation | None, IsolationLevel | None] = {
     "serializable": IsolationLevel.SERIALIZABLE,
 }
 
-
-CANCEL_TIMEOUT_S = 5.0
-"""Seconds that the server may take to answer a request to cancel."""
+GRACE_S = 0.5
+"""Seconds that the server has, when a time is over, to say so itself or to answer a request to cancel."""
 
 
 class Mode(NamedTuple):
@@ -102,13 +108,41 @@ class Driver(Protocol):
         """Call what needs the processor for long, without keeping an event loop from its other tasks."""
         ...
 
+    def at(self, moment: float, action: Callable[[], None]) -> Alarm:
+        """Do something quick at a moment of `time.monotonic()`, also while the caller waits for the server."""
+        ...
+
     def cancel(self) -> None:
-        """Ask the server to cancel what it does; may be called from another thread."""
+        """Ask the server to cancel what it does, without waiting for its answer; may be called from another thread."""
+        ...
+
+    def fileno(self) -> int:
+        """Give the file descriptor of the socket."""
         ...
 
     def discard(self) -> None:
         """End the connection, which is lost or in doubt."""
         ...
+
+
+class TimeLimit:
+    """Cuts the line to the server at a moment: a server that stands still ends nothing itself, and answers nothing."""
+
+    def __init__(self, driver: Driver, moment: float) -> None:
+        self.reached = False
+        # A descriptor of our own, since the number of the driver's may be another file's when the moment comes.
+        self._line = socket.socket(fileno=os.dup(driver.fileno()))
+        self._alarm = driver.at(moment, self._cut)
+
+    def _cut(self) -> None:
+        self.reached = True
+        with suppress(OSError):  # The server was faster.
+            self._line.shutdown(socket.SHUT_RDWR)
+
+    def lift(self) -> None:
+        """Leave the line alone from now on."""
+        self._alarm.cancel()
+        self._line.close()
 
 
 class BlockingDriver:
@@ -122,6 +156,7 @@ class BlockingDriver:
         self._pgconn = self._connection.pgconn
         self._cursor: psycopg.Cursor[Row] = self._connection.cursor(binary=True)
         self.liveness = Liveness(connection)
+        self._cancelling: threading.Thread | None = None
 
     def status(self) -> TransactionStatus:
         """Ask for the state of the transaction."""
@@ -153,12 +188,27 @@ class BlockingDriver:
         """Call it, in this thread."""
         return function(*args, **kwargs)
 
+    def at(self, moment: float, action: Callable[[], None]) -> Alarm:
+        """Do something at a moment, in another thread."""
+        return alarm.at(moment, action)
+
     def cancel(self) -> None:
         """Ask the server to cancel."""
-        self._connection.cancel_safe(timeout=CANCEL_TIMEOUT_S)
+        self._cancelling = threading.Thread(target=self._cancel, name="mesh_storage cancel", daemon=True)
+        self._cancelling.start()
+
+    def _cancel(self) -> None:
+        with suppress(psycopg.Error):  # It does not answer: its line will be cut.
+            self._connection.cancel_safe(timeout=GRACE_S)
+
+    def fileno(self) -> int:
+        """Give the file descriptor of the socket."""
+        return self._connection.fileno()
 
     def discard(self) -> None:
         """End the connection."""
+        if self._cancelling is not None:
+            self._cancelling.join(GRACE_S)  # It works on the connection.
         if not self.sqlalchemy.closed:
             self.sqlalchemy.invalidate()
             self.sqlalchemy.close()

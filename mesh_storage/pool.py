@@ -37,7 +37,7 @@ class Pool:
         self._engine = create_engine(server.connect)
         self._idle: deque[BlockingDriver] = deque()
         self._lent: set[Connection] = set()
-        self._free = threading.BoundedSemaphore(self.size)
+        self._free = threading.Semaphore(self.size)
         _pools.add(self)
 
     @property
@@ -64,12 +64,12 @@ class Pool:
             driver = self._driver(deadline)
             if driver.mode != characteristics.mode:
                 driver.switch(characteristics.mode)
+            connection = Connection(driver, characteristics, deadline)
         except BaseException:
             if driver is not None:
                 driver.discard()
             self._free.release()
             raise
-        connection = Connection(driver, characteristics, deadline)
         self._lent.add(connection)
         return connection
 
@@ -97,13 +97,15 @@ class Pool:
     def close(self) -> None:
         """Close the connections that are not lent; the others are closed when they come back."""
         self.closed = True
+        # Who waits for a connection learns of it at once: this wakes one, and each wakes the next.
+        self._free.release()
         self._close_idle()
 
     def after_fork(self) -> None:
         """In a forked child, begin with no connections and leave the parent's alone."""
         _inherited_by_fork.append(self._idle)
         self._idle = deque()
-        self._free = threading.BoundedSemaphore(self.size)
+        self._free = threading.Semaphore(self.size)
         self._lent = set()
         if self._server.embedded is not None and not self.closed:
             self._server.embedded.after_fork()

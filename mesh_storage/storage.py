@@ -83,7 +83,8 @@ class MeshStorage:
             isolation: "repeatable read" or "serializable" (PostgreSQL manual, 13.2) instead of "read committed".
             durability: "relaxed" lets a commit return before it is on disk: a crash of the server may lose the last
                 commits, at most three times `wal_writer_delay` (manual, 30.4), but never leaves half of one.
-            timeout: Seconds for the whole of it: the wait for a connection, locks and the commit included.
+            timeout: Seconds for the whole of it: the wait for a connection, locks and the commit included; a year at
+                most.
 
         Raises:
             UnavailableError: There is no connection within `pool_timeout` or `connect_timeout`.

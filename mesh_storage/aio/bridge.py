@@ -7,6 +7,7 @@ the event loop go on; that place is the driver, and SQLAlchemy's own statements 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -15,7 +16,8 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from mesh_storage.driver import Liveness, Mode, Parameters, Row
+from mesh_storage.alarm import Alarm
+from mesh_storage.driver import GRACE_S, Liveness, Mode, Parameters, Row
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import MAX_ROWS
 
@@ -78,9 +80,17 @@ class BridgedDriver:
         """Call it, in a thread of its own."""
         return self._wait(asyncio.to_thread(function, *args, **kwargs))
 
+    def at(self, moment: float, action: Callable[[], None]) -> Alarm:
+        """Do something at a moment, in the event loop."""
+        return asyncio.get_running_loop().call_later(max(0.0, moment - time.monotonic()), action)
+
     def cancel(self) -> None:
-        """Ask the server to cancel; blocking, as it is called from a thread of its own."""
-        self._connection.cancel()
+        """Ask the server to cancel, without waiting for its answer."""
+        in_background(self._connection.cancel_safe(timeout=GRACE_S))
+
+    def fileno(self) -> int:
+        """Give the file descriptor of the socket."""
+        return self._connection.fileno()
 
     def discard(self) -> None:
         """End the connection."""

@@ -58,11 +58,12 @@ class AsyncPool:
             assert driver is not None, "it was idle, or was just made"
             if driver.mode != characteristics.mode:
                 await driver.call(driver.switch, characteristics.mode)
+            connection = Connection(driver, characteristics, deadline)
         except BaseException:
             in_background(self._give_up(driver, connecting))
             raise
         self.in_use += 1
-        return Connection(driver, characteristics, deadline), driver
+        return connection, driver
 
     async def give_back(self, connection: Connection, driver: BridgedDriver) -> None:
         """Take a connection back; what was not committed is rolled back, also when this task is cancelled meanwhile."""
@@ -75,6 +76,8 @@ class AsyncPool:
     async def close(self) -> None:
         """Close the connections that are not lent; the others are closed when they come back."""
         self.closed = True
+        # Who waits for a connection learns of it at once: this wakes one, and each wakes the next.
+        self._free.release()
         while self._idle:
             driver = self._idle.pop()
             await driver.call(driver.discard)
