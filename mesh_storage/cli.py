@@ -89,15 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace, Server], Answer], words: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Callable[[argparse.Namespace, Server], Answer], words: str, *, create: bool = True
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[common], help=words, description=words[0].upper() + words[1:])
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, create=create)
         return command
 
-    add("health", _health, "say whether the database answers, takes writes and has the right schema")
-    add("schema", _schema, "show the revision of the database, the newest, and those pending")
+    add("health", _health, "say whether the database answers, takes writes and has the right schema", create=False)
+    add("schema", _schema, "show the revision of the database, the newest, and those pending", create=False)
     add("upgrade", _upgrade, "bring the schema up to date")
-    taking = add("backup", _backup, "write a backup while the traffic goes on")
+    taking = add("backup", _backup, "write a backup while the traffic goes on", create=False)
     taking.add_argument("path", help="the directory to make")
     taking.add_argument("--verify", action="store_true", help="restore it into a throw-away server before it counts")
     giving = add("restore", _restore, "restore a backup, all or nothing")
@@ -112,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(given: argparse.Namespace) -> Answer:
     settings = Settings() if given.url is None else Settings(url=SecretStr(given.url))
-    server = open_server(settings)
+    server = open_server(settings, create=given.create)
     try:
         run: Callable[[argparse.Namespace, Server], Answer] = given.run
         return run(given, server)

@@ -39,16 +39,22 @@ class EmbeddedServer:
         self._process = os.getpid()
 
     @classmethod
-    def open(cls, path: Path | None = None, *, version: str = "18") -> EmbeddedServer:
+    def open(cls, path: Path | None = None, *, version: str = "18", create: bool = True) -> EmbeddedServer:
         """Use the server whose data is under `path` (by default in the user's data directory); start it if need be.
+
+        Without `create`, data that is not there is not made.
 
         Raises:
             ConfigurationError: The extra `embedded` is not installed, or the path cannot be used.
-            UnavailableError: The server does not start.
+            UnavailableError: The server does not start, or there is no data and `create` is off.
         """
         home = _default_home() if path is None else path
         try:
             home = home.expanduser().absolute()
+            if not create and not (home / "data" / "PG_VERSION").exists():
+                raise UnavailableError(
+                    f"there is no database under {str(home)!r}; correct the path, or make one: mesh-storage upgrade"
+                )
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
             return cls._join(home, version, throw_away=False)
         except (OSError, ValueError, RuntimeError) as error:  # Of a path with NUL, or with the home of nobody.

@@ -35,14 +35,14 @@ class Server:
             self.embedded.close()
 
 
-def open_server(settings: Settings) -> Server:
+def open_server(settings: Settings, *, create: bool = True) -> Server:
     """Find the server of the settings; start the bundled one if they mean that.
 
     Raises:
         ConfigurationError: A setting is wrong, or the extra `embedded` is not installed.
-        UnavailableError: The bundled server does not start.
+        UnavailableError: The bundled server does not start, or it has no data and `create` is off.
     """
-    embedded = _open_embedded(settings)
+    embedded = _open_embedded(settings, create=create)
     if embedded is None:
         return Server(connect_arguments(settings))
     connect = connect_arguments(settings.model_copy(update={"url": None})) | embedded.connect_arguments
@@ -54,9 +54,9 @@ def open_server(settings: Settings) -> Server:
     return Server(connect, embedded)
 
 
-def _open_embedded(settings: Settings) -> EmbeddedServer | None:
+def _open_embedded(settings: Settings, *, create: bool) -> EmbeddedServer | None:
     if settings.url is None:
-        return None if settings.host else EmbeddedServer.open()
+        return None if settings.host else EmbeddedServer.open(create=create)
     scheme, rest = split_scheme(settings.url.get_secret_value())
     if scheme == "memory":
         if rest not in ("", "//"):
@@ -64,7 +64,7 @@ def _open_embedded(settings: Settings) -> EmbeddedServer | None:
         return EmbeddedServer.throw_away()
     if scheme == "embedded":
         path = rest.removeprefix("//")
-        return EmbeddedServer.open(Path(path) if path else None)
+        return EmbeddedServer.open(Path(path) if path else None, create=create)
     return None
 
 

@@ -133,6 +133,15 @@ def test_health_and_schema_of_a_database_without_schema_write_nothing(bare: str,
     assert json.loads(out) == {"current": None, "head": schema.head(), "pending": list(schema.revisions())}
 
 
+@pytest.mark.parametrize("command", [["health"], ["health", "--json"], ["schema"], ["backup", "backup"]])
+def test_to_look_for_a_bundled_server_makes_none(command: list[str], tmp_path: Path, call: Call) -> None:
+    home = tmp_path / "mesh"
+    status, out, err = call(*command, "--url", f"embedded:{home}")
+    assert status == Exit.UNAVAILABLE
+    assert "mesh-storage upgrade" in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_schema(url: str, call: Call) -> None:
     status, out, _ = call("schema", "--json")
     assert status == Exit.OK
