@@ -48,11 +48,12 @@ class Supervisor:
         self.recovering = False
         self.crashes = 0
         self.selector = selectors.DefaultSelector()
+        self.wakeup = socket.socketpair()
 
     def run(self) -> None:
         """Serve until the last user is gone."""
         listener = self._listen()
-        wakeup_read, wakeup_write = socket.socketpair()
+        wakeup_read, wakeup_write = self.wakeup  # For as long as this process lives: signals come to its end.
         wakeup_read.setblocking(False)
         wakeup_write.setblocking(False)
         signal.set_wakeup_fd(wakeup_write.fileno(), warn_on_full_buffer=False)

@@ -176,6 +176,12 @@ def test_a_path_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:
         MeshStorage.open(f"embedded:{tmp_path / 'file'}")
 
 
+def test_a_stop_leaves_no_words_in_the_log(home: Path) -> None:
+    for _ in range(2):
+        MeshStorage.open(f"embedded:{home}").close()
+    assert (home / "supervisor.log").read_text() == ""
+
+
 def test_a_cluster_that_does_not_start_says_where_to_look(home: Path) -> None:
     MeshStorage.open(f"embedded:{home}").close()
     (home / "data" / "postgresql.conf").write_text("nonsense = = 1\n")
