@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mesh_storage")
 
+_UPGRADE = "run: mesh-storage upgrade (or alembic upgrade head)"
 # Alembic keeps what it works on in its modules, so of two threads one would migrate the other's database.
 _alembic = threading.Lock()
 
@@ -66,11 +67,11 @@ def check(revision: str | None) -> None:
     if revision == head():
         return
     if revision is None:
-        raise SchemaMismatchError(f"the database has no mesh_storage schema; run: alembic upgrade head (to {head()})")
+        raise SchemaMismatchError(f"the database has no mesh_storage schema; {_UPGRADE} (to {head()})")
     if revision in revisions():
         raise SchemaMismatchError(
             f"the schema is behind: the database is at revision {revision}, this mesh_storage needs {head()}; "
-            "run: alembic upgrade head"
+            + _UPGRADE
         )
     raise SchemaMismatchError(
         f"the schema is ahead: the database is at revision {revision}, which this mesh_storage (at {head()}) does not "

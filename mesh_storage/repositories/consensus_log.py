@@ -208,7 +208,11 @@ class ConsensusLogRepository(Repository[LogEntry]):
         last_term, last_index = self._end(_LAST)
         if not last_index:
             if self._connection.has_snapshot:
-                raise InvalidInputError("a log begins in a 'read committed' unit of work only", field="isolation")
+                raise InvalidInputError(
+                    "a log begins in a 'read committed' unit of work only; append its first entry in one without "
+                    "isolation=",
+                    field="isolation",
+                )
             self._connection.execute(_LOCK_BEGINNING)
             last_term, last_index = self._end(_LAST)
             if not last_index:

@@ -57,7 +57,10 @@ def test_a_database_without_the_schema_says_what_to_run(
     open_storage: Open, mesh_storage_databases: testing.Databases
 ) -> None:
     with mesh_storage_databases.fresh(with_schema=False) as url:
-        with pytest.raises(SchemaMismatchError, match="alembic upgrade head"), open_storage(url):
+        with (
+            pytest.raises(SchemaMismatchError, match=r"mesh-storage upgrade \(or alembic upgrade head\)"),
+            open_storage(url),
+        ):
             pass
         with pytest.raises(UnavailableError), open_storage(url.replace("/mesh_storage_", "/no_such_")):
             pass

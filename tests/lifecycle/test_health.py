@@ -64,9 +64,9 @@ def test_a_server_that_is_away_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("revision", "words"),
     [
-        ("0001", "behind.*alembic upgrade head"),
+        ("0001", "behind.*mesh-storage upgrade"),
         ("9999", "ahead.*newer"),
-        (None, "no mesh_storage schema.*alembic upgrade head"),
+        (None, "no mesh_storage schema.*mesh-storage upgrade"),
     ],
 )
 def test_another_schema_is_seen_and_not_opened(mesh_storage_url: str, revision: str | None, words: str) -> None:
