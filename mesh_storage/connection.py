@@ -110,6 +110,7 @@ class Connection:
         self._process = os.getpid()
         self._closed = False
         self._doubtful = False
+        self._savepoints = 0
         self._limit = None if deadline is None else TimeLimit(driver, deadline + GRACE_S)
 
     @property
@@ -182,6 +183,7 @@ class Connection:
         """Roll back to here when the block raises, so that the transaction can go on."""
         self._check_writable()
         savepoint = self.perform(self.driver.sqlalchemy.begin_nested)
+        self._savepoints += 1
         try:
             yield
         except BaseException:
@@ -195,7 +197,20 @@ class Connection:
                 finally:
                     self._deadline = deadline
             raise
+        finally:
+            self._savepoints -= 1
         self.perform(savepoint.commit)
+
+    def check_whole(self) -> None:
+        """Refuse to end the whole transaction inside of a savepoint.
+
+        Raises:
+            MeshStorageError: There is one.
+        """
+        if self._savepoints:
+            raise MeshStorageError(
+                "a unit of work cannot be committed or rolled back inside of its savepoint(); leave that block first"
+            )
 
     def commit(self) -> None:
         """Commit what was done since the last commit or rollback.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import time
@@ -16,7 +17,7 @@ from pydantic import SecretStr
 from mesh_storage import health, schema
 from mesh_storage.connection import DRIVER_ERRORS, Characteristics, Durability
 from mesh_storage.driver import Isolation
-from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageError
+from mesh_storage.errors import ClosedError, ConfigurationError, InvalidInputError, MeshStorageError
 from mesh_storage.health import Health
 from mesh_storage.pool import Pool, check_open
 from mesh_storage.retry import check_attempts, log_if_slow, pause
@@ -126,9 +127,14 @@ class MeshStorage:
         done again: it should be safe to do twice, as the repositories' `store`, `put` and `append` are.
 
         Raises:
+            InvalidInputError: `work` is a coroutine function, which is for `AsyncMeshStorage`.
             MeshStorageError: What the last attempt raised, or one that is not retryable.
         """
         check_attempts(attempts)
+        if inspect.iscoroutinefunction(work):
+            raise InvalidInputError(
+                "work is a coroutine function: give a plain one, or use AsyncMeshStorage", field="work"
+            )
         for attempt in range(1, attempts + 1):
             try:
                 with self.begin(
@@ -229,6 +235,11 @@ def choose_settings(url: str | None, settings: Settings | None) -> Settings:
     return Settings() if url is None else Settings(url=SecretStr(url))
 
 
+def already_open() -> MeshStorageError:
+    """Make the error for a unit of work that is entered again before it has ended."""
+    return MeshStorageError("this unit of work is open already; call begin() or unit_of_work() again for another one")
+
+
 class _Scope(AbstractContextManager[UnitOfWork]):
     """The block of one unit of work; a class, since generators as context managers cost several times as much."""
 
@@ -240,10 +251,18 @@ class _Scope(AbstractContextManager[UnitOfWork]):
         self._characteristics = characteristics
         self._slow = slow
         self._commits = commits
+        self._open = False
 
     def __enter__(self) -> UnitOfWork:
+        if self._open:
+            raise already_open()
+        self._open = True
         self._begun = time.monotonic()
-        self._connection = self._pool.take(self._characteristics)
+        try:
+            self._connection = self._pool.take(self._characteristics)
+        except BaseException:
+            self._open = False
+            raise
         self._uow = UnitOfWork(self._connection)
         return self._uow
 
@@ -259,5 +278,6 @@ class _Scope(AbstractContextManager[UnitOfWork]):
             try:
                 self._uow.close()
             finally:
+                self._open = False
                 self._pool.give_back(self._connection)
             log_if_slow(time.monotonic() - self._begun, self._slow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy.orm import Session
 
-from mesh_storage.connection import Connection
+from mesh_storage.connection import DRIVER_ERRORS, Connection
 from mesh_storage.errors import MeshStorageError
 from mesh_storage.repositories import (
     ConsensusLogRepository,
@@ -23,6 +24,8 @@ from mesh_storage.repositories import (
     RuntimeConfigRepository,
     StateRepository,
 )
+
+logger = logging.getLogger("mesh_storage")
 
 
 class UnitOfWorkSession(Session):
@@ -42,7 +45,12 @@ class UnitOfWorkSession(Session):
 
     def rollback(self) -> None:
         """Roll back everything, also what the repositories did."""
-        super().rollback()
+        self._connection.check_whole()
+        try:
+            super().rollback()
+        except DRIVER_ERRORS as error:
+            # The server undoes the work of a connection that it lost.
+            logger.debug("rollback failed", exc_info=error)
         self._connection.rollback()
 
     def get_bind(self, *_arguments: Any, **_keywords: Any) -> sqlalchemy.Connection:
@@ -128,11 +136,13 @@ class UnitOfWork:
             MeshStorageError: A call failed before and its error was caught; everything was rolled back.
             UnavailableError: The connection was lost; if that was during the commit, it may have been made or not.
         """
+        self._connection.check_whole()
         self._flush_if_used()
         self._connection.commit()
 
     def rollback(self) -> None:
         """Undo everything since the last commit."""
+        self._connection.check_whole()
         if self._session is not None:
             self._session.rollback()
         self._connection.rollback()

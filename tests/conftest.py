@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from mesh_storage import MeshStorage, UnitOfWork
+
+FROZEN_S = 6.0
 
 pytest_plugins = ["mesh_storage.testing"]
 
@@ -14,8 +20,6 @@ pytest_plugins = ["mesh_storage.testing"]
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the environment and the .env of whoever runs the tests out of them."""
-    import os
-
     for name in list(os.environ):
         if name.startswith("MESH_STORAGE_") and name != "MESH_STORAGE_TEST_URL":
             monkeypatch.delenv(name)
@@ -33,3 +37,16 @@ def uow(mesh_storage: MeshStorage) -> Iterator[UnitOfWork]:
     """Give an open unit of work that nobody commits."""
     with mesh_storage.unit_of_work() as unit:
         yield unit
+
+
+@contextmanager
+def frozen(pid: int) -> Generator[None]:
+    """Let a process of the server stand still for a block, as one on a stalled disk or a paused machine does."""
+    thaw = threading.Timer(FROZEN_S, os.kill, (pid, signal.SIGCONT))
+    os.kill(pid, signal.SIGSTOP)
+    thaw.start()
+    try:
+        yield
+    finally:
+        thaw.cancel()
+        os.kill(pid, signal.SIGCONT)

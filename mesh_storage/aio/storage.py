@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import threading
@@ -20,13 +21,13 @@ from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
 from mesh_storage.connection import DRIVER_ERRORS, Characteristics, Durability
 from mesh_storage.driver import Isolation
-from mesh_storage.errors import ClosedError, MeshStorageError
+from mesh_storage.errors import ClosedError, InvalidInputError, MeshStorageError
 from mesh_storage.health import Health
 from mesh_storage.pool import check_open
 from mesh_storage.retry import check_attempts, log_if_slow, pause
 from mesh_storage.server import Server, open_server
 from mesh_storage.settings import Settings
-from mesh_storage.storage import choose_settings
+from mesh_storage.storage import already_open, choose_settings
 
 if TYPE_CHECKING:  # Who makes no backup need not wait for what it takes.
     from mesh_storage.backup import Report
@@ -152,7 +153,10 @@ class AsyncMeshStorage:
                 async with self.begin(
                     read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
                 ) as uow:
-                    result = await work(uow)
+                    working = work(uow)
+                    if not inspect.isawaitable(working):
+                        raise InvalidInputError("work must be a coroutine function (async def)", field="work")
+                    result = await working
             except MeshStorageError as error:
                 if not error.retryable or attempt == attempts:
                     raise
@@ -259,10 +263,18 @@ class _Scope(AbstractAsyncContextManager[AsyncUnitOfWork]):
         self._characteristics = characteristics
         self._slow = slow
         self._commits = commits
+        self._open = False
 
     async def __aenter__(self) -> AsyncUnitOfWork:
+        if self._open:
+            raise already_open()
+        self._open = True
         self._begun = time.monotonic()
-        self._lent = await self._pool.take(self._characteristics)
+        try:
+            self._lent = await self._pool.take(self._characteristics)
+        except BaseException:
+            self._open = False
+            raise
         self._uow = AsyncUnitOfWork(*self._lent)
         return self._uow
 
@@ -279,6 +291,7 @@ class _Scope(AbstractAsyncContextManager[AsyncUnitOfWork]):
             try:
                 await self._uow.close()
             finally:
+                self._open = False
                 await self._pool.give_back(*self._lent)
             log_if_slow(time.monotonic() - self._begun, self._slow)
 
