@@ -20,7 +20,7 @@ import sqlalchemy
 from psycopg import IsolationLevel
 from psycopg.pq import TransactionStatus
 
-from mesh_storage import alarm
+from mesh_storage import alarm, times
 from mesh_storage.alarm import Alarm
 
 P = ParamSpec("P")
@@ -153,6 +153,7 @@ class BlockingDriver:
         self.mode = Mode()
         driver: Any = connection.connection.driver_connection
         self._connection: psycopg.Connection[Row] = driver
+        times.register(self._connection)
         self._pgconn = self._connection.pgconn
         self._cursor: psycopg.Cursor[Row] = self._connection.cursor(binary=True)
         self.liveness = Liveness(connection)
@@ -167,7 +168,12 @@ class BlockingDriver:
         cursor = self._cursor
         cursor.execute(sql, parameters)
         # A row number is there when rows are; the description would have to be made.
-        return ([] if cursor.rownumber is None else cursor.fetchall()), cursor.rowcount
+        if cursor.rownumber is None:
+            return [], cursor.rowcount
+        try:
+            return cursor.fetchall(), cursor.rowcount
+        except psycopg.DataError:
+            return times.read_again(cursor), cursor.rowcount
 
     def commit(self) -> None:
         """Commit."""

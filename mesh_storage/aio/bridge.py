@@ -16,6 +16,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from mesh_storage import times
 from mesh_storage.alarm import Alarm
 from mesh_storage.driver import GRACE_S, Liveness, Mode, Parameters, Row
 from mesh_storage.repositories import checks
@@ -37,6 +38,7 @@ class BridgedDriver:
         adapted: Any = self.sqlalchemy.connection.dbapi_connection
         self._adapted = adapted
         self._connection: psycopg.AsyncConnection[Row] = self._adapted.driver_connection
+        times.register(self._connection)
         self._cursor: psycopg.AsyncCursor[Row] = self._connection.cursor(binary=True)
         self.liveness = Liveness(self.sqlalchemy)
         self._unfinished: set[asyncio.Task[None]] = set()
@@ -101,7 +103,12 @@ class BridgedDriver:
     async def _run(self, sql: bytes, parameters: Parameters | None) -> tuple[list[Row], int]:
         cursor = self._cursor
         await cursor.execute(sql, parameters)
-        return ([] if cursor.rownumber is None else await cursor.fetchall()), cursor.rowcount
+        if cursor.rownumber is None:
+            return [], cursor.rowcount
+        try:
+            return await cursor.fetchall(), cursor.rowcount
+        except psycopg.DataError:
+            return times.read_again(cursor), cursor.rowcount
 
     async def _switch(self, mode: Mode) -> None:
         await self._connection.set_autocommit(mode.autocommit)
