@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 import psycopg
 import sqlalchemy
 from psycopg import IsolationLevel
-from psycopg.pq import TransactionStatus
 
 from mesh_storage import alarm, times
 from mesh_storage.alarm import Alarm
@@ -84,8 +83,8 @@ class Driver(Protocol):
     """The mode that it is in."""
     liveness: Liveness
 
-    def status(self) -> TransactionStatus:
-        """Ask for the state of the transaction; UNKNOWN means that the connection is lost."""
+    def status(self) -> int:
+        """Ask for the state of the transaction, a `TransactionStatus`; UNKNOWN means that the connection is lost."""
         ...
 
     def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
@@ -159,9 +158,11 @@ class BlockingDriver:
         self.liveness = Liveness(connection)
         self._cancelling: threading.Thread | None = None
 
-    def status(self) -> TransactionStatus:
+    def status(self) -> int:
         """Ask for the state of the transaction."""
-        return TransactionStatus(self._pgconn.transaction_status)
+        # As it comes: the constructor of the enumeration costs as much as the question.
+        status: int = self._pgconn.transaction_status
+        return status
 
     def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
         """Execute a statement."""

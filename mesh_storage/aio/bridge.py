@@ -13,10 +13,11 @@ from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import psycopg
-from psycopg.pq import TransactionStatus
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.util import await_
 
 from mesh_storage import times
+from mesh_storage.aio import greenlets
 from mesh_storage.alarm import Alarm
 from mesh_storage.driver import GRACE_S, Liveness, Mode, Parameters, Row
 from mesh_storage.repositories import checks
@@ -34,10 +35,9 @@ class BridgedDriver:
         assert connection.sync_connection is not None, "the connection was just made"
         self.sqlalchemy = connection.sync_connection
         self.mode = Mode()
-        self._bridge = connection
+        self._owner = connection  # which would close the connection when it is no longer referred to
         adapted: Any = self.sqlalchemy.connection.dbapi_connection
-        self._adapted = adapted
-        self._connection: psycopg.AsyncConnection[Row] = self._adapted.driver_connection
+        self._connection: psycopg.AsyncConnection[Row] = adapted.driver_connection
         times.register(self._connection)
         self._cursor: psycopg.AsyncCursor[Row] = self._connection.cursor(binary=True)
         self.liveness = Liveness(self.sqlalchemy)
@@ -45,7 +45,7 @@ class BridgedDriver:
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Cross the bridge: call a sync function that may use the connection."""
-        return await self._bridge.run_sync(lambda _: function(*args, **kwargs))
+        return await greenlets.run(function, *args, **kwargs)
 
     async def finish(self, work: Coroutine[Any, Any, None]) -> None:
         """Run to its end what must not be left half done, also when this task is cancelled meanwhile."""
@@ -58,9 +58,11 @@ class BridgedDriver:
         """Give what goes on although nobody waits for it."""
         return frozenset(self._unfinished)
 
-    def status(self) -> TransactionStatus:
+    def status(self) -> int:
         """Ask for the state of the transaction."""
-        return TransactionStatus(self._connection.pgconn.transaction_status)
+        # As it comes: the constructor of the enumeration costs as much as the question.
+        status: int = self._connection.pgconn.transaction_status
+        return status
 
     def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
         """Execute a statement."""
@@ -117,11 +119,7 @@ class BridgedDriver:
         self.mode = mode
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        def begin(_driver: object) -> Coroutine[Any, Any, T]:
-            return work
-
-        result: T = self._adapted.run_async(begin)
-        return result
+        return await_(work)
 
 
 class AsyncRepository(Generic[R]):
