@@ -128,6 +128,7 @@ elif (given_connection := config.attributes.get("connection")) is not None:
 else:
     server = open_server(Settings())
     try:
+        server.require_session()
         run_online(server.connect)
     finally:
         server.close()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any, NoReturn, TypeAlias
 
@@ -124,7 +125,7 @@ def _run(given: argparse.Namespace) -> Answer:
 
 def _ask(server: Server) -> Health:
     """Ask without deploying a schema, as opening a storage may do."""
-    with MeshStorage(Settings(), Server(server.connect)) as storage:
+    with MeshStorage(Settings(), replace(server, embedded=None)) as storage:
         return storage.health()
 
 

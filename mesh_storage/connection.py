@@ -44,6 +44,8 @@ _READ_ONLY_SQL_TRANSACTION = "25006"
 _LONGEST_TIMEOUT_S = 365 * 86_400
 _LONGEST_LIMIT_MS = 2**31 - 1
 """About 24 days: PostgreSQL has its timeouts in 32 bits of milliseconds."""
+_SHORTEST_WAIT_S = 2.0
+"""For a session of a pooler; as libpq has it for connections, since a busy machine may be late with its answer."""
 
 
 class Characteristics(NamedTuple):
@@ -79,9 +81,16 @@ class Characteristics(NamedTuple):
         """Give the moment of `time.monotonic()` at which the time will be over, when it begins now."""
         return None if self.timeout is None else time.monotonic() + self.timeout
 
-    @property
-    def mode(self) -> Mode:
-        """How its transaction begins; reading at READ COMMITTED needs none, as each statement has its own snapshot."""
+    def mode(self, local_parameters: str | None) -> Mode:
+        """Say how its transaction begins; reading at READ COMMITTED needs none, as each statement has its own snapshot.
+
+        Where there are `local_parameters`, every statement needs a transaction that sets them. SET takes no snapshot,
+        so what must be first in a transaction with one still is.
+        """
+        if local_parameters is not None:
+            level = f" ISOLATION LEVEL {self.isolation}" if self.isolation else ""
+            access = " READ ONLY" if self.read_only else ""
+            return Mode(autocommit=True, begin=f"BEGIN{level}{access}; {local_parameters}".encode())
         if not self.read_only:
             return _WRITING if self.isolation is None else Mode(isolation=self.isolation)
         if self.isolation in (None, "read committed") and self.timeout is None:
@@ -100,10 +109,13 @@ class Connection:
     itself; a savepoint limits that to what came after it.
     """
 
-    def __init__(self, driver: Driver, characteristics: Characteristics, deadline: float | None = None) -> None:
+    def __init__(
+        self, driver: Driver, characteristics: Characteristics, deadline: float | None, pool_timeout: float
+    ) -> None:
         self.driver = driver
         self.characteristics = characteristics
-        self._execute = driver.execute
+        self._pool_timeout = pool_timeout
+        self._execute = driver.execute if driver.mode.begin is None else self._execute_in_transaction
         self._deadline = deadline
         self._failure: MeshStorageError | None = None
         self._in_use = threading.Lock()
@@ -182,7 +194,7 @@ class Connection:
     def savepoint(self) -> Generator[None]:
         """Roll back to here when the block raises, so that the transaction can go on."""
         self._check_writable()
-        savepoint = self.perform(self.driver.sqlalchemy.begin_nested)
+        savepoint = self.perform(self._begin_nested)
         self._savepoints += 1
         try:
             yield
@@ -282,10 +294,41 @@ class Connection:
         if self.characteristics.read_only:
             raise InvalidInputError("this unit of work is read-only", field="read_only")
 
+    def _begin(self) -> None:
+        """Begin the transaction if psycopg does not: a pooler lets it wait for a session, where no limit is set yet."""
+        begin = self.driver.mode.begin
+        if begin is None or self.driver.status() != TransactionStatus.IDLE:
+            return
+        limit = max(_SHORTEST_WAIT_S, self._pool_timeout)
+        remaining = limit if self._deadline is None else self._deadline - time.monotonic()
+        waiting = TimeLimit(self.driver, time.monotonic() + min(limit, remaining))
+        try:
+            self.driver.begin(begin)
+        except psycopg.OperationalError as error:
+            if not waiting.reached:
+                raise
+            if remaining < limit:
+                raise StorageTimeoutError("the time was over before the pooler gave a session of the server") from error
+            raise UnavailableError(
+                f"the pooler gave no session of the server for {limit:g} s (pool_timeout); end units of work sooner, "
+                "or let the pooler have more sessions"
+            ) from error
+        finally:
+            waiting.lift()
+
+    def _execute_in_transaction(self, sql: bytes, parameters: Parameters | None = None) -> tuple[list[Row], int]:
+        self._begin()
+        return self.driver.execute(sql, parameters)
+
+    def _begin_nested(self) -> sqlalchemy.NestedTransaction:
+        self._begin()
+        return self.driver.sqlalchemy.begin_nested()
+
     def _begin_for_session(self) -> sqlalchemy.Connection:
+        self._begin()
         connection = self.driver.sqlalchemy
         if not connection.in_transaction():
-            if self.driver.mode.autocommit:
+            if self.driver.mode == _READING:
                 self.driver.switch(Mode(read_only=True))
             connection.begin()
         return connection
@@ -352,6 +395,8 @@ class Connection:
     def failed(self, error: BaseException) -> BaseException:
         """Remember why the transaction ended; give the error to raise."""
         if not isinstance(error, Exception):  # An interrupt or a cancelled task: the statement may be half done.
+            # psycopg asked to cancel it; a pooler answers that out of turn when it comes too late or too early.
+            self._doubtful = self.driver.mode.begin is not None
             self._failure = UnavailableError("a statement was interrupted")
             return error
         translated = translate(error)

@@ -46,6 +46,8 @@ class Mode(NamedTuple):
     autocommit: bool = False
     isolation: Isolation | None = None
     read_only: bool | None = None
+    begin: bytes | None = None
+    """What begins it in psycopg's place, in autocommit: a BEGIN and what belongs to each transaction."""
 
     @property
     def level(self) -> IsolationLevel | None:
@@ -74,6 +76,12 @@ class Liveness:
         return not (self._driver.closed or self._poll.poll(0) or time.monotonic() - self._born > self._LONGEST_LIFE_S)
 
 
+def shut_down(fileno: int) -> None:
+    """End the traffic of a socket that another thread may wait for, and which stays open for that."""
+    with suppress(OSError), socket.socket(fileno=os.dup(fileno)) as duplicate:
+        duplicate.shutdown(socket.SHUT_RDWR)
+
+
 class Driver(Protocol):
     """What a unit of work needs of a connection; the asyncio side has its own."""
 
@@ -89,6 +97,10 @@ class Driver(Protocol):
 
     def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
         """Execute a statement; give its rows, and how many it found or changed."""
+        ...
+
+    def begin(self, sql: bytes, /) -> None:
+        """Execute several statements without parameters or rows, in one round trip."""
         ...
 
     def commit(self) -> None:
@@ -175,6 +187,10 @@ class BlockingDriver:
             return cursor.fetchall(), cursor.rowcount
         except psycopg.DataError:
             return times.read_again(cursor), cursor.rowcount
+
+    def begin(self, sql: bytes, /) -> None:
+        """Execute several statements: not by our cursor, whose binary results PostgreSQL has for single ones only."""
+        self._connection.execute(sql)
 
     def commit(self) -> None:
         """Commit."""

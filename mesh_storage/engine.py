@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg
 import sqlalchemy
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import event
 from sqlalchemy.pool import NullPool
 
@@ -65,16 +65,23 @@ def connect_arguments(settings: Settings) -> dict[str, Any]:
         if value is not None:
             arguments.setdefault(name, value)
     _check(arguments)
-    limits = {
-        "statement_timeout": settings.statement_timeout,
-        "lock_timeout": settings.lock_timeout,
-        "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout,
-    }
-    ours = " ".join(f"-c {name}={math.ceil(seconds * 1000)}" for name, seconds in limits.items())
-    ours += " -c timezone=UTC"
+    if settings.transaction_pooling:
+        if arguments.get("options"):
+            raise ConfigurationError(
+                "bad setting url: its options belong to a session, which transaction_pooling has none of; "
+                "set them for the role or the database (ALTER ROLE ... SET), or connect directly"
+            )
+        # Each would belong to one session, and the next transaction has another; empty, so that PGOPTIONS has no say.
+        return arguments | {"options": "", "prepare_threshold": None}
+    ours = " ".join(f"-c {name}={value}" for name, value in _parameters(settings).items())
     # Later options go before earlier ones, so what the URL says has the last word.
     arguments["options"] = f"{ours} {arguments.get('options', '')}".strip()
     return arguments
+
+
+def local_parameters(settings: Settings) -> str:
+    """Make the statements by which a transaction sets for itself what a session of its own would have."""
+    return "; ".join(f"SET LOCAL {name} = '{value}'" for name, value in _parameters(settings).items())
 
 
 def connect(arguments: Mapping[str, Any]) -> psycopg.Connection[tuple[Any, ...]]:
@@ -84,7 +91,7 @@ def connect(arguments: Mapping[str, Any]) -> psycopg.Connection[tuple[Any, ...]]
         UnavailableError: The server cannot be reached, or refuses the connection.
     """
     try:
-        return psycopg.connect(make_conninfo(**arguments), autocommit=True)
+        return psycopg.connect(**arguments, autocommit=True)
     except psycopg.Error as error:
         refused, cause = connection_refused(error)
     raise refused from cause
@@ -131,6 +138,16 @@ def limit_connecting(engine: sqlalchemy.Engine) -> None:
             # psycopg takes whole seconds, at least 2.
             remaining = max(2, math.ceil(deadline - time.monotonic()))
             parameters["connect_timeout"] = min(parameters["connect_timeout"] or remaining, remaining)
+
+
+def _parameters(settings: Settings) -> dict[str, int | str]:
+    """Give the parameters of the server that each session, or each transaction, is to have."""
+    limits = {
+        "statement_timeout": settings.statement_timeout,
+        "lock_timeout": settings.lock_timeout,
+        "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout,
+    }
+    return {**{name: math.ceil(seconds * 1000) for name, seconds in limits.items()}, "timezone": "UTC"}
 
 
 def _check(arguments: dict[str, Any]) -> None:

@@ -62,9 +62,10 @@ class Pool:
         try:
             check_open(closed=self.closed)  # It may have been closed while we waited.
             driver = self._driver(deadline)
-            if driver.mode != characteristics.mode:
-                driver.switch(characteristics.mode)
-            connection = Connection(driver, characteristics, deadline)
+            mode = characteristics.mode(self._server.local_parameters)
+            if driver.mode != mode:
+                driver.switch(mode)
+            connection = Connection(driver, characteristics, deadline, self._timeout)
         except BaseException:
             if driver is not None:
                 driver.discard()

@@ -88,6 +88,8 @@ def ensure(server: Server) -> None:
     """
     try:
         with engine.connect(server.connect) as connection:
+            if server.local_parameters is not None:
+                connection.execute(f"BEGIN READ ONLY; {server.local_parameters}".encode())
             revision = _current(lambda query: connection.execute(query).fetchone())
     except psycopg.Error as error:
         raise translate(error) from error
@@ -116,7 +118,7 @@ def upgrade(url: str | None = None, revision: str = "head") -> None:
 
     Raises:
         ConflictError: The database holds rows that cannot be adopted; nothing was changed, and the message lists them.
-        ConfigurationError: The URL or another setting is wrong.
+        ConfigurationError: The URL or another setting is wrong, `transaction_pooling` among them.
         UnavailableError: The database cannot be reached.
         StorageTimeoutError: A lock was not to be had, or another process migrates for too long.
     """
@@ -131,6 +133,7 @@ def upgrade_server(server: Server, revision: str = "head") -> None:
     """Bring the schema up to date on a server that is open already."""
     from alembic import command
 
+    server.require_session()
     logger.info("deploying the schema", extra={"event": "deploy", "server": server.kind, "revision": revision})
     try:
         with _alembic:

@@ -23,11 +23,25 @@ class Server:
     connect: dict[str, Any] = field(repr=False)  # the password is in it
     """The arguments for `psycopg.connect`."""
     embedded: EmbeddedServer | None = None
+    local_parameters: str | None = None
+    """The statements by which each transaction sets its parameters, where a pooler leaves no session to keep them."""
 
     @property
     def kind(self) -> str:
         """`server` or `embedded`."""
         return "server" if self.embedded is None else "embedded"
+
+    def require_session(self) -> None:
+        """Refuse to begin what holds locks or parameters of a session beyond a transaction.
+
+        Raises:
+            ConfigurationError: A pooler gives each transaction another session.
+        """
+        if self.local_parameters is not None:
+            raise ConfigurationError(
+                "bad setting transaction_pooling: migrations, backup and restore need a session of their own; set the "
+                "URL to that of the server itself, and transaction_pooling to false"
+            )
 
     def close(self) -> None:
         """Stop the bundled server, if there is one that nobody else uses."""
@@ -44,8 +58,10 @@ def open_server(settings: Settings, *, create: bool = True) -> Server:
     """
     embedded = _open_embedded(settings, create=create)
     if embedded is None:
-        return Server(connect_arguments(settings))
-    connect = connect_arguments(settings.model_copy(update={"url": None})) | embedded.connect_arguments
+        local = engine.local_parameters(settings) if settings.transaction_pooling else None
+        return Server(connect_arguments(settings), local_parameters=local)
+    own = settings.model_copy(update={"url": None, "transaction_pooling": False})
+    connect = connect_arguments(own) | embedded.connect_arguments
     try:
         _create_database(connect)
     except BaseException:

@@ -56,6 +56,9 @@ class Settings(BaseSettings):
     """Seconds that a statement may wait for a lock; 0 for no limit."""
     idle_in_transaction_timeout: Seconds = 60.0
     """Seconds that a transaction may wait for its caller before the server ends it and frees its locks; 0 for none."""
+    transaction_pooling: bool = False
+    """Whether a pooler between here and the server gives each transaction another session, as PgBouncer does in
+    transaction mode; without effect on the bundled PostgreSQL, which has no pooler before it."""
     slow_unit_of_work: Seconds = 1.0
     """Seconds from which a unit of work is logged as slow; 0 to log none."""
 

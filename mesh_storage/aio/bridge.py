@@ -19,7 +19,7 @@ from sqlalchemy.util import await_
 from mesh_storage import times
 from mesh_storage.aio import greenlets
 from mesh_storage.alarm import Alarm
-from mesh_storage.driver import GRACE_S, Liveness, Mode, Parameters, Row
+from mesh_storage.driver import GRACE_S, Liveness, Mode, Parameters, Row, shut_down
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import MAX_ROWS
 
@@ -68,6 +68,10 @@ class BridgedDriver:
         """Execute a statement."""
         return self._wait(self._run(sql, parameters))
 
+    def begin(self, sql: bytes, /) -> None:
+        """Execute several statements: not by our cursor, whose binary results PostgreSQL has for single ones only."""
+        self._wait(self._begin(sql))
+
     def commit(self) -> None:
         """Commit."""
         self._wait(self._connection.commit())
@@ -101,6 +105,17 @@ class BridgedDriver:
         if not self.sqlalchemy.closed:
             self.sqlalchemy.invalidate()
             self.sqlalchemy.close()
+
+    async def _begin(self, sql: bytes) -> None:
+        async def beginning() -> None:
+            await self._connection.execute(sql)
+
+        try:
+            await asyncio.shield(in_background(beginning()))
+        except asyncio.CancelledError:
+            # A pooler cancels nothing for who still waits for a session, and psycopg would wait for it to do so.
+            shut_down(self.fileno())
+            raise
 
     async def _run(self, sql: bytes, parameters: Parameters | None) -> tuple[list[Row], int]:
         cursor = self._cursor

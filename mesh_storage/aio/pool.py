@@ -29,6 +29,7 @@ class AsyncPool:
         """Connections that are lent at this moment."""
         self.closed = False
         self._timeout = settings.pool_timeout
+        self._local_parameters = server.local_parameters
         self._engine = create_async_engine(**engine_arguments(server.connect))
         limit_connecting(self._engine.sync_engine)
         self._idle: deque[BridgedDriver] = deque()
@@ -56,9 +57,10 @@ class AsyncPool:
             if driver is None and connecting is not None:
                 driver = await asyncio.shield(connecting)
             assert driver is not None, "it was idle, or was just made"
-            if driver.mode != characteristics.mode:
-                await driver.call(driver.switch, characteristics.mode)
-            connection = Connection(driver, characteristics, deadline)
+            mode = characteristics.mode(self._local_parameters)
+            if driver.mode != mode:
+                await driver.call(driver.switch, mode)
+            connection = Connection(driver, characteristics, deadline, self._timeout)
         except BaseException:
             in_background(self._give_up(driver, connecting))
             raise

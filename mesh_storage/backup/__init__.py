@@ -75,11 +75,13 @@ def backup(
     Raises:
         AlreadyExistsError: There is something at the path.
         InvalidInputError: The path cannot be written.
-        ConfigurationError: pg_dump is missing or too old, or this user may not read the tables.
+        ConfigurationError: pg_dump is missing or too old, this user may not read the tables, or the connection is one
+            of `transaction_pooling`.
         SchemaMismatchError: The database has no schema of mesh_storage, or a newer one.
         StorageTimeoutError: A table is locked for longer than `lock_timeout`.
         UnavailableError: The disk is full, or the database cannot be reached.
     """
+    server.require_session()
     target, report = _path(path), progress or _silent
     _check_jobs(jobs)
     if os.path.lexists(target):
@@ -129,10 +131,12 @@ def restore(
         SchemaMismatchError: The backup or the database has a newer schema than this code.
         ConflictError: The tables hold rows and `overwrite` was not given, or other systems' foreign keys, views,
             triggers, policies or publications, which would be lost, depend on the tables.
-        ConfigurationError: pg_restore is missing or too old, or this user may not create the tables.
+        ConfigurationError: pg_restore is missing or too old, this user may not create the tables, or the connection is
+            one of `transaction_pooling`.
         StorageTimeoutError: A table is in use for longer than `lock_timeout`.
         UnavailableError: The database cannot be reached, or its disk is full.
     """
+    server.require_session()
     source, report = _path(path), progress or _silent
     _check_jobs(jobs)
     manifest = _check(source, report)

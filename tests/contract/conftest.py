@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from mesh_storage import MeshStorage, Settings, UnitOfWork
 from mesh_storage.aio import AsyncMeshStorage
+from tests.pgbouncer import pgbouncer
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop] | None] = {"asyncio": None, "uvloop": uvloop.new_event_loop}
 
@@ -97,13 +98,26 @@ def loop_in_a_thread(factory: Callable[[], asyncio.AbstractEventLoop] | None) ->
             running.result()
 
 
-@pytest.fixture(params=["sync", *LOOPS])
-def open_storage(request: pytest.FixtureRequest) -> Iterator[Open]:
-    """Give what opens a storage: of the sync API, or of the async one behind the same names."""
-    if request.param == "sync":
+@pytest.fixture(params=["sync", *LOOPS, "sync behind PgBouncer", "asyncio behind PgBouncer"])
+def open_storage(request: pytest.FixtureRequest, mesh_storage_url: str) -> Iterator[Open]:
+    """Give what opens a storage: of the sync API, or of the async one behind the same names; both also by a pooler."""
+    api, _, pooled = request.param.partition(" behind ")
+    with opener(api) as opens:
+        if not pooled:
+            yield opens
+            return
+        with pgbouncer(mesh_storage_url, sessions=20) as pooled_url:
+            urls = {mesh_storage_url: pooled_url}
+            yield lambda url, **settings: opens(urls.get(url, url), transaction_pooling=True, **settings)
+
+
+@contextmanager
+def opener(api: str) -> Generator[Open]:
+    """Give what opens a storage of an API."""
+    if api == "sync":
         yield lambda url, **settings: MeshStorage.open(settings=Settings(url=SecretStr(url), **settings))
         return
-    with loop_in_a_thread(LOOPS[request.param]) as loop:
+    with loop_in_a_thread(LOOPS[api]) as loop:
 
         @contextmanager
         def open_async(url: str, **settings: Any) -> Generator[MeshStorage]:
