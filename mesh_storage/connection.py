@@ -28,6 +28,7 @@ from mesh_storage.errors import (
     MeshStorageError,
     StorageTimeoutError,
     UnavailableError,
+    prepared_in_vain,
     translate,
 )
 from mesh_storage.statement import Statement
@@ -124,6 +125,8 @@ class Connection:
         self._doubtful = False
         self._savepoints = 0
         self._limit = None if deadline is None else TimeLimit(driver, deadline + GRACE_S)
+        self.prepared_in_vain = False
+        """Whether its prepared statements were of no use any more; those of older connections are not either."""
 
     @property
     def inherited(self) -> bool:
@@ -404,6 +407,9 @@ class Connection:
             translated = UnavailableError(
                 "the server is read-only: a standby, or a primary that was demoted", sqlstate=translated.sqlstate
             )
+            self._drop(translated)
+        elif prepared_in_vain(translated):
+            self.prepared_in_vain = True
             self._drop(translated)
         elif self.driver.status() == TransactionStatus.UNKNOWN:
             self._drop(translated)

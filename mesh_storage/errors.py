@@ -112,10 +112,12 @@ _BY_SQLSTATE: dict[str, type[MeshStorageError]] = {
     "25006": InvalidInputError,  # read_only_sql_transaction
     "25P03": StorageTimeoutError,  # idle_in_transaction_session_timeout
     "25P04": StorageTimeoutError,  # transaction_timeout
+    "26000": ConfigurationError,  # invalid_sql_statement_name, see _PREPARED_ELSEWHERE
     "3D000": ConfigurationError,  # invalid_catalog_name
     "3F000": SchemaMismatchError,  # invalid_schema_name
     "42501": ConfigurationError,  # insufficient_privilege
     "42703": SchemaMismatchError,  # undefined_column
+    "42P05": ConfigurationError,  # duplicate_prepared_statement, see _PREPARED_ELSEWHERE
     "42P01": SchemaMismatchError,  # undefined_table
     "55P03": StorageTimeoutError,  # lock_not_available
     "57014": StorageTimeoutError,  # query_canceled
@@ -133,6 +135,19 @@ _BY_CLASS: dict[str, type[MeshStorageError]] = {
     "57": UnavailableError,  # operator intervention: shutdown, crash, cannot connect now
     "58": UnavailableError,  # system error: I/O
 }
+
+
+# A pooler sent the statement to another session than the one that prepared it.
+_PREPARED_ELSEWHERE = ("26000", "42P05")
+# 0A000 (feature_not_supported) says many things; from this function of the server it says that one.
+_RESULT_TYPE_CHANGED = ("0A000", "RevalidateCachedQuery")
+
+
+def prepared_in_vain(error: MeshStorageError) -> bool:
+    """Whether an error says that what a connection has prepared is not what the server has."""
+    return error.sqlstate in _PREPARED_ELSEWHERE or (
+        isinstance(error, UnavailableError) and error.sqlstate == _RESULT_TYPE_CHANGED[0]
+    )
 
 
 def translate(error: Exception) -> MeshStorageError:
@@ -174,10 +189,17 @@ def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:
         if isinstance(error, psycopg.DataError):
             return InvalidInputError("a value cannot be sent to the database")
         return MeshStorageError(f"{type(error).__name__} from psycopg; see the cause")
+    if (sqlstate, error.diag.source_function) == _RESULT_TYPE_CHANGED:
+        return UnavailableError(
+            "a column has another type than when this connection prepared its statements; do it again on a new one",
+            sqlstate=sqlstate,
+        )
     kind = _BY_SQLSTATE.get(sqlstate) or _BY_CLASS.get(sqlstate[:2], MeshStorageError)
     column = error.diag.column_name
     message = f"{inspect.getdoc(kind)} PostgreSQL says {error.diag.message_primary!r} (SQLSTATE {sqlstate}"
     message += f", constraint {constraint})" if constraint else ")"
+    if sqlstate in _PREPARED_ELSEWHERE:
+        message += "; behind a pooler that gives each transaction another session, set transaction_pooling"
     if kind is InvalidInputError:
         return InvalidInputError(message, field=column or _field(error), sqlstate=sqlstate, constraint=constraint)
     return kind(message, sqlstate=sqlstate, constraint=constraint)

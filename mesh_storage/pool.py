@@ -92,7 +92,7 @@ class Pool:
         finally:
             self._lent.discard(connection)
             self._free.release()
-            if self.closed:
+            if self.closed or connection.prepared_in_vain:
                 self._close_idle()
 
     def close(self) -> None:

@@ -80,9 +80,7 @@ class AsyncPool:
         self.closed = True
         # Who waits for a connection learns of it at once: this wakes one, and each wakes the next.
         self._free.release()
-        while self._idle:
-            driver = self._idle.pop()
-            await driver.call(driver.discard)
+        await self._close_idle()
 
     async def _wait(self, timeout: float | None) -> None:
         if not self._free.locked():
@@ -103,6 +101,8 @@ class AsyncPool:
             await driver.call(connection.close)
             if self.closed or not connection.reusable():
                 await driver.call(driver.discard)
+            if connection.prepared_in_vain:
+                await self._close_idle()
         finally:
             self._keep(connection, driver)
 
@@ -111,6 +111,11 @@ class AsyncPool:
             self._idle.append(driver)
         self.in_use -= 1
         self._free.release()
+
+    async def _close_idle(self) -> None:
+        while self._idle:
+            driver = self._idle.pop()
+            await driver.call(driver.discard)
 
     def _idle_driver(self) -> BridgedDriver | None:
         """Take the idle connection that was used last, if there is one that still works."""

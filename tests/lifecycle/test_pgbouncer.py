@@ -146,11 +146,11 @@ def test_without_the_setting_prepared_statements_collide(opens: Open, mesh_stora
         with (
             opens(url, transaction_pooling=False) as one,
             opens(url, transaction_pooling=False) as other,
-            pytest.raises(Exception, match="prepared statement") as error,
+            pytest.raises(ConfigurationError, match="transaction_pooling") as error,
         ):
             read(one)
             read(other)
-        assert getattr(error.value, "sqlstate", None) == "42P05"  # duplicate_prepared_statement
+        assert error.value.sqlstate == "42P05"  # duplicate_prepared_statement
 
 
 def test_limits_and_the_time_zone_are_of_each_transaction_and_of_no_session(
