@@ -16,6 +16,9 @@ from mesh_storage.models.columns import (
     not_empty,
 )
 
+# A statement that stores every row anew does so in place, where the pages have room for as much again.
+HALF_FULL = {"postgresql_with": {"fillfactor": 50}}
+
 
 class Message(Base):
     """A message on its way from one node to another."""
@@ -59,7 +62,7 @@ class NodeState(Base):
     """What one node last said about itself."""
 
     __tablename__ = "mesh_node_state"
-    __table_args__ = (not_empty("node_id"),)
+    __table_args__ = (not_empty("node_id"), HALF_FULL)
 
     node_id: Mapped[Id64]
     state: Mapped[JsonValue]
@@ -87,7 +90,7 @@ class RoutingEntry(Base):
     """The best way to reach a destination right now."""
 
     __tablename__ = "mesh_routing_table"
-    __table_args__ = (not_empty("destination"),)
+    __table_args__ = (not_empty("destination"), HALF_FULL)
 
     destination: Mapped[Key]
     route: Mapped[JsonValue]

@@ -60,7 +60,7 @@ def alembic(url: str, *arguments: str) -> str:
 
 
 def structure(url: str) -> list[tuple[object, ...]]:
-    """Give all columns, constraints and indexes of a database."""
+    """Give all columns, constraints, indexes and storage parameters of a database."""
     with psycopg.connect(url) as connection:
         return connection.execute(
             """
@@ -73,6 +73,9 @@ def structure(url: str) -> list[tuple[object, ...]]:
             FROM pg_constraint WHERE connamespace = 'public'::regnamespace AND contype <> 'n'
             UNION ALL
             SELECT 'index', tablename, indexname, indexdef, NULL, NULL, NULL FROM pg_indexes WHERE schemaname = 'public'
+            UNION ALL
+            SELECT 'storage', relname, reloptions::text, NULL, NULL, NULL, NULL
+            FROM pg_class WHERE relnamespace = 'public'::regnamespace AND reloptions IS NOT NULL
             ORDER BY 1, 2, 3
             """
         ).fetchall()
