@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -51,9 +52,15 @@ def pgbouncer(url: str, *, sessions: int, more: str = "") -> Generator[str]:
                 process.wait()
 
 
-def _await(socket: Path, process: subprocess.Popen[bytes], log: str) -> None:
+def _await(path: Path, process: subprocess.Popen[bytes], log: str) -> None:
     deadline = time.monotonic() + 30
-    while not socket.exists():
+    while not _listens(path):
         assert process.poll() is None, Path(log).read_text()
         assert time.monotonic() < deadline, "PgBouncer does not start"
         time.sleep(0.005)
+
+
+def _listens(path: Path) -> bool:
+    """Try it: the file is there a moment before anybody listens."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0

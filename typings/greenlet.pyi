@@ -5,7 +5,7 @@ from typing import Any
 
 class GreenletExit(BaseException): ...
 
-class greenlet:
+class greenlet:  # noqa: N801 - its own name
     parent: greenlet | None
     gr_context: Context | None
     def __init__(self, run: Callable[..., object] | None = None, parent: greenlet | None = None) -> None: ...

@@ -59,6 +59,7 @@ SETTINGS: dict[str, tuple[object, object]] = {
     "database": ("mesh", "other"),
     "sslmode": ("require", "disable"),
     "application_name": ("service", "other"),
+    "transaction_pooling": (True, False),
     "pool_size": (3, 4),
     "pool_timeout": (1.5, 2),
     "connect_timeout": (2.5, 3),
