@@ -399,7 +399,7 @@ class Connection:
         """Remember why the transaction ended; give the error to raise."""
         if not isinstance(error, Exception):  # An interrupt or a cancelled task: the statement may be half done.
             # psycopg asked to cancel it; a pooler answers that out of turn when it comes too late or too early.
-            self._doubtful = self.driver.mode.begin is not None
+            self._doubtful = self._doubtful or self.driver.mode.begin is not None
             self._failure = UnavailableError("a statement was interrupted")
             return error
         translated = translate(error)

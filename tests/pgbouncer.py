@@ -26,7 +26,10 @@ def pgbouncer(url: str, *, sessions: int, more: str = "") -> Generator[str]:
     if PROGRAM is None:
         pytest.skip("PgBouncer is not installed: apt install pgbouncer")
     server = conninfo_to_dict(url)
-    target = " ".join(f"{name}='{server[name]}'" for name in ("host", "port", "user", "password") if name in server)
+    address = {
+        name: str(server[name]).replace("'", "''") for name in ("host", "port", "user", "password") if name in server
+    }
+    target = " ".join(f"{name}='{value}'" for name, value in address.items())
     host, user = str(server.get("host", "")), str(server.get("user", "postgres"))
     with tempfile.TemporaryDirectory(prefix="pgbouncer-") as directory:
         config = Path(directory, "pgbouncer.ini")
