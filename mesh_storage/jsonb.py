@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 from pydantic_core import from_json, to_json
@@ -36,7 +36,12 @@ def dumps(value: JSON, field: str = "value") -> str:
             that is no str, a tuple, a set, NUL or a lone surrogate in a text, an integer of over 4,300 digits, or
             nesting deeper than `MAX_DEPTH`.
     """
-    return _spell_out(value) if _check((value,), field, MAX_DEPTH) else _write(value)
+    return dumps_all([value], field)[0]
+
+
+def dumps_all(values: Sequence[JSON], field: str = "value") -> list[str]:
+    """Write many JSON values, each as a text of its own; raises as for one."""
+    return list(map(_spell_out if _check(values, field, MAX_DEPTH) else _write, values))
 
 
 def same(one: JSON, other: JSON) -> bool:

@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from sqlalchemy import (
@@ -25,6 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.types import TypeEngine
 
 from mesh_storage.connection import Connection
+from mesh_storage.driver import Row
 from mesh_storage.errors import InvalidInputError, NotFoundError
 from mesh_storage.models.base import Base, attribute_names, loader, table_of
 from mesh_storage.repositories import checks
@@ -70,35 +72,37 @@ class Listing(Generic[T]):
 
     def __init__(
         self,
-        fetch: Callable[[Position | None, int], list[T]],
-        position: Callable[[T], Position],
+        fetch: Callable[[Position | None, int], list[Row]],
+        load: Callable[[Row], T],
+        position: Callable[[Row], Position] = itemgetter(slice(1)),
         shape: tuple[type[str | int], ...] = (str,),
     ) -> None:
+        """Take what fetches rows, what makes an item of a row, and where a row is: by its first column, a text."""
         self._fetch = fetch
+        self._load = load
         self._position = position
         self._shape = shape
 
     def page(self, after: str | None, limit: int) -> Page[T]:
         """Give up to `limit` rows from behind the cursor `after`."""
         checks.integer("limit", limit, 1, MAX_ROWS)
-        items = self._fetch(None if after is None else self._decode(after), limit + 1)
-        if len(items) <= limit:
-            return Page(items, None)
-        return Page(items[:limit], self._encode(items[limit - 1]))
+        rows = self._fetch(None if after is None else self._decode(after), limit + 1)
+        following = self._encode(rows[limit - 1]) if len(rows) > limit else None
+        return Page(list(map(self._load, rows[:limit])), following)
 
     def stream(self, batch_size: int) -> Generator[T]:
         """Give all rows, with no more than `batch_size` in memory and nothing open on the server in between."""
         checks.integer("batch_size", batch_size, 1, MAX_ROWS)
         position = None
         while True:
-            batch = self._fetch(position, batch_size)
-            yield from batch
-            if len(batch) < batch_size:
+            rows = self._fetch(position, batch_size)
+            yield from map(self._load, rows)
+            if len(rows) < batch_size:
                 return
-            position = self._position(batch[-1])
+            position = self._position(rows[-1])
 
-    def _encode(self, item: T) -> str:
-        return base64.urlsafe_b64encode(json.dumps(self._position(item)).encode()).decode()
+    def _encode(self, row: Row) -> str:
+        return base64.urlsafe_b64encode(json.dumps(self._position(row)).encode()).decode()
 
     def _decode(self, cursor: str) -> Position:
         try:
@@ -208,10 +212,8 @@ class KeyedRepository(Repository[M]):
         return int(self._fetch_value(self._aggregate.count))
 
     def _by_key(self) -> Listing[M]:
-        def fetch(after: Position | None, limit: int) -> list[M]:
-            return self._fetch_all(self._aggregate.page, after="" if after is None else after[0], limit=limit)
+        def fetch(after: Position | None, limit: int) -> list[Row]:
+            parameters = {"after": "" if after is None else after[0], "limit": limit}
+            return self._connection.fetch_all(self._aggregate.page, parameters)
 
-        return Listing(fetch, self._position)
-
-    def _position(self, item: M) -> Position:
-        return (getattr(item, self._aggregate.key_name),)
+        return Listing(fetch, self._aggregate.load)

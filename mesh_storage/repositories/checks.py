@@ -140,6 +140,18 @@ class Check:
         return Check(lambda value: None if value is None else one(value), plain_or_none)
 
 
+class JsonCheck(Check):
+    """The check of a JSON value, which is sent as a text."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(lambda value: jsonb.dumps(value, field))
+        self._field = field
+
+    def column(self, values: list[Any]) -> list[Any]:
+        """Give many values as they are sent; raises as for one."""
+        return jsonb.dumps_all(values, self._field)
+
+
 def whole(field: str, low: int, high: int = INT64_MAX) -> Check:
     """Make the check of whole numbers from `low` to `high`."""
     return Check(
@@ -152,7 +164,7 @@ def of_column(field: str, column: Column[Any]) -> Check:
     """Make the check of a column by its type."""
     kind = column.type
     if isinstance(kind, JSONB):
-        return Check(lambda value: jsonb.dumps(value, field))
+        return JsonCheck(field)
     if isinstance(kind, LargeBinary):
         return Check(
             lambda value: content(field, value),

@@ -114,12 +114,9 @@ class ConsensusLogRepository(Repository[LogEntry]):
         terms, indexes, values = map(list, zip(*given, strict=True))
         _CHECK_TERM.column(terms)
         _CHECK_INDEX.column(indexes)
-        rows = list(zip(terms, indexes, [jsonb.dumps(value, "LogEntry.entry") for value in values], strict=True))
-        for (term, index, _), (next_term, next_index, _) in pairwise(rows):
-            if next_index != index + 1:
-                raise ConflictError(f"index {next_index} does not follow index {index}")
-            if next_term < term:
-                raise ConflictError(f"term {next_term} at index {next_index} is lower than term {term} before it")
+        rows = list(zip(terms, indexes, jsonb.dumps_all(values, "LogEntry.entry"), strict=True))
+        if indexes != list(range(indexes[0], indexes[0] + len(indexes))) or terms != sorted(terms):
+            _check_order(rows)
         self._hold(rows[0][1] - 1)
         if not self._extend(rows):
             self._append_slowly(rows)
@@ -245,6 +242,14 @@ def _parts(entry: LogEntry | tuple[int, int, JSON]) -> tuple[Any, Any, JSON]:
     raise InvalidInputError(
         f"entries must be LogEntry or (term, index, entry), not {type(entry).__name__}", field="entries"
     )
+
+
+def _check_order(rows: Sequence[tuple[int, int, str]]) -> None:
+    for (term, index, _), (next_term, next_index, _) in pairwise(rows):
+        if next_index != index + 1:
+            raise ConflictError(f"index {next_index} does not follow index {index}")
+        if next_term < term:
+            raise ConflictError(f"term {next_term} at index {next_index} is lower than term {term} before it")
 
 
 def _arrays(rows: Sequence[tuple[int, int, str]]) -> dict[str, object]:

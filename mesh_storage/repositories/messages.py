@@ -11,6 +11,7 @@ from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.sql.dml import ReturningInsert
 
 from mesh_storage.connection import Connection
+from mesh_storage.driver import Row
 from mesh_storage.errors import AlreadyExistsError, ConflictError
 from mesh_storage.models import Message
 from mesh_storage.repositories import checks
@@ -179,11 +180,11 @@ class MessageRepository(KeyedRepository[Message]):
     ) -> Listing[Message]:
         traffic, parameters = _traffic(to_node, from_node, since, until)
 
-        def fetch(after: Position | None, limit: int) -> list[Message]:
+        def fetch(after: Position | None, limit: int) -> list[Row]:
             start = {} if after is None or after[0] < parameters["time"] else {"time": after[0], "id": after[1]}
-            return self._fetch_all(traffic.page, limit=limit, **{**parameters, **start})
+            return self._connection.fetch_all(traffic.page, {**parameters, **start, "limit": limit})
 
-        return Listing(fetch, lambda message: (message.timestamp, message.id), (int, str))
+        return Listing(fetch, _MESSAGES.load, itemgetter(_MESSAGES.names.index("timestamp"), 0), (int, str))
 
 
 def _same(found: Message, values: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Column, Text, bindparam, func, select
 
 from mesh_storage.connection import Connection
+from mesh_storage.driver import Row
 from mesh_storage.models import Node, NodeState
 from mesh_storage.models.base import loader, table_of
 from mesh_storage.repositories import checks
@@ -88,20 +89,20 @@ class NodeRepository(InfrastructureRepository[Node]):
     def with_state(self, *, batch_size: int = 1000) -> Generator[tuple[Node, NodeState | None]]:
         """Give each node beside its runtime state (by its id; None where it has none), in the order of the ids."""
 
-        def fetch(after: Position | None, limit: int) -> list[tuple[Node, NodeState | None]]:
+        def fetch(after: Position | None, limit: int) -> list[Row]:
             parameters = {"after": "" if after is None else after[0], "limit": limit}
-            return [_load_both(row) for row in self._connection.fetch_all(_WITH_STATE, parameters)]
+            return self._connection.fetch_all(_WITH_STATE, parameters)
 
-        listing = Listing(fetch, lambda both: self._position(both[0]))
-        yield from listing.stream(batch_size)
+        yield from Listing(fetch, _load_both).stream(batch_size)
 
     def _filtered(self, status: str | None, region_id: str | None) -> Listing[Node]:
         statements, parameters = _choose(status, region_id)
 
-        def fetch(after: Position | None, limit: int) -> list[Node]:
-            return self._fetch_all(statements.page, after="" if after is None else after[0], limit=limit, **parameters)
+        def fetch(after: Position | None, limit: int) -> list[Row]:
+            start = "" if after is None else after[0]
+            return self._connection.fetch_all(statements.page, {**parameters, "after": start, "limit": limit})
 
-        return Listing(fetch, self._position)
+        return Listing(fetch, _NODES.load)
 
 
 def _choose(status: str | None, region_id: str | None) -> tuple[_Filtered, dict[str, str]]:

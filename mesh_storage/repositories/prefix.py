@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import bindparam, collate, func, select
 
 from mesh_storage.connection import Connection
+from mesh_storage.driver import Row
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import LIMIT, Listing, M, Page, Position, Rows
 from mesh_storage.repositories.entries import Entries, EntryRepository
@@ -57,12 +58,12 @@ class PrefixRepository(EntryRepository[M]):
     def _by_prefix(self, prefix: str) -> Listing[M]:
         whole = _range(prefix)
 
-        def fetch(after: Position | None, limit: int) -> list[M]:
+        def fetch(after: Position | None, limit: int) -> list[Row]:
             # No text can have NUL, so U+0001 makes the next one in the order.
             start = prefix if after is None else max(prefix, f"{after[0]}\x01")
-            return self._fetch_all(self._aggregate.page, limit=limit, **{**whole, "start": start})
+            return self._connection.fetch_all(self._aggregate.page, {**whole, "start": start, "limit": limit})
 
-        return Listing(fetch, self._position)
+        return Listing(fetch, self._aggregate.load)
 
 
 def _range(prefix: str) -> dict[str, str]:
