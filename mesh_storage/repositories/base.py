@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from sqlalchemy import (
-    ARRAY,
     Column,
     Integer,
     Select,
-    String,
     Table,
-    TableValuedAlias,
-    Text,
     bindparam,
     delete,
     func,
     select,
 )
-from sqlalchemy.types import TypeEngine
 
 from mesh_storage.connection import Connection
 from mesh_storage.driver import Row
@@ -43,19 +38,6 @@ Position: TypeAlias = tuple[str | int, ...]
 LIMIT = bindparam("limit", type_=Integer)
 Rows: TypeAlias = Select[*tuple[Any, ...]]
 """A select of any columns."""
-
-
-def parameter_type(kind: TypeEngine[Any]) -> TypeEngine[Any]:
-    """Give the type that a parameter for a column is cast to: a text without a length, to which it would be cut."""
-    return Text() if isinstance(kind, String) else kind
-
-
-def rows_of(types: Mapping[str, TypeEngine[Any]]) -> TableValuedAlias:
-    """Make a table of array parameters, one for each column by its name: many rows in one statement of a fixed text."""
-    kinds = {name: parameter_type(kind) for name, kind in types.items()}
-    arrays = (bindparam(name, type_=ARRAY(kind)) for name, kind in kinds.items())
-    columns = (Column(name, kind) for name, kind in kinds.items())
-    return func.unnest(*arrays).table_valued(*columns, name="input").render_derived()
 
 
 @dataclass(frozen=True, slots=True)

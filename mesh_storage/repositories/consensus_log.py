@@ -20,13 +20,15 @@ from mesh_storage.connection import Connection
 from mesh_storage.errors import ConflictError, InvalidInputError
 from mesh_storage.models import JSON, LogEntry
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import Aggregate, Repository, Rows, rows_of
+from mesh_storage.repositories.base import Aggregate, Repository, Rows
+from mesh_storage.repositories.batch import Batch
 from mesh_storage.statement import Statement
 
 _LOG = Aggregate(LogEntry)
 _TABLE = _LOG.table
 _TERM, _INDEX, _ENTRY, _CREATED_AT = _TABLE.columns
 
+_BATCH = Batch({"term": BigInteger(), "index": BigInteger(), "entry": Text()})
 _CHECK_TERM, _CHECK_INDEX = checks.whole("LogEntry.term", 0), checks.whole("LogEntry.index", 1)
 
 
@@ -35,7 +37,7 @@ def _last() -> Rows:
 
 
 def _new_rows() -> Rows:
-    rows = rows_of({"term": BigInteger(), "index": BigInteger(), "entry": Text()})
+    rows = _BATCH.table()
     return select(rows.c.term, rows.c.index, cast(rows.c.entry, JSONB))
 
 
@@ -254,4 +256,4 @@ def _check_order(rows: Sequence[tuple[int, int, str]]) -> None:
 
 def _arrays(rows: Sequence[tuple[int, int, str]]) -> dict[str, object]:
     terms, indexes, sent = map(list, zip(*rows, strict=True))
-    return {"term": terms, "index": indexes, "entry": sent}
+    return _BATCH.parameters({"term": terms, "index": indexes, "entry": sent})

@@ -12,7 +12,8 @@ from mesh_storage import jsonb
 from mesh_storage.connection import Connection
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, rows_of
+from mesh_storage.repositories.base import Aggregate, KeyedRepository, M
+from mesh_storage.repositories.batch import Batch
 from mesh_storage.statement import Statement
 
 
@@ -25,6 +26,7 @@ class Entries(Aggregate[M]):
         self.key, self.value, self.created_at, self.updated_at = columns
         self.check_value = checks.of_column(f"{self.name}.{self.names[1]}", self.value)
         self.is_json = isinstance(self.value.type, JSONB)
+        self.batch = Batch({"key": Text(), "value": Text() if self.is_json else self.value.type})
         self.put = Statement(lambda: self.replacing(self._insert()).returning(self.created_at, self.updated_at))
         self.put_many = Statement(
             lambda: self.replacing(self.insert_many()).returning(self.key, self.created_at, self.updated_at)
@@ -37,7 +39,7 @@ class Entries(Aggregate[M]):
 
     def insert_many(self) -> Insert:
         """Insert the arrays `key` and `value`, a row for each position."""
-        rows = rows_of({"key": Text(), "value": Text() if self.is_json else self.value.type})
+        rows = self.batch.table()
         value = cast(rows.c.value, self.value.type) if self.is_json else rows.c.value
         return insert(self.table).from_select([self.key, self.value], select(rows.c.key, value))
 
@@ -73,7 +75,7 @@ class EntryRepository(KeyedRepository[M]):
         if not entries:
             return []
         sent = dict(zip(arrays["key"], arrays["value"], strict=True))
-        rows = self._connection.fetch_all(self._entries.put_many, arrays)
+        rows = self._connection.fetch_all(self._entries.put_many, self._entries.batch.parameters(arrays))
         stored = {row[0]: self._entries.stored(row[0], sent[row[0]], row[1], row[2]) for row in rows}
         return [stored[key] for key in entries]
 

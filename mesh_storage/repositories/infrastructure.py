@@ -17,7 +17,8 @@ from mesh_storage.connection import Connection
 from mesh_storage.errors import NotFoundError
 from mesh_storage.models.base import new_id
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, Rows, parameter_type, rows_of
+from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, Rows
+from mesh_storage.repositories.batch import Batch, parameter_type
 from mesh_storage.statement import Statement
 
 _TIMES = ("created", "updated")
@@ -51,11 +52,12 @@ class Infrastructure(Aggregate[M]):
         changed = update(self.table).where(self.columns["id"] == bindparam("id")).values(values)
         return changed.returning(self.columns["updated"])
 
-    def _adding(self, shared: frozenset[str]) -> Statement:
+    def _adding(self, shared: frozenset[str]) -> tuple[Statement, Batch]:
         """Build the statement that adds rows which have the same value in the columns `shared`: that is sent once."""
+        batch = Batch({name: column.type for name, column in self.columns.items() if name not in shared})
 
         def add() -> Rows:
-            arrays = rows_of({name: column.type for name, column in self.columns.items() if name not in shared})
+            arrays = batch.table()
             values: dict[str, ColumnElement[Any]] = {
                 name: bindparam(name, type_=parameter_type(column.type)) if name in shared else arrays.c[name]
                 for name, column in self.columns.items()
@@ -68,7 +70,7 @@ class Infrastructure(Aggregate[M]):
             # One row comes back, however many went there: the transaction's time, which all of them got.
             return select(func.now()).add_cte(added.cte("added"))
 
-        return Statement(add, writes=True)
+        return Statement(add, writes=True), batch
 
     def column(self, name: str, values: list[Any], *, new: bool) -> list[Any]:
         """Check the values of one attribute and give what is sent; a default or a made id stands in for None."""
@@ -113,7 +115,8 @@ class InfrastructureRepository(KeyedRepository[M]):
             else:
                 sent[name] = kind.checks[name](kind.defaults.get(name))
                 shared.add(name)
-        now = self._fetch_value(kind.adding(frozenset(shared)), **sent)
+        statement, batch = kind.adding(frozenset(shared))
+        now = self._fetch_value(statement, **{**sent, **batch.parameters(sent)})
         for name, values in sent.items():
             for instance, value in zip(instances, repeat(values) if name in shared else values, strict=False):
                 if instance.get(name) is None:

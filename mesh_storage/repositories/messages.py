@@ -15,12 +15,14 @@ from mesh_storage.driver import Row
 from mesh_storage.errors import AlreadyExistsError, ConflictError
 from mesh_storage.models import Message
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import LIMIT, Aggregate, KeyedRepository, Listing, Page, Position, rows_of
+from mesh_storage.repositories.base import LIMIT, Aggregate, KeyedRepository, Listing, Page, Position
+from mesh_storage.repositories.batch import Batch
 from mesh_storage.statement import Statement
 
 _MESSAGES = Aggregate(Message)
 _TABLE = _MESSAGES.table
 _COLUMNS: list[Column[Any]] = [_TABLE.c.id, _TABLE.c.from_node, _TABLE.c.to_node, _TABLE.c.content, _TABLE.c.timestamp]
+_BATCH = Batch({column.name: column.type for column in _COLUMNS})
 _CHECKS = {column.name: checks.of_column(f"Message.{column.name}", column) for column in _COLUMNS}
 _CHECKS["timestamp"] = _CHECKS["timestamp"].optional()
 
@@ -37,7 +39,7 @@ def _store() -> ReturningInsert[Any]:
 
 
 def _store_many() -> Insert:
-    rows = rows_of({column.name: column.type for column in _COLUMNS})
+    rows = _BATCH.table()
     values = [*(rows.c[column.name] for column in _COLUMNS[:-1]), _or_now(rows.c.timestamp)]
     return insert(_TABLE).from_select(_COLUMNS, select(*values)).on_conflict_do_nothing()
 
@@ -120,9 +122,8 @@ class MessageRepository(KeyedRepository[Message]):
                 if row != by_id[row[0]]:
                     raise AlreadyExistsError(f"two different messages are given for {row[0]!r}")
             rows = list(by_id.values())
-        stored = self._connection.execute(
-            _STORE_MANY, dict(zip(_CHECKS, map(list, zip(*rows, strict=True)), strict=True))
-        )
+        sent = dict(zip(_CHECKS, map(list, zip(*rows, strict=True)), strict=True))
+        stored = self._connection.execute(_STORE_MANY, _BATCH.parameters(sent))
         if stored < len(rows):
             for found in self._fetch_all(_SELECT_MANY, ids=list(by_id)):
                 if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):

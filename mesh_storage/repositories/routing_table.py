@@ -9,7 +9,7 @@ from sqlalchemy.dialects.postgresql import Insert
 
 from mesh_storage.connection import Connection
 from mesh_storage.models import JSON, RoutingEntry
-from mesh_storage.repositories.base import rows_of
+from mesh_storage.repositories.batch import Batch
 from mesh_storage.repositories.entries import Entries, EntryRepository
 from mesh_storage.statement import Statement
 
@@ -29,9 +29,8 @@ def _put_changed() -> Insert:
     return _ROUTING_TABLE.replacing(new, where=differs)
 
 
-_DELETE_OTHERS = Statement(
-    lambda: delete(_TABLE).where(_TABLE.c.destination.not_in(select(rows_of({"key": Text()}).c.key)))
-)
+_KEYS = Batch({"key": Text()})
+_DELETE_OTHERS = Statement(lambda: delete(_TABLE).where(_TABLE.c.destination.not_in(select(_KEYS.table().c.key))))
 _PUT_CHANGED = Statement(_put_changed)
 
 
@@ -61,6 +60,6 @@ class RoutingTableRepository(EntryRepository[RoutingEntry]):
         arrays = self._arrays(routes)
         self._connection.check_sees_present()
         self._connection.execute(_LOCK)
-        self._connection.execute(_DELETE_OTHERS, {"key": arrays["key"]})
+        self._connection.execute(_DELETE_OTHERS, _KEYS.parameters(arrays))
         if routes:
-            self._connection.execute(_PUT_CHANGED, arrays)
+            self._connection.execute(_PUT_CHANGED, _ROUTING_TABLE.batch.parameters(arrays))
