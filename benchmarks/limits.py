@@ -1,14 +1,23 @@
-"""What has a limit of its own and no rival: the memory of a stream, and how long it takes to open."""
+"""What has a limit of its own and no rival: the memory of a stream, the time to open, the share of one layer."""
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import mesh_storage
 from benchmarks.database import Database
+from benchmarks.single import new_message
 from mesh_storage import MeshStorage
+
+_PROFILED_CALLS = 500
 
 
 @dataclass(frozen=True)
@@ -43,4 +52,31 @@ def open_memory(_database: Database) -> Fact:
     return Fact("open memory: to the first answer", seconds, "s", limit=2.5)
 
 
-FACTS: dict[str, Callable[[Database], Fact]] = {"memory of streaming": stream_memory, "open memory:": open_memory}
+def largest_layer(database: Database) -> Fact:
+    """Measure how much of the time of storing a message the largest of our own modules takes."""
+
+    def store(calls: int) -> None:
+        for _ in range(calls):
+            with database.storage.begin() as uow:
+                uow.messages.store(new_message())
+
+    store(20)
+    profile = cProfile.Profile()
+    profile.runcall(store, _PROFILED_CALLS)
+    ours = Path(mesh_storage.__file__).parent
+    layers: Counter[Path] = Counter()
+    statistics: Any = pstats.Stats(profile)
+    for (file, _, _), (_, _, own_time, _, _) in statistics.stats.items():
+        layers[Path(file)] += own_time
+    whole = sum(layers.values())
+    name, most = max(
+        ((path, time) for path, time in layers.items() if ours in path.parents), key=lambda layer: layer[1]
+    )
+    return Fact(f"largest layer of storing one message ({name.relative_to(ours)})", 100 * most / whole, "%", limit=15)
+
+
+FACTS: dict[str, Callable[[Database], Fact]] = {
+    "memory of streaming": stream_memory,
+    "open memory:": open_memory,
+    "largest layer": largest_layer,
+}
