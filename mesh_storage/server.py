@@ -5,15 +5,17 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
 from mesh_storage import engine
-from mesh_storage.embedded import DATABASE, EmbeddedServer
 from mesh_storage.engine import connect_arguments, split_scheme
 from mesh_storage.errors import ConfigurationError
 from mesh_storage.settings import Settings
+
+if TYPE_CHECKING:  # It loads when needed.
+    from mesh_storage.embedded import EmbeddedServer
 
 
 @dataclass(frozen=True)
@@ -71,22 +73,25 @@ def open_server(settings: Settings, *, create: bool = True) -> Server:
 
 
 def _open_embedded(settings: Settings, *, create: bool) -> EmbeddedServer | None:
-    if settings.url is None:
-        return None if settings.host else EmbeddedServer.open(create=create)
-    scheme, rest = split_scheme(settings.url.get_secret_value())
+    if settings.url is None and settings.host:
+        return None
+    scheme, rest = ("embedded", "") if settings.url is None else split_scheme(settings.url.get_secret_value())
+    if scheme not in ("memory", "embedded"):
+        return None
+    from mesh_storage.embedded import EmbeddedServer
+
     if scheme == "memory":
         if rest not in ("", "//"):
             raise ConfigurationError("bad setting url: nothing may follow memory:; a path goes with embedded:")
         return EmbeddedServer.throw_away()
-    if scheme == "embedded":
-        path = rest.removeprefix("//")
-        return EmbeddedServer.open(Path(path) if path else None, create=create)
-    return None
+    path = rest.removeprefix("//")
+    return EmbeddedServer.open(Path(path) if path else None, create=create)
 
 
 def _create_database(connect: dict[str, Any]) -> None:
+    name = connect["dbname"]
     with engine.connect({**connect, "dbname": "postgres"}) as connection:
-        if connection.execute("SELECT FROM pg_database WHERE datname = %s", [DATABASE]).fetchone() is None:
+        if connection.execute("SELECT FROM pg_database WHERE datname = %s", [name]).fetchone() is None:
             # Another process that shares the server may be faster.
             with suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
-                connection.execute(f'CREATE DATABASE "{DATABASE}"')
+                connection.execute(f'CREATE DATABASE "{name}"'.encode())

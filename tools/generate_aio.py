@@ -30,6 +30,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
+from mesh_storage.aio import greenlets
 from mesh_storage.aio.bridge import AsyncRepository
 from mesh_storage.models import (
     JSON,
@@ -108,7 +109,7 @@ def twin_of_method(method: FunctionType, model: str) -> str:
         generator = f"self._repository.{name}({', '.join(passed)})"
         body = f"async for item in self._stream({generator}, batch_size):\n            yield item"
     else:
-        body = f"return await self._call({', '.join([f'self._repository.{name}', *passed])})"
+        body = f"return await greenlets.run({', '.join([f'self._repository.{name}', *passed])})"
     doc = textwrap.indent(inspect.getdoc(method) or "", " " * 8).strip()
     end = "\n        " if "\n" in doc else ""
     return f'\n    async def {name}({", ".join(head)}) -> {returns}:\n        """{doc}{end}"""\n        {body}'

@@ -43,10 +43,6 @@ class BridgedDriver:
         self.liveness = Liveness(self.sqlalchemy)
         self._unfinished: set[asyncio.Task[None]] = set()
 
-    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Cross the bridge: call a sync function that may use the connection."""
-        return await greenlets.run(function, *args, **kwargs)
-
     async def finish(self, work: Coroutine[Any, Any, None]) -> None:
         """Run to its end what must not be left half done, also when this task is cancelled meanwhile."""
         task = in_background(work)
@@ -140,15 +136,14 @@ class BridgedDriver:
 class AsyncRepository(Generic[R]):
     """The asyncio twin of a repository."""
 
-    def __init__(self, repository: R, driver: BridgedDriver) -> None:
+    def __init__(self, repository: R) -> None:
         self._repository = repository
-        self._call = driver.call
 
     async def _stream(self, generator: Generator[T], batch_size: int) -> AsyncGenerator[T]:
         """Give what a sync generator gives, crossing once for each batch of its own."""
         checks.integer("batch_size", batch_size, 1, MAX_ROWS)
         while True:
-            batch = await self._call(_take, generator, batch_size)
+            batch = await greenlets.run(_take, generator, batch_size)
             for item in batch:
                 yield item
             if len(batch) < batch_size:

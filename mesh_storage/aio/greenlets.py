@@ -23,8 +23,8 @@ class _Greenlet(greenlet):
 
     def __init__(self) -> None:
         super().__init__(self._serve)
-        self.call: Callable[[], object] | None = None
-        """What it runs, until that has ended."""
+        self.call: tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]] | None = None
+        """The function that it runs, and its arguments, until that has ended."""
         self.result: Any = None
         self.failure: BaseException | None = None
 
@@ -36,7 +36,7 @@ class _Greenlet(greenlet):
     def _serve(self) -> None:
         while self.call is not None:
             try:
-                self.result = self.call()
+                self.result = self.call[0](*self.call[1], **self.call[2])
             except GreenletExit:  # Nobody needs it any more.
                 raise
             except BaseException as error:  # noqa: BLE001 - `run` raises it
@@ -61,7 +61,7 @@ async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     worker = _idle.greenlets.pop() if _idle.greenlets else _Greenlet()
     worker.parent = current = getcurrent()
     worker.gr_context = current.gr_context
-    worker.call = lambda: function(*args, **kwargs)
+    worker.call = function, args, kwargs
     awaited = worker.switch()
     while worker.busy:
         try:

@@ -11,6 +11,7 @@ import psycopg
 import sqlalchemy.exc
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from mesh_storage.aio import greenlets
 from mesh_storage.aio.bridge import BridgedDriver, in_background
 from mesh_storage.connection import Characteristics, Connection
 from mesh_storage.engine import connect_before, engine_arguments, limit_connecting
@@ -59,7 +60,7 @@ class AsyncPool:
             assert driver is not None, "it was idle, or was just made"
             mode = characteristics.mode(self._local_parameters)
             if driver.mode != mode:
-                await driver.call(driver.switch, mode)
+                await greenlets.run(driver.switch, mode)
             connection = Connection(driver, characteristics, deadline, self._timeout)
         except BaseException:
             in_background(self._give_up(driver, connecting))
@@ -98,9 +99,9 @@ class AsyncPool:
         try:
             if unfinished:  # A savepoint or rollback whose task was cancelled a second time.
                 await asyncio.wait(unfinished)
-            await driver.call(connection.close)
+            await greenlets.run(connection.close)
             if self.closed or not connection.reusable():
-                await driver.call(driver.discard)
+                await greenlets.run(driver.discard)
             if connection.prepared_in_vain:
                 await self._close_idle()
         finally:
@@ -115,7 +116,7 @@ class AsyncPool:
     async def _close_idle(self) -> None:
         while self._idle:
             driver = self._idle.pop()
-            await driver.call(driver.discard)
+            await greenlets.run(driver.discard)
 
     def _idle_driver(self) -> BridgedDriver | None:
         """Take the idle connection that was used last, if there is one that still works."""
@@ -123,7 +124,7 @@ class AsyncPool:
             driver = self._idle.pop()
             if driver.liveness.usable():
                 return driver
-            in_background(driver.call(driver.discard))
+            in_background(greenlets.run(driver.discard))
         return None
 
     async def _connect(self, deadline: float | None) -> BridgedDriver:
@@ -141,6 +142,6 @@ class AsyncPool:
                 with suppress(MeshStorageError):
                     driver = await connecting
             if driver is not None:
-                await driver.call(driver.discard)
+                await greenlets.run(driver.discard)
         finally:
             self._free.release()

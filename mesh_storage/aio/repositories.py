@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
+from mesh_storage.aio import greenlets
 from mesh_storage.aio.bridge import AsyncRepository
 from mesh_storage.models import (
     JSON,
@@ -45,7 +46,7 @@ class AsyncConsensusLogRepository(AsyncRepository[ConsensusLogRepository]):
         Raises:
             ConflictError: Another entry is at this index, the index leaves a gap, or the term is lower than the last.
         """
-        return await self._call(self._repository.append, term, index, entry)
+        return await greenlets.run(self._repository.append, term, index, entry)
 
     async def append_many(self, entries: Iterable[LogEntry | tuple[int, int, JSON]]) -> None:
         """Append entries, or (term, index, entry) of consecutive indexes; those that are there must be the same.
@@ -53,11 +54,11 @@ class AsyncConsensusLogRepository(AsyncRepository[ConsensusLogRepository]):
         Raises:
             ConflictError: As for `append`; the unit of work can only roll back if others appended meanwhile.
         """
-        return await self._call(self._repository.append_many, entries)
+        return await greenlets.run(self._repository.append_many, entries)
 
     async def find(self, index: int) -> LogEntry | None:
         """Give the entry at this index, or None."""
-        return await self._call(self._repository.find, index)
+        return await greenlets.run(self._repository.find, index)
 
     async def get(self, index: int) -> LogEntry:
         """Give the entry at this index.
@@ -65,23 +66,23 @@ class AsyncConsensusLogRepository(AsyncRepository[ConsensusLogRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get, index)
+        return await greenlets.run(self._repository.get, index)
 
     async def range(self, start: int, end: int) -> list[LogEntry]:
         """Give the entries from index `start` to index `end`, both included, in order; those that exist."""
-        return await self._call(self._repository.range, start, end)
+        return await greenlets.run(self._repository.range, start, end)
 
     async def first_index(self) -> int:
         """Give the lowest index, 0 for an empty log."""
-        return await self._call(self._repository.first_index)
+        return await greenlets.run(self._repository.first_index)
 
     async def last_index(self) -> int:
         """Give the highest index, 0 for an empty log."""
-        return await self._call(self._repository.last_index)
+        return await greenlets.run(self._repository.last_index)
 
     async def last_term(self) -> int:
         """Give the term of the entry with the highest index, 0 for an empty log."""
-        return await self._call(self._repository.last_term)
+        return await greenlets.run(self._repository.last_term)
 
     async def delete_range(self, start: int, end: int) -> int:
         """Delete the entries from index `start` to index `end`, both included, and give their number.
@@ -92,11 +93,11 @@ class AsyncConsensusLogRepository(AsyncRepository[ConsensusLogRepository]):
         Raises:
             InvalidInputError: The range would leave a gap.
         """
-        return await self._call(self._repository.delete_range, start, end)
+        return await greenlets.run(self._repository.delete_range, start, end)
 
     async def count(self) -> int:
         """Count the entries."""
-        return await self._call(self._repository.count)
+        return await greenlets.run(self._repository.count)
 
 
 class AsyncMeshRepository(AsyncRepository[MeshRepository]):
@@ -108,7 +109,7 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get_by_name, name)
+        return await greenlets.run(self._repository.get_by_name, name)
 
     async def set_join_key(self, mesh_id: str, key: str | None) -> None:
         """Set the key that a node must show to join, or take it away with None; only a salted hash is stored.
@@ -116,7 +117,7 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         Raises:
             NotFoundError: There is no such mesh.
         """
-        return await self._call(self._repository.set_join_key, mesh_id, key)
+        return await greenlets.run(self._repository.set_join_key, mesh_id, key)
 
     async def admits(self, mesh_id: str, key: str | None = None) -> bool:
         """Say whether a node that shows this key may join: the mesh allows it, and has no join key or this one.
@@ -124,7 +125,7 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         Raises:
             NotFoundError: There is no such mesh.
         """
-        return await self._call(self._repository.admits, mesh_id, key)
+        return await greenlets.run(self._repository.admits, mesh_id, key)
 
     async def add(self, entity: Mesh) -> Mesh:
         """Add one and give it back with its id (made where it has none), its defaults and its times.
@@ -134,11 +135,11 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
             MissingReferenceError: It refers to something that is not there.
             InvalidInputError: Names the field.
         """
-        return await self._call(self._repository.add, entity)
+        return await greenlets.run(self._repository.add, entity)
 
     async def add_many(self, entities: Iterable[Mesh]) -> list[Mesh]:
         """Add many in one statement, all or none, and give them back as `add` does."""
-        return await self._call(self._repository.add_many, entities)
+        return await greenlets.run(self._repository.add_many, entities)
 
     async def update(self, entity: Mesh) -> Mesh:
         """Store what was changed in an aggregate, by its id, and give it back with its new `updated`.
@@ -149,11 +150,11 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
             NotFoundError: It is not there.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
         """
-        return await self._call(self._repository.update, entity)
+        return await greenlets.run(self._repository.update, entity)
 
     async def find(self, key: str) -> Mesh | None:
         """Give the aggregate with this key, or None."""
-        return await self._call(self._repository.find, key)
+        return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> Mesh:
         """Give the aggregate with this key.
@@ -161,7 +162,7 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get, key)
+        return await greenlets.run(self._repository.get, key)
 
     async def delete(self, key: str) -> None:
         """Delete the aggregate with this key.
@@ -169,11 +170,11 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.delete, key)
+        return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[Mesh]:
         """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
-        return await self._call(self._repository.page, after=after, limit=limit)
+        return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     async def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[Mesh]:
         """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
@@ -182,7 +183,7 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
 
     async def count(self) -> int:
         """Count the aggregates; exact, so it reads them all."""
-        return await self._call(self._repository.count)
+        return await greenlets.run(self._repository.count)
 
 
 class AsyncMessageRepository(AsyncRepository[MessageRepository]):
@@ -197,7 +198,7 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
             AlreadyExistsError: A different message has this id.
             InvalidInputError: Names the field.
         """
-        return await self._call(self._repository.store, message)
+        return await greenlets.run(self._repository.store, message)
 
     async def store_many(self, messages: Iterable[Message]) -> int:
         """Store many messages in one statement and give the number of those that were not there before.
@@ -206,7 +207,7 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
             AlreadyExistsError: A different message has one of the ids; the unit of work can only roll back.
             InvalidInputError: Names the field; nothing was stored.
         """
-        return await self._call(self._repository.store_many, messages)
+        return await greenlets.run(self._repository.store_many, messages)
 
     async def page(
         self,
@@ -222,7 +223,7 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
 
         `since` (included) and `until` (not included) are Unix seconds.
         """
-        return await self._call(
+        return await greenlets.run(
             self._repository.page,
             to_node=to_node,
             from_node=from_node,
@@ -265,11 +266,13 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
 
         `since` (included) and `until` (not included) are Unix seconds.
         """
-        return await self._call(self._repository.count, to_node=to_node, from_node=from_node, since=since, until=until)
+        return await greenlets.run(
+            self._repository.count, to_node=to_node, from_node=from_node, since=since, until=until
+        )
 
     async def find(self, key: str) -> Message | None:
         """Give the aggregate with this key, or None."""
-        return await self._call(self._repository.find, key)
+        return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> Message:
         """Give the aggregate with this key.
@@ -277,7 +280,7 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get, key)
+        return await greenlets.run(self._repository.get, key)
 
     async def delete(self, key: str) -> None:
         """Delete the aggregate with this key.
@@ -285,7 +288,7 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.delete, key)
+        return await greenlets.run(self._repository.delete, key)
 
 
 class AsyncNodeRepository(AsyncRepository[NodeRepository]):
@@ -297,13 +300,13 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get_by_name, name)
+        return await greenlets.run(self._repository.get_by_name, name)
 
     async def page(
         self, *, status: str | None = None, region_id: str | None = None, after: str | None = None, limit: int = 100
     ) -> Page[Node]:
         """Give up to `limit` (10,000 at most) nodes in the order of their ids, from behind the cursor `after`."""
-        return await self._call(self._repository.page, status=status, region_id=region_id, after=after, limit=limit)
+        return await greenlets.run(self._repository.page, status=status, region_id=region_id, after=after, limit=limit)
 
     async def stream(
         self, *, status: str | None = None, region_id: str | None = None, batch_size: int = 1000
@@ -316,7 +319,7 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
 
     async def count(self, *, status: str | None = None, region_id: str | None = None) -> int:
         """Count the nodes; exact, so it reads them all."""
-        return await self._call(self._repository.count, status=status, region_id=region_id)
+        return await greenlets.run(self._repository.count, status=status, region_id=region_id)
 
     async def with_state(self, *, batch_size: int = 1000) -> AsyncGenerator[tuple[Node, NodeState | None]]:
         """Give each node beside its runtime state (by its id; None where it has none), in the order of the ids."""
@@ -331,11 +334,11 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
             MissingReferenceError: It refers to something that is not there.
             InvalidInputError: Names the field.
         """
-        return await self._call(self._repository.add, entity)
+        return await greenlets.run(self._repository.add, entity)
 
     async def add_many(self, entities: Iterable[Node]) -> list[Node]:
         """Add many in one statement, all or none, and give them back as `add` does."""
-        return await self._call(self._repository.add_many, entities)
+        return await greenlets.run(self._repository.add_many, entities)
 
     async def update(self, entity: Node) -> Node:
         """Store what was changed in an aggregate, by its id, and give it back with its new `updated`.
@@ -346,11 +349,11 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
             NotFoundError: It is not there.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
         """
-        return await self._call(self._repository.update, entity)
+        return await greenlets.run(self._repository.update, entity)
 
     async def find(self, key: str) -> Node | None:
         """Give the aggregate with this key, or None."""
-        return await self._call(self._repository.find, key)
+        return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> Node:
         """Give the aggregate with this key.
@@ -358,7 +361,7 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get, key)
+        return await greenlets.run(self._repository.get, key)
 
     async def delete(self, key: str) -> None:
         """Delete the aggregate with this key.
@@ -366,7 +369,7 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.delete, key)
+        return await greenlets.run(self._repository.delete, key)
 
 
 class AsyncNodeStateRepository(AsyncRepository[NodeStateRepository]):
@@ -374,11 +377,11 @@ class AsyncNodeStateRepository(AsyncRepository[NodeStateRepository]):
 
     async def put(self, node_id: str, state: JSON) -> NodeState:
         """Store the state of a node (id of 1 to 64 characters), in place of the one that is there."""
-        return await self._call(self._repository.put, node_id, state)
+        return await greenlets.run(self._repository.put, node_id, state)
 
     async def put_many(self, states: Mapping[str, JSON]) -> list[NodeState]:
         """Store the states of many nodes in one statement."""
-        return await self._call(self._repository.put_many, states)
+        return await greenlets.run(self._repository.put_many, states)
 
     async def merge(self, node_id: str, patch: Mapping[str, JSON]) -> NodeState:
         """Replace top-level keys of a node's state, or create the state; what `patch` does not name stays.
@@ -386,18 +389,18 @@ class AsyncNodeStateRepository(AsyncRepository[NodeStateRepository]):
         Raises:
             ConflictError: The stored state is no JSON object.
         """
-        return await self._call(self._repository.merge, node_id, patch)
+        return await greenlets.run(self._repository.merge, node_id, patch)
 
     async def stale(self, older_than: timedelta, limit: int = 1000) -> list[NodeState]:
         """Give the states that were not stored for longer than `older_than` by the database's clock, oldest first.
 
         Reads the whole table, which is small beside the messages; see the note on heartbeats in docs/schema.md.
         """
-        return await self._call(self._repository.stale, older_than, limit)
+        return await greenlets.run(self._repository.stale, older_than, limit)
 
     async def find(self, key: str) -> NodeState | None:
         """Give the aggregate with this key, or None."""
-        return await self._call(self._repository.find, key)
+        return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> NodeState:
         """Give the aggregate with this key.
@@ -405,7 +408,7 @@ class AsyncNodeStateRepository(AsyncRepository[NodeStateRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get, key)
+        return await greenlets.run(self._repository.get, key)
 
     async def delete(self, key: str) -> None:
         """Delete the aggregate with this key.
@@ -413,11 +416,11 @@ class AsyncNodeStateRepository(AsyncRepository[NodeStateRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.delete, key)
+        return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[NodeState]:
         """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
-        return await self._call(self._repository.page, after=after, limit=limit)
+        return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     async def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[NodeState]:
         """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
@@ -426,7 +429,7 @@ class AsyncNodeStateRepository(AsyncRepository[NodeStateRepository]):
 
     async def count(self) -> int:
         """Count the aggregates; exact, so it reads them all."""
-        return await self._call(self._repository.count)
+        return await greenlets.run(self._repository.count)
 
 
 class AsyncRouteRepository(AsyncRepository[RouteRepository]):
@@ -434,11 +437,11 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
 
     async def between(self, a: str, b: str) -> list[Route]:
         """Give the routes that lead from node `a` to node `b`, bidirectional ones from `b` to `a` among them, by id."""
-        return await self._call(self._repository.between, a, b)
+        return await greenlets.run(self._repository.between, a, b)
 
     async def for_node(self, node_id: str) -> list[Route]:
         """Give the routes from a node: those that begin there, and bidirectional ones that end there, by id."""
-        return await self._call(self._repository.for_node, node_id)
+        return await greenlets.run(self._repository.for_node, node_id)
 
     async def add(self, entity: Route) -> Route:
         """Add one and give it back with its id (made where it has none), its defaults and its times.
@@ -448,11 +451,11 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
             MissingReferenceError: It refers to something that is not there.
             InvalidInputError: Names the field.
         """
-        return await self._call(self._repository.add, entity)
+        return await greenlets.run(self._repository.add, entity)
 
     async def add_many(self, entities: Iterable[Route]) -> list[Route]:
         """Add many in one statement, all or none, and give them back as `add` does."""
-        return await self._call(self._repository.add_many, entities)
+        return await greenlets.run(self._repository.add_many, entities)
 
     async def update(self, entity: Route) -> Route:
         """Store what was changed in an aggregate, by its id, and give it back with its new `updated`.
@@ -463,11 +466,11 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
             NotFoundError: It is not there.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
         """
-        return await self._call(self._repository.update, entity)
+        return await greenlets.run(self._repository.update, entity)
 
     async def find(self, key: str) -> Route | None:
         """Give the aggregate with this key, or None."""
-        return await self._call(self._repository.find, key)
+        return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> Route:
         """Give the aggregate with this key.
@@ -475,7 +478,7 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get, key)
+        return await greenlets.run(self._repository.get, key)
 
     async def delete(self, key: str) -> None:
         """Delete the aggregate with this key.
@@ -483,11 +486,11 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.delete, key)
+        return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[Route]:
         """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
-        return await self._call(self._repository.page, after=after, limit=limit)
+        return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     async def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[Route]:
         """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
@@ -496,7 +499,7 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
 
     async def count(self) -> int:
         """Count the aggregates; exact, so it reads them all."""
-        return await self._call(self._repository.count)
+        return await greenlets.run(self._repository.count)
 
 
 class AsyncRoutingTableRepository(AsyncRepository[RoutingTableRepository]):
@@ -504,26 +507,26 @@ class AsyncRoutingTableRepository(AsyncRepository[RoutingTableRepository]):
 
     async def put(self, destination: str, route: JSON) -> RoutingEntry:
         """Store the route to a destination of 1 to 255 characters, in place of the one that is there."""
-        return await self._call(self._repository.put, destination, route)
+        return await greenlets.run(self._repository.put, destination, route)
 
     async def put_many(self, routes: Mapping[str, JSON]) -> list[RoutingEntry]:
         """Store the routes to many destinations in one statement."""
-        return await self._call(self._repository.put_many, routes)
+        return await greenlets.run(self._repository.put_many, routes)
 
     async def all(self) -> dict[str, JSON]:
         """Give the whole table as destination and route, in the order of the destinations."""
-        return await self._call(self._repository.all)
+        return await greenlets.run(self._repository.all)
 
     async def replace_all(self, routes: Mapping[str, JSON]) -> None:
         """Make the table exactly this: others see the old one or the new one, at no time a mixture.
 
         Routes that stay the same are not written again. Other writers of the table wait until this unit of work ends.
         """
-        return await self._call(self._repository.replace_all, routes)
+        return await greenlets.run(self._repository.replace_all, routes)
 
     async def find(self, key: str) -> RoutingEntry | None:
         """Give the aggregate with this key, or None."""
-        return await self._call(self._repository.find, key)
+        return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> RoutingEntry:
         """Give the aggregate with this key.
@@ -531,7 +534,7 @@ class AsyncRoutingTableRepository(AsyncRepository[RoutingTableRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get, key)
+        return await greenlets.run(self._repository.get, key)
 
     async def delete(self, key: str) -> None:
         """Delete the aggregate with this key.
@@ -539,11 +542,11 @@ class AsyncRoutingTableRepository(AsyncRepository[RoutingTableRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.delete, key)
+        return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[RoutingEntry]:
         """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
-        return await self._call(self._repository.page, after=after, limit=limit)
+        return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     async def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[RoutingEntry]:
         """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
@@ -552,7 +555,7 @@ class AsyncRoutingTableRepository(AsyncRepository[RoutingTableRepository]):
 
     async def count(self) -> int:
         """Count the aggregates; exact, so it reads them all."""
-        return await self._call(self._repository.count)
+        return await greenlets.run(self._repository.count)
 
 
 class AsyncRuntimeConfigRepository(AsyncRepository[RuntimeConfigRepository]):
@@ -560,7 +563,7 @@ class AsyncRuntimeConfigRepository(AsyncRepository[RuntimeConfigRepository]):
 
     async def put(self, key: str, value: JSON) -> ConfigEntry:
         """Store a JSON value under a key of 1 to 255 characters, in place of the one that is there."""
-        return await self._call(self._repository.put, key, value)
+        return await greenlets.run(self._repository.put, key, value)
 
     async def value(self, key: str, default: Any = ...) -> JSON:
         """Give the value alone, or `default` where there is none.
@@ -568,15 +571,15 @@ class AsyncRuntimeConfigRepository(AsyncRepository[RuntimeConfigRepository]):
         Raises:
             NotFoundError: There is none, and no default was given.
         """
-        return await self._call(self._repository.value, key, default)
+        return await greenlets.run(self._repository.value, key, default)
 
     async def all(self, prefix: str = "") -> dict[str, JSON]:
         """Give all values whose key begins with `prefix`, by key and in the order of the keys."""
-        return await self._call(self._repository.all, prefix)
+        return await greenlets.run(self._repository.all, prefix)
 
     async def page(self, prefix: str = "", *, after: str | None = None, limit: int = 100) -> Page[ConfigEntry]:
         """Give up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
-        return await self._call(self._repository.page, prefix, after=after, limit=limit)
+        return await greenlets.run(self._repository.page, prefix, after=after, limit=limit)
 
     async def stream(self, prefix: str = "", *, batch_size: int = 1000) -> AsyncGenerator[ConfigEntry]:
         """Give all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
@@ -585,11 +588,11 @@ class AsyncRuntimeConfigRepository(AsyncRepository[RuntimeConfigRepository]):
 
     async def count(self, prefix: str = "") -> int:
         """Count the entries whose key begins with `prefix`; exact, so it reads them all."""
-        return await self._call(self._repository.count, prefix)
+        return await greenlets.run(self._repository.count, prefix)
 
     async def find(self, key: str) -> ConfigEntry | None:
         """Give the aggregate with this key, or None."""
-        return await self._call(self._repository.find, key)
+        return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> ConfigEntry:
         """Give the aggregate with this key.
@@ -597,7 +600,7 @@ class AsyncRuntimeConfigRepository(AsyncRepository[RuntimeConfigRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get, key)
+        return await greenlets.run(self._repository.get, key)
 
     async def delete(self, key: str) -> None:
         """Delete the aggregate with this key.
@@ -605,7 +608,7 @@ class AsyncRuntimeConfigRepository(AsyncRepository[RuntimeConfigRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.delete, key)
+        return await greenlets.run(self._repository.delete, key)
 
 
 class AsyncStateRepository(AsyncRepository[StateRepository]):
@@ -613,11 +616,11 @@ class AsyncStateRepository(AsyncRepository[StateRepository]):
 
     async def put(self, key: str, value: bytes) -> StateEntry:
         """Store a value under a key of 1 to 255 characters, in place of the one that is there."""
-        return await self._call(self._repository.put, key, value)
+        return await greenlets.run(self._repository.put, key, value)
 
     async def page(self, prefix: str = "", *, after: str | None = None, limit: int = 100) -> Page[StateEntry]:
         """Give up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
-        return await self._call(self._repository.page, prefix, after=after, limit=limit)
+        return await greenlets.run(self._repository.page, prefix, after=after, limit=limit)
 
     async def stream(self, prefix: str = "", *, batch_size: int = 1000) -> AsyncGenerator[StateEntry]:
         """Give all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
@@ -626,11 +629,11 @@ class AsyncStateRepository(AsyncRepository[StateRepository]):
 
     async def count(self, prefix: str = "") -> int:
         """Count the entries whose key begins with `prefix`; exact, so it reads them all."""
-        return await self._call(self._repository.count, prefix)
+        return await greenlets.run(self._repository.count, prefix)
 
     async def find(self, key: str) -> StateEntry | None:
         """Give the aggregate with this key, or None."""
-        return await self._call(self._repository.find, key)
+        return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> StateEntry:
         """Give the aggregate with this key.
@@ -638,7 +641,7 @@ class AsyncStateRepository(AsyncRepository[StateRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.get, key)
+        return await greenlets.run(self._repository.get, key)
 
     async def delete(self, key: str) -> None:
         """Delete the aggregate with this key.
@@ -646,4 +649,4 @@ class AsyncStateRepository(AsyncRepository[StateRepository]):
         Raises:
             NotFoundError: There is none.
         """
-        return await self._call(self._repository.delete, key)
+        return await greenlets.run(self._repository.delete, key)

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from mesh_storage import health, schema
+from mesh_storage.aio import greenlets
 from mesh_storage.aio.bridge import in_background
 from mesh_storage.aio.pool import AsyncPool
 from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
@@ -175,7 +176,7 @@ class AsyncMeshStorage:
         try:
             lent = await self._pool.take(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
             try:
-                return await lent[1].call(health.examine, lent[0], pool_size=size, pool_in_use=in_use)
+                return await greenlets.run(health.examine, lent[0], pool_size=size, pool_in_use=in_use)
             finally:
                 await self._pool.give_back(*lent)
         except ClosedError:
@@ -285,8 +286,7 @@ class _Scope(AbstractAsyncContextManager[AsyncUnitOfWork]):
             if kind is None and self._commits:
                 await self._uow.commit()
             elif isinstance(error, DRIVER_ERRORS):  # Of the session; outside of the block it is one of ours.
-                connection, driver = self._lent
-                raise await driver.call(connection.failed, error) from error
+                raise await greenlets.run(self._lent[0].failed, error) from error
         finally:
             try:
                 await self._uow.close()

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from mesh_storage.aio import greenlets
 from mesh_storage.aio.bridge import BridgedDriver
 from mesh_storage.aio.repositories import (
     AsyncConsensusLogRepository,
@@ -38,47 +39,47 @@ class AsyncUnitOfWork:
     @cached_property
     def meshes(self) -> AsyncMeshRepository:
         """The meshes."""
-        return AsyncMeshRepository(self._uow.meshes, self._driver)
+        return AsyncMeshRepository(self._uow.meshes)
 
     @cached_property
     def nodes(self) -> AsyncNodeRepository:
         """The nodes."""
-        return AsyncNodeRepository(self._uow.nodes, self._driver)
+        return AsyncNodeRepository(self._uow.nodes)
 
     @cached_property
     def routes(self) -> AsyncRouteRepository:
         """The configured routes between nodes."""
-        return AsyncRouteRepository(self._uow.routes, self._driver)
+        return AsyncRouteRepository(self._uow.routes)
 
     @cached_property
     def messages(self) -> AsyncMessageRepository:
         """The messages."""
-        return AsyncMessageRepository(self._uow.messages, self._driver)
+        return AsyncMessageRepository(self._uow.messages)
 
     @cached_property
     def state(self) -> AsyncStateRepository:
         """The shared state."""
-        return AsyncStateRepository(self._uow.state, self._driver)
+        return AsyncStateRepository(self._uow.state)
 
     @cached_property
     def node_states(self) -> AsyncNodeStateRepository:
         """The runtime states of the nodes."""
-        return AsyncNodeStateRepository(self._uow.node_states, self._driver)
+        return AsyncNodeStateRepository(self._uow.node_states)
 
     @cached_property
     def consensus_log(self) -> AsyncConsensusLogRepository:
         """The consensus log."""
-        return AsyncConsensusLogRepository(self._uow.consensus_log, self._driver)
+        return AsyncConsensusLogRepository(self._uow.consensus_log)
 
     @cached_property
     def routing_table(self) -> AsyncRoutingTableRepository:
         """The routing table."""
-        return AsyncRoutingTableRepository(self._uow.routing_table, self._driver)
+        return AsyncRoutingTableRepository(self._uow.routing_table)
 
     @cached_property
     def runtime_config(self) -> AsyncRuntimeConfigRepository:
         """The runtime configuration."""
-        return AsyncRuntimeConfigRepository(self._uow.runtime_config, self._driver)
+        return AsyncRuntimeConfigRepository(self._uow.runtime_config)
 
     @cached_property
     def session(self) -> AsyncSession:
@@ -102,28 +103,28 @@ class AsyncUnitOfWork:
         if untimed and self._connection.settled() and "session" not in vars(self):
             self._uow.commit()  # There is nothing to send, so the bridge need not be crossed.
         else:
-            await self._driver.call(self._uow.commit)
+            await greenlets.run(self._uow.commit)
 
     async def rollback(self) -> None:
         """Undo everything since the last commit."""
-        await self._driver.finish(self._driver.call(self._uow.rollback))
+        await self._driver.finish(greenlets.run(self._uow.rollback))
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[None]:
         """Undo only what the block did if it raises, so that the unit of work can go on after the error is caught."""
         savepoint = self._uow.savepoint()
-        await self._driver.call(savepoint.__enter__)
+        await greenlets.run(savepoint.__enter__)
         try:
             yield
         except BaseException as error:
-            await self._driver.finish(self._driver.call(_leave, savepoint, error))
+            await self._driver.finish(greenlets.run(_leave, savepoint, error))
             raise
-        await self._driver.call(savepoint.__exit__, None, None, None)
+        await greenlets.run(savepoint.__exit__, None, None, None)
 
     async def close(self) -> None:
         """Let the session go; the connection rolls back when its own block ends."""
         if "session" in vars(self):
-            await self._driver.finish(self._driver.call(self._uow.close))
+            await self._driver.finish(greenlets.run(self._uow.close))
 
 
 def _leave(savepoint: AbstractContextManager[None], error: BaseException) -> None:

@@ -114,5 +114,5 @@ def table_of(model: type[Base]) -> Table[Any]:
 @cache
 def attribute_names(model: type[Base]) -> tuple[str, ...]:
     """Give the names of the mapped attributes in the order of the table's columns."""
-    mapper: Mapper[Any] = inspect(model)
+    mapper = model.__mapper__
     return tuple(mapper.get_property_by_column(column).key for column in table_of(model).columns)
