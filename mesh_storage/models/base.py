@@ -9,7 +9,6 @@ from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 from sqlalchemy import MetaData, Table, inspect
 from sqlalchemy.orm import DeclarativeBase, Mapper
 from sqlalchemy.orm.state import InstanceState
-from ulid import ULID
 
 JSON: TypeAlias = Any
 """A JSON value (RFC 8259): dict with str keys, list, str, int, float, bool or None, nested at will."""
@@ -84,6 +83,8 @@ class Base(DeclarativeBase):
 
 def new_id(prefix: str) -> str:
     """Make a prefixed ULID such as `node_01J9ZQ4E8G3Q1M1V7W2T5K6X8Y` (github.com/ulid/spec)."""
+    from ulid import ULID
+
     return f"{prefix}_{ULID()}"
 
 
