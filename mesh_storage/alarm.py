@@ -5,12 +5,15 @@ One thread does it for all, and only while there is anything: a thread for each 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
+
+logger = logging.getLogger("mesh_storage")
 
 
 class Alarm(Protocol):
@@ -51,7 +54,10 @@ class _Clock:
                     now = time.monotonic()
                     for alarm in [alarm for alarm in self._alarms if alarm.moment <= now]:
                         self._alarms.discard(alarm)
-                        alarm.action()
+                        try:
+                            alarm.action()
+                        except Exception:  # The others must have their turn.
+                            logger.exception("an alarm failed")
             finally:
                 self._running = False
                 self._next = math.inf

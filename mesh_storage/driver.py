@@ -21,6 +21,7 @@ from psycopg import IsolationLevel
 
 from mesh_storage import alarm, times
 from mesh_storage.alarm import Alarm
+from mesh_storage.errors import UnavailableError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -141,8 +142,11 @@ class TimeLimit:
 
     def __init__(self, driver: Driver, moment: float) -> None:
         self.reached = False
-        # A descriptor of our own, since the number of the driver's may be another file's when the moment comes.
-        self._line = socket.socket(fileno=os.dup(driver.fileno()))
+        try:
+            # A descriptor of our own, since the number of the driver's may be another file's when the moment comes.
+            self._line = socket.socket(fileno=os.dup(driver.fileno()))
+        except OSError as error:
+            raise UnavailableError(f"the time cannot be limited: {error.strerror}") from error
         self._alarm = driver.at(moment, self._cut)
 
     def _cut(self) -> None:

@@ -46,11 +46,19 @@ class _Greenlet(greenlet):
             self.parent.switch()
 
 
+class _Greenlets(list[_Greenlet]):
+    """Greenlets that have nothing to do, and end with their thread: nobody else can end them then."""
+
+    def __del__(self) -> None:
+        for each in self:
+            each.throw(GreenletExit())
+
+
 class _Idle(threading.local):
-    """Those that have nothing to do; a greenlet belongs to its thread."""
+    """Those of each thread, since a greenlet belongs to its thread."""
 
     def __init__(self) -> None:
-        self.greenlets: list[_Greenlet] = []
+        self.greenlets = _Greenlets()
 
 
 _idle = _Idle()

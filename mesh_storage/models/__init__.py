@@ -8,6 +8,8 @@ from mesh_storage.models.runtime import ConfigEntry, LogEntry, Message, NodeStat
 
 # What is loaded past the ORM's own loading needs its mapper ready.
 configure_mappers()
+for mapper in Base.registry.mappers:
+    mapper.class_.be_late()
 
 __all__ = [
     "JSON",

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 from sqlalchemy import MetaData, Table, inspect
-from sqlalchemy.orm import DeclarativeBase, Mapper
+from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.orm.state import InstanceState
 
 JSON: TypeAlias = Any
@@ -30,46 +30,50 @@ class _LateState:
     """SQLAlchemy's record of an aggregate's changes, made when a session or a change first asks for it.
 
     It costs several times what the aggregate itself does, and keeps the garbage collector busy; most aggregates are
-    read or stored by a repository and never need one.
+    read or stored by a repository and never need one. A subclass of somebody else's has it at once, as ever.
     """
 
     def __get__(self, entity: Base | None, owner: type[Base]) -> InstanceState[Any]:
-        if entity is None:
-            raise AttributeError(f"{owner.__name__} is a class; only its instances have a state")
-        mapper: Mapper[Any] = inspect(owner)
+        if entity is None or not owner.is_late():
+            raise AttributeError("_sa_instance_state")
+        values = vars(entity)
+        mapper = owner.__mapper__
         state = InstanceState(entity, mapper.class_manager)
-        vars(entity)["_sa_instance_state"] = state
-        if not entity.is_new:
-            state.key = mapper.identity_key_from_instance(entity)
-        return state
+        if not values.get("_is_new"):
+            key = (values[mapper.get_property_by_column(column).key] for column in mapper.primary_key)
+            state.key = mapper.identity_key_from_primary_key(tuple(key))
+        made: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
+        return made
 
 
 class Base(DeclarativeBase):
     """The base of every model."""
 
-    __slots__ = ("_is_new",)  # not among the attributes; those that came out of the database have none
-
     metadata = MetaData(naming_convention=NAMING_CONVENTION)
     _sa_instance_state = _LateState()
     _attributes: ClassVar[frozenset[str]]
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        super().__init_subclass__(**arguments)
-        # SQLAlchemy's own constructor, which it has put there, would make the state at once.
-        delattr(cls, "__init__")
-        cls._attributes = frozenset(attribute_names(cls))
-
     def __init__(self, **values: Any) -> None:
+        if not self.is_late():
+            self.registry.constructor(self, **values)
+            return
         if not values.keys() <= self._attributes:
             unknown = ", ".join(sorted(values.keys() - self._attributes))
             raise TypeError(f"{type(self).__name__} has no attribute {unknown}")
         vars(self).update(values)
-        self._is_new = True
+        self._is_new = True  # What came out of the database has no such mark.
 
-    @property
-    def is_new(self) -> bool:
-        """Whether it was made by its class, and not read from the database."""
-        return getattr(self, "_is_new", False)
+    @classmethod
+    def be_late(cls) -> None:
+        """Leave SQLAlchemy's state of this class's instances for later; its mapper must be configured."""
+        # The constructor that SQLAlchemy has put there would make the state at once.
+        delattr(cls, "__init__")
+        cls._attributes = frozenset(attribute_names(cls))
+
+    @classmethod
+    def is_late(cls) -> bool:
+        """Whether that holds for this very class, which a subclass does not inherit."""
+        return "_attributes" in cls.__dict__
 
     def __repr__(self) -> str:
         # Only the key: it is always loaded, and no value that a caller stored gets into a log by accident.

@@ -136,3 +136,20 @@ def test_each_thread_has_its_own() -> None:
     thread.start()
     thread.join()
     assert used[0] is not used[1]
+
+
+def test_those_of_a_thread_end_with_it() -> None:
+    made: list[weakref.ref[object]] = []
+
+    async def main() -> None:
+        async def one() -> None:
+            made.append(weakref.ref(await greenlets.run(lambda: (await_(later(None)), getcurrent())[1])))
+
+        await asyncio.gather(*(one() for _ in range(10)))
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    thread.join()
+    gc.collect()
+    assert len(made) == 10
+    assert [each() for each in made] == [None] * 10
