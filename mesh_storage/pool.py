@@ -26,6 +26,53 @@ from mesh_storage.settings import Settings
 _inherited_by_fork: list[object] = []
 
 
+class Slots:
+    """The places for connections in use, given to threads in the order in which they came.
+
+    A semaphore of the standard library gives a place to whoever asks next, which is the thread that just gave one back:
+    with more threads than places, some would wait until they give up.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._waiting: deque[threading.Lock] = deque()
+        self._lock = threading.Lock()
+
+    def acquire(self, timeout: float) -> bool:
+        """Wait for a place, and say whether there was one in time."""
+        with self._lock:
+            if self._number > 0 and not self._waiting:
+                self._number -= 1
+                return True
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        try:
+            if turn.acquire(timeout=timeout):
+                return True
+        except BaseException:  # An interrupt.
+            if not self._withdraw(turn):
+                self.release()
+            raise
+        return not self._withdraw(turn)
+
+    def _withdraw(self, turn: threading.Lock) -> bool:
+        """Wait no longer, unless the place came in the last moment."""
+        with self._lock:
+            if turn not in self._waiting:
+                return False
+            self._waiting.remove(turn)
+            return True
+
+    def release(self) -> None:
+        """Give a place back, to the thread that waits longest."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._number += 1
+
+
 class Pool:
     """The connections of one storage, for all its threads."""
 
@@ -37,7 +84,7 @@ class Pool:
         self._engine = create_engine(server.connect)
         self._idle: deque[BlockingDriver] = deque()
         self._lent: set[Connection] = set()
-        self._free = threading.Semaphore(self.size)
+        self._free = Slots(self.size)
         _pools.add(self)
 
     @property
@@ -106,7 +153,7 @@ class Pool:
         """In a forked child, begin with no connections and leave the parent's alone."""
         _inherited_by_fork.append(self._idle)
         self._idle = deque()
-        self._free = threading.Semaphore(self.size)
+        self._free = Slots(self.size)
         self._lent = set()
         if self._server.embedded is not None and not self.closed:
             self._server.embedded.after_fork()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -217,3 +218,41 @@ def test_nothing_stays_open_after_errors(storage: MeshStorage) -> None:
     assert all(state == "idle" for state, _ in sessions(storage))
     with storage.begin() as uow:
         assert uow.state.find("k") is None
+
+
+def test_a_connection_goes_to_the_thread_that_waits_longest(mesh_storage_url: str) -> None:
+    """Also when the one that gives it back asks again at once."""
+    order: list[str] = []
+    settings = Settings(url=SecretStr(mesh_storage_url), pool_size=1)
+    with MeshStorage.open(settings=settings) as storage:
+
+        def take(name: str) -> None:
+            with storage.begin() as uow:
+                order.append(name)
+                uow.state.put(name, b"")
+
+        threads = [threading.Thread(target=take, args=[name]) for name in ("second", "third")]
+        with storage.begin():
+            for waiting, thread in enumerate(threads, 1):
+                thread.start()
+                deadline = time.monotonic() + 30
+                while len(storage._pool._free._waiting) < waiting:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.001)
+        take("first again")
+        for thread in threads:
+            thread.join()
+    assert order == ["second", "third", "first again"]
+
+
+def test_an_interrupt_while_waiting_for_a_connection_takes_none(mesh_storage_url: str) -> None:
+    settings = Settings(url=SecretStr(mesh_storage_url), pool_size=1)
+    with MeshStorage.open(settings=settings) as storage:
+        with storage.begin():
+            timer = threading.Timer(0.1, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
+            timer.start()
+            with pytest.raises(KeyboardInterrupt), storage.begin():
+                pass
+            timer.join()
+        with storage.begin(timeout=5) as uow:
+            uow.state.put("k", b"v")
