@@ -24,8 +24,8 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 demo: install ## Run a day of a real network on a database of its own
 	$(BIN)/python examples/mesh_day.py
 
-test: install ## Run all tests against a real PostgreSQL
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered $(T)
+test: install ## Run all tests against a real PostgreSQL, or those of make test T=tests/backup
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(T),$(T),--cov --cov-report=term-missing:skip-covered)
 
 test-matrix: install ## Run all tests on PostgreSQL 15, 16 and 18, as far as they are found
 	$(BIN)/python tools/test_matrix.py $(MATRIX) -- -n 2 --dist worksteal $(T)

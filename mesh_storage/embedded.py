@@ -80,7 +80,7 @@ class EmbeddedServer:
     @property
     def connect_arguments(self) -> dict[str, Any]:
         """The address of the server, as `psycopg.connect` takes it."""
-        return {"host": str(self._sockets), "port": 5432, "user": "postgres", "dbname": DATABASE}
+        return {"host": str(self._sockets), "port": supervisor.PORT, "user": "postgres", "dbname": DATABASE}
 
     def close(self) -> None:
         """End this process's use; the last one waits until the server has stopped."""

@@ -43,4 +43,6 @@ def pause(error: MeshStorageError, attempt: int) -> float:
 def log_if_slow(seconds: float, limit: float) -> None:
     """Leave a record of a unit of work that took long; a limit of 0 is none."""
     if 0 < limit <= seconds:
-        logger.warning("slow unit of work", extra={"event": "slow_unit_of_work", "duration_s": round(seconds, 3)})
+        logger.warning(
+            "slow unit of work: %.3f s", seconds, extra={"event": "slow_unit_of_work", "duration_s": round(seconds, 3)}
+        )

@@ -24,6 +24,8 @@ CRASHES_IN_A_ROW = 10
 RESTARTS_IN_A_ROW = 120
 """After a crash, the processes of the old server may take their time to end, and hold its shared memory meanwhile."""
 FIRST_USER_TIMEOUT_S = 10.0
+PORT = 5432
+"""The name of the socket, whatever PGPORT says."""
 STATUS_LINE = 7
 """Where postmaster.pid says whether the server is ready (PostgreSQL's source, utils/pidfile.h)."""
 
@@ -130,7 +132,15 @@ class Supervisor:
         parameters = [option for parameter in self.parameters for option in ("-c", parameter)]
         with (self.home / "server.log").open("ab") as log:
             self.server = self._program(
-                "postgres", "-D", str(self.data), "-k", str(self.sockets), *parameters, output=log.fileno()
+                "postgres",
+                "-D",
+                str(self.data),
+                "-k",
+                str(self.sockets),
+                "-p",
+                str(PORT),
+                *parameters,
+                output=log.fileno(),
             )
 
     def _stop_orphan(self) -> None:

@@ -70,7 +70,7 @@ def server(programs: Path) -> Generator[str]:
         parameters = [option for parameter in PARAMETERS for option in ("-c", parameter)]
         with (home / "log").open("wb") as log:
             process = subprocess.Popen(
-                [programs / "postgres", "-D", data, "-k", home, *parameters],
+                [programs / "postgres", "-D", data, "-k", home, "-p", "5432", *parameters],
                 user=user,
                 cwd="/",
                 stdout=log,

@@ -245,7 +245,11 @@ def _load(
     catalog.define(connection, manifest.definitions)
     missing = catalog.missing(connection, manifest.references)
     if missing:
-        logger.warning("foreign keys left out", extra={"event": "restore", "foreign_keys": missing})
+        logger.warning(
+            "foreign keys left out, for their tables are not there: %s",
+            ", ".join(missing),
+            extra={"event": "restore", "foreign_keys": missing},
+        )
     connection.execute(
         "SELECT set_config('max_parallel_maintenance_workers', %s::text, true), set_config('maintenance_work_mem',"
         " greatest(pg_size_bytes(current_setting('maintenance_work_mem')) / 1024, %s)::text || 'kB', true)",

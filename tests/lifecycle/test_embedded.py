@@ -202,3 +202,12 @@ def test_an_ordinary_user_uses_it_and_root_leaves_no_root_behind(home: Path) -> 
         assert pwd.getpwuid(owner).pw_name in {"postgres", "nobody"}
         pid = postmaster(home)
         assert Path(f"/proc/{pid}").stat().st_uid == owner
+
+
+def test_what_the_environment_says_to_other_programs_of_postgresql_is_not_for_the_bundled_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"PGPORT": "55432", "PGHOST": "nowhere", "PGDATABASE": "other", "PGUSER": "nobody"}.items():
+        monkeypatch.setenv(name, value)
+    with MeshStorage.open("memory:") as storage:
+        assert storage.health().ok
