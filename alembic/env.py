@@ -10,9 +10,11 @@ from typing import Any
 import sqlalchemy
 import sqlalchemy.exc
 from alembic import context
+from alembic.util import CommandError
 from sqlalchemy.dialects.postgresql import DOMAIN
 
 from mesh_storage import adoption, migration
+from mesh_storage.errors import MeshStorageError
 from mesh_storage.models import Base
 from mesh_storage.server import open_server
 from mesh_storage.settings import Settings
@@ -119,6 +121,16 @@ def run_in(given: sqlalchemy.Engine | sqlalchemy.Connection) -> None:
             context.run_migrations()
 
 
+def run_from_command_line() -> None:
+    """Run on the database of the settings."""
+    server = open_server(Settings())
+    try:
+        server.require_session()
+        run_online(server.connect)
+    finally:
+        server.close()
+
+
 if context.is_offline_mode():
     run_offline()
 elif (connect_arguments := config.attributes.get("connect")) is not None:
@@ -126,9 +138,7 @@ elif (connect_arguments := config.attributes.get("connect")) is not None:
 elif (given_connection := config.attributes.get("connection")) is not None:
     run_in(given_connection)
 else:
-    server = open_server(Settings())
     try:
-        server.require_session()
-        run_online(server.connect)
-    finally:
-        server.close()
+        run_from_command_line()
+    except MeshStorageError as error:  # For an operator, whom a traceback tells nothing.
+        raise CommandError(str(error)) from error
