@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import psycopg
 import sqlalchemy
@@ -103,6 +103,26 @@ _WRITING = Mode()
 _READING = Mode(autocommit=True)
 
 
+class Joined(Protocol):
+    """What keeps a picture of the rows it wrote, which must become that of the database when the transaction ends."""
+
+    def undo(self) -> None:
+        """Follow a rollback, which it makes where it is in the transaction."""
+        ...
+
+    def settle(self) -> None:
+        """Follow a commit."""
+        ...
+
+    def leave(self) -> None:
+        """Let go of what a rollback would not change, because this was the last transaction."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything."""
+        ...
+
+
 class Connection:
     """The database connection of one unit of work.
 
@@ -123,7 +143,10 @@ class Connection:
         self._process = os.getpid()
         self._closed = False
         self._doubtful = False
+        self._lost = False
         self._savepoints = 0
+        self.joined: Joined | None = None
+        """The ORM session, if there is one."""
         self._limit = None if deadline is None else TimeLimit(driver, deadline + GRACE_S)
         self.prepared_in_vain = False
         """Whether its prepared statements were of no use any more; those of older connections are not either."""
@@ -132,6 +155,11 @@ class Connection:
     def inherited(self) -> bool:
         """Whether this is a forked child, and the connection belongs to its parent."""
         return self._process != os.getpid()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a call failed before, so that there is only a rollback."""
+        return self._failure is not None or self.driver.status() == TransactionStatus.INERROR
 
     def fetch_all(self, statement: Statement, parameters: Parameters | None = None) -> list[Row]:
         """Execute a statement and give all its rows."""
@@ -233,10 +261,12 @@ class Connection:
         Raises:
             MeshStorageError: A statement failed before, so there is only a rollback; the failure is its cause.
         """
-        failure = self._failure
-        if failure is None:
+        if not self.has_failed:
             self.perform(self._commit)
+            if self.joined is not None:
+                self.joined.settle()
             return
+        failure = self._failure or MeshStorageError("a statement of the session failed")
         self.rollback()
         raise MeshStorageError(
             "rolled back, not committed: a call in this unit of work failed before; let its error leave the unit of "
@@ -258,8 +288,10 @@ class Connection:
 
     def _rollback(self) -> None:
         self._failure = None
-        transaction = self.driver.sqlalchemy.get_transaction()
         try:
+            if self.joined is not None:
+                self.joined.undo()
+            transaction = self.driver.sqlalchemy.get_transaction()
             if transaction is not None:
                 transaction.rollback()
             elif self.driver.status() not in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN):
@@ -275,10 +307,14 @@ class Connection:
             if self._in_use.locked():
                 self._doubtful = True  # Another thread or task still uses it, which it must not.
             elif not self.inherited and not self._closed:
+                if self.joined is not None:
+                    self.joined.leave()
                 self._rollback()
         finally:
             self._lift_limit()
             self._closed = True
+            if self.joined is not None:
+                self.joined.close()
 
     def settled(self) -> bool:
         """Whether there is nothing to roll back: no transaction is open, and no session or savepoint has one."""
@@ -324,10 +360,17 @@ class Connection:
         return self.driver.execute(sql, parameters)
 
     def _begin_nested(self) -> sqlalchemy.NestedTransaction:
+        self._check_connected()
         self._begin()
         return self.driver.sqlalchemy.begin_nested()
 
+    def _check_connected(self) -> None:
+        """Refuse to let SQLAlchemy connect anew: the new connection would not be that of the driver."""
+        if self.driver.sqlalchemy.invalidated:
+            raise UnavailableError
+
     def _begin_for_session(self) -> sqlalchemy.Connection:
+        self._check_connected()
         self._begin()
         connection = self.driver.sqlalchemy
         if not connection.in_transaction():
@@ -337,11 +380,8 @@ class Connection:
         return connection
 
     def _commit(self) -> None:
-        status = self.driver.status()
-        if status == TransactionStatus.IDLE:
+        if self.driver.status() == TransactionStatus.IDLE:
             return
-        if status == TransactionStatus.INERROR:
-            raise MeshStorageError("a statement of the session failed before, so there is only a rollback")
         if self.characteristics.durability == "relaxed":
             self._execute(b"SET LOCAL synchronous_commit = off")
         transaction = self.driver.sqlalchemy.get_transaction()
@@ -421,14 +461,15 @@ class Connection:
         return translated
 
     def _drop(self, error: MeshStorageError) -> None:
-        if self.driver.sqlalchemy.closed:
+        if self._lost:
             return  # An error of the session comes by more than once.
         logger.warning("connection lost", extra={"event": "connection_lost", "sqlstate": error.sqlstate})
         self._discard()
 
     def _discard(self) -> None:
+        self._lost = True
         self._lift_limit()
-        self.driver.discard()
+        self.driver.cut()
 
     def _lift_limit(self) -> None:
         if self._limit is not None:

@@ -132,6 +132,10 @@ class Driver(Protocol):
         """Give the file descriptor of the socket."""
         ...
 
+    def cut(self) -> None:
+        """End the connection, which is lost, but let its transaction be rolled back as if it were there."""
+        ...
+
     def discard(self) -> None:
         """End the connection, which is lost or in doubt."""
         ...
@@ -232,10 +236,14 @@ class BlockingDriver:
         """Give the file descriptor of the socket."""
         return self._connection.fileno()
 
-    def discard(self) -> None:
-        """End the connection."""
+    def cut(self) -> None:
+        """End the connection, but let its transaction be rolled back as if it were there."""
         if self._cancelling is not None:
             self._cancelling.join(GRACE_S)  # It works on the connection.
+        self.sqlalchemy.invalidate()
+
+    def discard(self) -> None:
+        """End the connection."""
         if not self.sqlalchemy.closed:
-            self.sqlalchemy.invalidate()
+            self.cut()
             self.sqlalchemy.close()

@@ -275,9 +275,6 @@ class _Scope(AbstractContextManager[UnitOfWork]):
             elif isinstance(error, DRIVER_ERRORS):  # Of the session; outside of the block it is one of ours.
                 raise self._connection.failed(error) from error
         finally:
-            try:
-                self._uow.close()
-            finally:
-                self._open = False
-                self._pool.give_back(self._connection)
+            self._open = False
+            self._pool.give_back(self._connection)
             log_if_slow(time.monotonic() - self._begun, self._slow)

@@ -6,7 +6,9 @@ import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from typing import Any
+from weakref import WeakSet
 
 import sqlalchemy
 from sqlalchemy.orm import Session
@@ -34,24 +36,49 @@ class UnitOfWorkSession(Session):
     def __init__(self, connection: Connection, **_: Any) -> None:
         super().__init__(expire_on_commit=False, join_transaction_mode="rollback_only")
         self._connection = connection
+        self._written = WeakSet[Any]()
+        connection.joined = self
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """Flush; when that fails, SQLAlchemy has rolled back, and nothing but a rollback may follow."""
+        self._written.update(chain(self.new, self.dirty, self.deleted))
         try:
             super().flush(objects)
         except BaseException as error:
             self._connection.failed(error)
             raise
 
+    def commit(self) -> None:
+        """Flush; SQLAlchemy would take for stored what the unit of work may still roll back."""
+        self.flush()
+
     def rollback(self) -> None:
         """Roll back everything, also what the repositories did."""
         self._connection.check_whole()
+        self._connection.rollback()
+
+    def undo(self) -> None:
+        """Roll back, so that what was written is written again when it is added again."""
+        self._written.clear()
+        if not self.is_active:  # SQLAlchemy has rolled back, and would warn of what was changed since.
+            for changed in set(chain(self.new, self.dirty, self.deleted)):
+                self.expunge(changed)
         try:
             super().rollback()
         except DRIVER_ERRORS as error:
             # The server undoes the work of a connection that it lost.
             logger.debug("rollback failed", exc_info=error)
-        self._connection.rollback()
+
+    def settle(self) -> None:
+        """Take what was written for stored."""
+        self._written.clear()
+        super().commit()
+
+    def leave(self) -> None:
+        """Let go of what was only read, so that it stays readable: a rollback makes SQLAlchemy forget all values."""
+        self._written.update(chain(self.dirty, self.deleted))
+        for read in set(self.identity_map.values()).difference(self._written):
+            self.expunge(read)
 
     def get_bind(self, *_arguments: Any, **_keywords: Any) -> sqlalchemy.Connection:
         """Give the connection of the unit of work; SQLAlchemy asks before each statement."""
@@ -137,38 +164,27 @@ class UnitOfWork:
             UnavailableError: The connection was lost; if that was during the commit, it may have been made or not.
         """
         self._connection.check_whole()
-        self._flush_if_used()
+        if self._session is not None and not self._connection.has_failed:
+            self._flush(self._session)
+            _release_savepoints(self._session)
         self._connection.commit()
 
     def rollback(self) -> None:
         """Undo everything since the last commit."""
         self._connection.check_whole()
-        if self._session is not None:
-            self._session.rollback()
         self._connection.rollback()
 
     @contextmanager
     def savepoint(self) -> Generator[None]:
         """Undo only what the block did if it raises, so that the unit of work can go on after the error is caught."""
         self._flush_if_used()
-        try:
-            with self._connection.savepoint():
-                if self._session is None:
-                    yield
-                    self._flush_if_used()
-                else:  # Its failure must end at the savepoint, not at the transaction that it joined.
-                    with self._session.begin_nested():
-                        yield
-                        self._flush(self._session)
-        except BaseException:
-            if self._session is not None:
-                self._session.expunge_all()
-            raise
-
-    def close(self) -> None:
-        """Let the session go; the connection rolls back when its own block ends."""
-        if self._session is not None:
-            self._session.close()
+        # SQLAlchemy restores the objects as they were here, also those of a session that is first used in the block; it
+        # joins the transaction before, or it would join the savepoint and end with that.
+        session = self.session
+        session.connection()
+        with self._connection.savepoint(), session.begin_nested():
+            yield
+            self._flush(session)
 
     def _flush_if_used(self) -> None:
         if self._session is not None:
@@ -181,3 +197,9 @@ class UnitOfWork:
             raise
         except Exception as error:
             raise self._connection.failed(error) from error
+
+
+def _release_savepoints(session: Session) -> None:
+    """Release those that the caller left open, so that what was written in them counts for the whole."""
+    while (nested := session.get_nested_transaction()) is not None and nested.is_active:
+        nested.commit()

@@ -96,10 +96,14 @@ class BridgedDriver:
         """Give the file descriptor of the socket."""
         return self._connection.fileno()
 
+    def cut(self) -> None:
+        """End the connection, but let its transaction be rolled back as if it were there."""
+        self.sqlalchemy.invalidate()
+
     def discard(self) -> None:
         """End the connection."""
         if not self.sqlalchemy.closed:
-            self.sqlalchemy.invalidate()
+            self.cut()
             self.sqlalchemy.close()
 
     async def _begin(self, sql: bytes) -> None:

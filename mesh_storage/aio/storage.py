@@ -288,11 +288,8 @@ class _Scope(AbstractAsyncContextManager[AsyncUnitOfWork]):
             elif isinstance(error, DRIVER_ERRORS):  # Of the session; outside of the block it is one of ours.
                 raise await greenlets.run(self._lent[0].failed, error) from error
         finally:
-            try:
-                await self._uow.close()
-            finally:
-                self._open = False
-                await self._pool.give_back(*self._lent)
+            self._open = False
+            await self._pool.give_back(*self._lent)
             log_if_slow(time.monotonic() - self._begun, self._slow)
 
 

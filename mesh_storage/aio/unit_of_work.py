@@ -112,6 +112,7 @@ class AsyncUnitOfWork:
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[None]:
         """Undo only what the block did if it raises, so that the unit of work can go on after the error is caught."""
+        self._uow.use_session(self.session.sync_session)
         savepoint = self._uow.savepoint()
         await greenlets.run(savepoint.__enter__)
         try:
@@ -120,11 +121,6 @@ class AsyncUnitOfWork:
             await self._driver.finish(greenlets.run(_leave, savepoint, error))
             raise
         await greenlets.run(savepoint.__exit__, None, None, None)
-
-    async def close(self) -> None:
-        """Let the session go; the connection rolls back when its own block ends."""
-        if "session" in vars(self):
-            await self._driver.finish(greenlets.run(self._uow.close))
 
 
 def _leave(savepoint: AbstractContextManager[None], error: BaseException) -> None:

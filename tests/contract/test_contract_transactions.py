@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -447,3 +447,160 @@ def test_after_close_every_call_is_a_closed_error(open_storage: Open, mesh_stora
                 pass
     with open_storage(mesh_storage_url) as storage:
         assert keys(storage) == ["b", "c"]
+
+
+def add_and_flush(uow: UnitOfWork, entry: StateEntry) -> None:
+    uow.session.add(entry)
+    uow.session.flush()
+
+
+def fails_in_run(storage: MeshStorage, entry: StateEntry) -> None:
+    attempts: list[int] = []
+
+    def work(uow: UnitOfWork) -> None:
+        attempts.append(1)
+        add_and_flush(uow, entry)
+        if len(attempts) == 1:
+            raise SerializationError
+
+    storage.run(work)
+
+
+def raises(storage: MeshStorage, entry: StateEntry) -> None:
+    with pytest.raises(Refused), storage.begin() as uow:
+        add_and_flush(uow, entry)
+        raise Refused
+
+
+def is_not_committed(storage: MeshStorage, entry: StateEntry) -> None:
+    with storage.unit_of_work() as uow:
+        add_and_flush(uow, entry)
+        uow.session.commit()
+
+
+def is_rolled_back(storage: MeshStorage, entry: StateEntry) -> None:
+    with storage.unit_of_work() as uow:
+        add_and_flush(uow, entry)
+        uow.rollback()
+
+
+def loses_its_connection(storage: MeshStorage, entry: StateEntry) -> None:
+    with storage.unit_of_work() as uow:
+        add_and_flush(uow, entry)
+        pid = uow.session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        with storage.begin() as other:
+            other.session.execute(text(f"SELECT pg_terminate_backend({pid}, 10000)"))
+        with pytest.raises(MeshStorageError):
+            uow.state.count()
+        uow.rollback()
+        with pytest.raises(MeshStorageError):
+            uow.session.execute(text("SELECT 1"))
+
+
+def is_refused(storage: MeshStorage, entry: StateEntry) -> None:
+    with storage.unit_of_work() as uow:
+        add_and_flush(uow, entry)
+        with pytest.raises(IntegrityError):
+            uow.session.execute(text("INSERT INTO mesh_state (key, value) VALUES ('k', '')"))
+        uow.session.add(StateEntry(key="never", value=b""))
+        with pytest.raises(MeshStorageError):
+            uow.commit()
+        add_and_flush(uow, entry)
+        uow.commit()
+
+
+def is_in_a_savepoint(storage: MeshStorage, entry: StateEntry) -> None:
+    with storage.begin() as uow:
+        with pytest.raises(Refused), uow.savepoint():
+            add_and_flush(uow, entry)
+            raise Refused
+        uow.session.add(entry)
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        fails_in_run,
+        raises,
+        is_not_committed,
+        is_rolled_back,
+        loses_its_connection,
+        is_refused,
+        is_in_a_savepoint,
+    ],
+)
+def test_an_object_whose_unit_of_work_failed_is_stored_when_it_is_added_again(
+    storage: MeshStorage, fails: Callable[[MeshStorage, StateEntry], None]
+) -> None:
+    entry = StateEntry(key="k", value=b"v")
+    fails(storage, entry)
+    if fails not in (fails_in_run, is_refused, is_in_a_savepoint):
+        assert keys(storage) == []
+        with storage.begin() as uow:
+            uow.session.add(entry)
+    assert keys(storage) == ["k"]
+
+
+def test_a_changed_object_whose_unit_of_work_failed_is_changed_when_that_is_done_again(storage: MeshStorage) -> None:
+    with storage.begin() as uow:
+        uow.state.put("k", b"old")
+    with storage.unit_of_work() as uow:
+        entry = uow.session.scalars(select(StateEntry)).one()
+        entry.value = b"new"
+        uow.session.flush()
+    with storage.begin() as uow:
+        uow.session.add(entry)
+        entry.value = b"new"
+    with storage.begin() as uow:
+        assert uow.state.get("k").value == b"new"
+
+
+def test_an_object_that_was_committed_stays_stored_and_readable(storage: MeshStorage) -> None:
+    entry = StateEntry(key="k", value=b"v")
+    with storage.unit_of_work() as uow:
+        add_and_flush(uow, entry)
+        uow.commit()
+        uow.session.add(StateEntry(key="undone", value=b""))
+        uow.session.flush()
+        uow.rollback()
+        assert uow.session.scalars(select(StateEntry)).one() is entry
+        entry.value = b"newer"
+        uow.commit()
+    with storage.unit_of_work() as uow:
+        uow.session.add(StateEntry(key="undone", value=b""))
+        uow.session.flush()
+        read = uow.session.scalars(select(StateEntry).where(StateEntry.key == "k")).one()
+    assert (entry.value, read.key, read.value) == (b"newer", "k", b"newer")
+
+
+def test_a_savepoint_that_failed_leaves_the_objects_from_outside_of_it_in_the_session(storage: MeshStorage) -> None:
+    with storage.begin() as uow:
+        uow.state.put("k", b"old")
+    with storage.begin() as uow:
+        entry = uow.session.scalars(select(StateEntry)).one()
+        with pytest.raises(Refused), uow.savepoint():
+            uow.state.put("undone", b"")
+            raise Refused
+        entry.value = b"new"
+    with storage.begin() as uow:
+        assert uow.state.get("k").value == b"new"
+    assert keys(storage) == ["k"]
+
+
+def test_what_is_added_after_a_flush_that_failed_is_let_go(storage: MeshStorage) -> None:
+    entry = StateEntry(key="k", value=b"v")
+    with storage.unit_of_work() as uow:
+        uow.state.put("taken", b"")
+        with pytest.raises(IntegrityError):
+            add_and_flush(uow, StateEntry(key="taken", value=b""))
+        uow.session.add(entry)
+    with storage.begin() as uow:
+        uow.session.add(entry)
+    assert keys(storage) == ["k"]
+
+
+def test_a_savepoint_of_the_session_that_is_left_open_is_committed(storage: MeshStorage) -> None:
+    with storage.begin() as uow:
+        uow.session.begin_nested()
+        uow.session.add(StateEntry(key="k", value=b""))
+    assert keys(storage) == ["k"]

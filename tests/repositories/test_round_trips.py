@@ -334,7 +334,7 @@ def test_every_public_method_of_every_repository_is_in_the_table(storage: MeshSt
         }
     assert {name.partition(" ")[0] for name in METHODS} == there
     members = {name for name in dir(UnitOfWork) if not name.startswith("_")}
-    assert members - {"session", "use_session", "commit", "rollback", "savepoint", "close"} == set(REPOSITORIES)
+    assert members - {"session", "use_session", "commit", "rollback", "savepoint"} == set(REPOSITORIES)
 
 
 def test_a_method_costs_this_much(opened: Opener, wire: Wire) -> None:
