@@ -14,7 +14,7 @@ from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
 from mesh_storage.connection import Connection
-from mesh_storage.errors import NotFoundError
+from mesh_storage.errors import InvalidInputError, NotFoundError
 from mesh_storage.models.base import new_id
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, Rows
@@ -106,6 +106,8 @@ class InfrastructureRepository(KeyedRepository[M]):
         kind, sent, shared = self._infrastructure, dict[str, Any](), set[str]()
         given = checks.many("entities", entities)
         instances = kind.attributes(kind.name, given)
+        if len(set(map(id, given))) < len(given):  # It would be stored under two ids, of which it has one.
+            raise InvalidInputError(f"entities must not have the same {kind.name} twice", field="entities")
         if not given:
             return given
         for name in kind.columns:

@@ -315,3 +315,11 @@ def test_a_missing_reference_is_told(storage: MeshStorage) -> None:
     assert error.value.sqlstate == "23503"
     assert error.value.constraint is not None
     assert not error.value.retryable
+
+
+def test_one_object_is_not_added_twice(uow: UnitOfWork) -> None:
+    mesh = Mesh(name="one")
+    with pytest.raises(InvalidInputError) as error:
+        uow.meshes.add_many([mesh, Mesh(name="two"), mesh])
+    assert error.value.field == "entities"
+    assert uow.meshes.count() == 0
