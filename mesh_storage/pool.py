@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from typing import Protocol
 
 import psycopg
 import sqlalchemy.exc
@@ -21,9 +22,6 @@ from mesh_storage.engine import connect_before, create_engine
 from mesh_storage.errors import ClosedError, MeshStorageError, StorageTimeoutError, UnavailableError, connection_refused
 from mesh_storage.server import Server
 from mesh_storage.settings import Settings
-
-# What a forked child inherits is kept for ever: to close the connections would end them for the parent.
-_inherited_by_fork: list[object] = []
 
 
 class Slots:
@@ -85,7 +83,7 @@ class Pool:
         self._idle: deque[BlockingDriver] = deque()
         self._lent: set[Connection] = set()
         self._free = Slots(self.size)
-        _pools.add(self)
+        renew_after_fork(self)
 
     @property
     def in_use(self) -> int:
@@ -124,7 +122,7 @@ class Pool:
     def give_back(self, connection: Connection) -> None:
         """Take a connection back; what was not committed is rolled back."""
         if connection.inherited:
-            _inherited_by_fork.append(connection)
+            keep_for_parent(connection)
             return
         driver = connection.driver
         try:
@@ -151,7 +149,7 @@ class Pool:
 
     def after_fork(self) -> None:
         """In a forked child, begin with no connections and leave the parent's alone."""
-        _inherited_by_fork.append(self._idle)
+        keep_for_parent(self._idle)
         self._idle = deque()
         self._free = Slots(self.size)
         self._lent = set()
@@ -216,11 +214,30 @@ def unreachable(error: Exception, deadline: float | None) -> tuple[MeshStorageEr
     return refused, cause
 
 
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+class Forked(Protocol):
+    """What a forked child must not go on with as it is."""
+
+    def after_fork(self) -> None:
+        """Begin anew, and leave what is the parent's alone."""
+        ...
+
+
+_forked: weakref.WeakSet[Forked] = weakref.WeakSet()
+_kept_for_parent: list[object] = []
+
+
+def renew_after_fork(pool: Forked) -> None:
+    """Let a pool begin anew in every child that is forked while it is there."""
+    _forked.add(pool)
+
+
+def keep_for_parent(inherited: object) -> None:
+    """Keep connections that a child inherited for ever: to close them would end them for the parent."""
+    _kept_for_parent.append(inherited)
 
 
 def _after_fork_in_child() -> None:
-    for pool in list(_pools):
+    for pool in list(_forked):
         pool.after_fork()
 
 

@@ -16,7 +16,7 @@ from mesh_storage.aio.bridge import BridgedDriver, in_background
 from mesh_storage.connection import Characteristics, Connection
 from mesh_storage.engine import connect_before, engine_arguments, limit_connecting
 from mesh_storage.errors import MeshStorageError
-from mesh_storage.pool import check_open, exhausted, unreachable, wait_limit
+from mesh_storage.pool import check_open, exhausted, keep_for_parent, renew_after_fork, unreachable, wait_limit
 from mesh_storage.server import Server
 from mesh_storage.settings import Settings
 
@@ -30,11 +30,12 @@ class AsyncPool:
         """Connections that are lent at this moment."""
         self.closed = False
         self._timeout = settings.pool_timeout
-        self._local_parameters = server.local_parameters
+        self._server = server
         self._engine = create_async_engine(**engine_arguments(server.connect))
         limit_connecting(self._engine.sync_engine)
         self._idle: deque[BridgedDriver] = deque()
         self._free = asyncio.Semaphore(self.size)
+        renew_after_fork(self)
 
     async def take(self, characteristics: Characteristics) -> tuple[Connection, BridgedDriver]:
         """Lend a connection, and the driver that is the bridge to it; `give_back` must follow.
@@ -58,7 +59,7 @@ class AsyncPool:
             if driver is None and connecting is not None:
                 driver = await asyncio.shield(connecting)
             assert driver is not None, "it was idle, or was just made"
-            mode = characteristics.mode(self._local_parameters)
+            mode = characteristics.mode(self._server.local_parameters)
             if driver.mode != mode:
                 await greenlets.run(driver.switch, mode)
             connection = Connection(driver, characteristics, deadline, self._timeout)
@@ -70,7 +71,9 @@ class AsyncPool:
 
     async def give_back(self, connection: Connection, driver: BridgedDriver) -> None:
         """Take a connection back; what was not committed is rolled back, also when this task is cancelled meanwhile."""
-        if connection.settled() and not self.closed:
+        if connection.inherited:
+            keep_for_parent((connection, driver))
+        elif connection.settled() and not self.closed:
             connection.close()
             self._keep(connection, driver)
         else:
@@ -82,6 +85,15 @@ class AsyncPool:
         # Who waits for a connection learns of it at once: this wakes one, and each wakes the next.
         self._free.release()
         await self._close_idle()
+
+    def after_fork(self) -> None:
+        """In a forked child, begin with no connections and leave the parent's alone."""
+        keep_for_parent(self._idle)
+        self._idle = deque()
+        self._free = asyncio.Semaphore(self.size)
+        self.in_use = 0
+        if self._server.embedded is not None and not self.closed:
+            self._server.embedded.after_fork()
 
     async def _wait(self, timeout: float | None) -> None:
         if not self._free.locked():

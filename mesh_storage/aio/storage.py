@@ -81,7 +81,8 @@ class Opening:
 class AsyncMeshStorage:
     """The storage of a mesh: a pool of connections to one database, and the units of work on it.
 
-    One object serves all tasks of one event loop. It works on by itself after the server was away.
+    One object serves all tasks of one event loop. It works on by itself after the server was away, and in the event
+    loop of a forked child.
     """
 
     def __init__(self, settings: Settings, server: Server) -> None:

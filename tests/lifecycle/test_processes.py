@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
-from mesh_storage import MeshStorage, StateEntry, UnavailableError
+from mesh_storage import ClosedError, MeshStorage, StateEntry, UnavailableError
+from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
 from mesh_storage.embedded import EmbeddedServer
 
 HOLD = """
@@ -150,6 +153,47 @@ def test_children_of_children_work_and_leave_the_connections_of_their_parents_al
     with storage.begin() as one, storage.begin() as two:
         assert one.state.count() == two.state.count() == 7
     storage.close()
+    assert eventually(lambda: not processes_that_name(tmp_path / "mesh"))
+
+
+def test_a_child_of_asyncio_works_and_leaves_the_connections_of_its_parent_alone(tmp_path: Path) -> None:
+    url = f"embedded:{tmp_path / 'mesh'}"
+
+    async def put(storage: AsyncMeshStorage, key: str) -> int:
+        async with storage.begin() as uow:
+            await uow.state.put(key, b"")
+            return int((await uow.session.execute(text("SELECT pg_backend_pid()"))).scalar_one())
+
+    async def parent() -> None:
+        async with AsyncMeshStorage.open(url) as storage:
+            of_parent = await put(storage, "parent")  # Its connection lies in the pool at the fork.
+            scope = storage.begin()
+            async with scope as open_at_the_fork:
+                await open_at_the_fork.state.put("open", b"")
+                open_at_the_fork.session.add(StateEntry(key="open session", value=b""))
+                await open_at_the_fork.session.flush()
+                await put(storage, "beside")
+                said = in_child(lambda: asyncio.run(child(storage, open_at_the_fork, scope)))
+                assert said.isdigit(), said
+                assert int(said) != of_parent
+            assert await put(storage, "parent again")
+            async with storage.begin() as uow:
+                assert await uow.state.count() == 6
+                assert (await storage.health()).pool_in_use == 1
+
+    async def child(
+        storage: AsyncMeshStorage,
+        open_at_the_fork: AsyncUnitOfWork,
+        scope: AbstractAsyncContextManager[AsyncUnitOfWork],
+    ) -> bytes:
+        with pytest.raises(ClosedError):
+            await open_at_the_fork.state.count()
+        with pytest.raises(ClosedError):
+            await scope.__aexit__(None, None, None)
+        assert (await storage.health()).pool_in_use == 0
+        return str(await put(storage, "child")).encode()
+
+    asyncio.run(parent())
     assert eventually(lambda: not processes_that_name(tmp_path / "mesh"))
 
 
