@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -182,9 +182,14 @@ class UnitOfWork:
         # joins the transaction before, or it would join the savepoint and end with that.
         session = self.session
         session.connection()
-        with self._connection.savepoint(), session.begin_nested():
-            yield
-            self._flush(session)
+        with self._connection.savepoint(), ExitStack() as nested:
+            nested.enter_context(session.begin_nested())
+            try:
+                yield
+                self._flush(session)
+            finally:
+                if self._connection.inherited:  # To leave it in a forked child would end it for the parent.
+                    nested.pop_all()
 
     def _flush_if_used(self) -> None:
         if self._session is not None:

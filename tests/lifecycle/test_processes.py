@@ -156,6 +156,27 @@ def test_children_of_children_work_and_leave_the_connections_of_their_parents_al
     assert eventually(lambda: not processes_that_name(tmp_path / "mesh"))
 
 
+@pytest.mark.parametrize("error", [None, ZeroDivisionError()], ids=["leaves", "raises"])
+def test_a_child_that_leaves_a_savepoint_of_its_parent_undoes_nothing(
+    storage: MeshStorage, error: Exception | None
+) -> None:
+    with storage.begin() as uow:
+        savepoint = uow.savepoint()
+        savepoint.__enter__()
+        uow.session.add(StateEntry(key="inside", value=b""))
+        uow.session.flush()
+
+        def child() -> bytes:
+            with pytest.raises(ClosedError):
+                savepoint.__exit__(type(error) if error else None, error, None)
+            return b"done"
+
+        assert in_child(child) == b"done"
+        savepoint.__exit__(None, None, None)
+    with storage.begin(read_only=True) as uow:
+        assert uow.state.count() == 1
+
+
 def test_a_child_of_asyncio_works_and_leaves_the_connections_of_its_parent_alone(tmp_path: Path) -> None:
     url = f"embedded:{tmp_path / 'mesh'}"
 
