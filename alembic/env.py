@@ -28,8 +28,8 @@ if config.config_file_name is not None and config.file_config.has_section("logge
 NOT_REFLECTED = {
     index.name for table in Base.metadata.tables.values() for index in table.indexes if index.info.get("not_reflected")
 }
-TIMES, CHECKS, VALIDATED = "0003", "0004", "0005"
-"""The revisions that change the types of times, add the checks, and hold all rows against them."""
+TIMES, CHECKS, VALIDATED, STALE, INDEXES = "0003", "0004", "0005", "0006", "0007"
+"""The revisions that change the types of times, add the checks, hold all rows against them, and make what is new."""
 
 
 def include_object(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:  # noqa: FBT001 - Alembic's signature
@@ -73,12 +73,15 @@ def check_before_upgrade(connection: sqlalchemy.Connection) -> None:
     if "destination_rev" not in runner.opts or getattr(command, "__name__", "") in {"downgrade", "do_stamp"}:
         return  # Only those three commands go from one revision to another.
     current = max(runner.get_current_heads(), default="")
-    if current < VALIDATED:
+    if current < INDEXES:
         revision = context.script.get_revision
+        indexes = revision(INDEXES).module
         adoption.check(
             connection,
             revision("0001").module.TABLES,
-            revision(CHECKS).module.CHECKS,
+            revision(CHECKS).module.CHECKS if current < VALIDATED else {},
+            {name: (*index, name == indexes.KEY) for name, index in indexes.INDEXES.items()},
+            new_tables=["mesh_consensus_log_stale"] if current < STALE else [],
             shape=not current,
             times=current < TIMES,
         )

@@ -15,6 +15,8 @@ Tables: TypeAlias = Mapping[str, Mapping[str, str]]
 """The columns of each table with their definitions, as `CREATE TABLE` has them; `PRIMARY KEY` may be among them."""
 Checks: TypeAlias = Mapping[str, Mapping[str, str]]
 """The checks of each table: the name of a column, and the condition."""
+Indexes: TypeAlias = Mapping[str, tuple[str, str, bool]]
+"""The table of each index, its columns, and whether it is unique."""
 
 LISTED = 10
 """How many rows are listed for each broken rule; the count is of all."""
@@ -32,15 +34,27 @@ class _Column:
     type: str
     kind: str
     not_null: bool
+    filled: bool
 
 
-def check(connection: sqlalchemy.Connection, tables: Tables, checks: Checks, *, shape: bool, times: bool) -> None:
+def check(
+    connection: sqlalchemy.Connection,
+    tables: Tables,
+    checks: Checks,
+    indexes: Indexes,
+    *,
+    new_tables: Sequence[str],
+    shape: bool,
+    times: bool,
+) -> None:
     """Find everything that would stop the migrations, and change nothing.
 
     Args:
         connection: To the database.
         tables: What the tables of the first revision look like.
         checks: What a later revision asks of the rows.
+        indexes: Those that are to be made; one that is there already must be the same, but may be half built.
+        new_tables: Those that are to be made.
         shape: Whether the tables were never migrated, and so must look as given.
         times: Whether the types of `created` and `updated` are still to be changed.
 
@@ -56,6 +70,8 @@ def check(connection: sqlalchemy.Connection, tables: Tables, checks: Checks, *, 
             problems += _rows(connection, table, _rules(table, definitions, checks.get(table, {}), found), definitions)
     if times:
         problems += _dependents(connection, [name for name in tables if "created" in tables[name]])
+    problems += _indexes(connection, indexes)
+    problems += [f"table {name}: it is there already" for name in new_tables if _columns(connection, name)]
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
         raise ConflictError(
@@ -71,14 +87,14 @@ def _columns(connection: sqlalchemy.Connection, table: str) -> dict[str, _Column
             """
             SELECT attname, CASE typtype WHEN 'd' THEN format_type(typbasetype, typtypmod)
                                          ELSE format_type(atttypid, atttypmod) END,
-                   attnotnull OR typnotnull
+                   attnotnull OR typnotnull, atthasdef OR attidentity <> '' OR typdefault IS NOT NULL
             FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
             WHERE attrelid = to_regclass(:name) AND attnum > 0 AND NOT attisdropped
             """
         ),
         {"name": table},
     )
-    return {name: _Column(kind, kind.split("(")[0], not_null) for name, kind, not_null in rows}
+    return {name: _Column(kind, kind.split("(")[0], not_null, filled) for name, kind, not_null, filled in rows}
 
 
 def _type(definition: str) -> str:
@@ -117,6 +133,11 @@ def _shape(
             problems.append(f"table {table}: column {name} is of type {found[name].type}, not {expected}")
         elif found[name].not_null != (_is_not_null(definition) or name in _key(definitions)):
             problems.append(f"table {table}: column {name} is {'' if found[name].not_null else 'not '}NOT NULL")
+    problems += [
+        f"table {table}: column {name} may not be null and has no default, so no row could be added"
+        for name, column in found.items()
+        if name not in definitions and column.not_null and not column.filled
+    ]
     constraints = connection.execute(
         sqlalchemy.text("SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = to_regclass(:name)"),
         {"name": table},
@@ -190,18 +211,31 @@ def _rows(
 
 
 def _dependents(connection: sqlalchemy.Connection, tables: list[str]) -> list[str]:
-    """Find what keeps PostgreSQL from changing the type of a time: views, rules, policies, triggers, functions."""
+    """Find what keeps PostgreSQL from changing the type of a time: views, rules, policies, triggers, functions.
+
+    And generated columns, and indexes that compute with it: what they compute would depend on the zone of a session.
+    """
     rows = connection.execute(
         sqlalchemy.text(
-            """
+            r"""
             SELECT DISTINCT relname, attname, pg_describe_object(depend.classid, depend.objid, depend.objsubid)
             FROM pg_depend AS depend
             JOIN pg_class ON pg_class.oid = depend.refobjid AND depend.refclassid = 'pg_class'::regclass
             JOIN pg_attribute ON attrelid = pg_class.oid AND attnum = depend.refobjsubid
             WHERE pg_class.oid IN (SELECT to_regclass(name) FROM unnest(CAST(:names AS text[])) AS name)
             AND attname IN ('created', 'updated')
-            AND depend.classid IN ('pg_rewrite'::regclass, 'pg_policy'::regclass, 'pg_trigger'::regclass,
+            AND (
+                depend.classid IN ('pg_rewrite'::regclass, 'pg_policy'::regclass, 'pg_trigger'::regclass,
                                    'pg_proc'::regclass, 'pg_publication_rel'::regclass)
+                OR depend.classid = 'pg_attrdef'::regclass AND depend.objid IN (
+                    SELECT oid FROM pg_attrdef WHERE adrelid = attrelid AND adnum <> attnum
+                )
+                OR depend.classid = 'pg_class'::regclass AND depend.objid IN (
+                    SELECT indexrelid FROM pg_index WHERE indrelid = attrelid
+                    AND concat(pg_get_expr(indexprs, indrelid), ' ', pg_get_expr(indpred, indrelid))
+                        ~ concat('\m', attname, '\M')
+                )
+            )
             ORDER BY 1, 2, 3
             """
         ),
@@ -211,3 +245,30 @@ def _dependents(connection: sqlalchemy.Connection, tables: list[str]) -> list[st
         f"table {table}: the type of column {column} cannot change while there is {dependent}"
         for table, column, dependent in rows
     ]
+
+
+def _indexes(connection: sqlalchemy.Connection, indexes: Indexes) -> list[str]:
+    """Find what has the name of an index of ours but is another one: the migrations would take it for ours."""
+    rows = connection.execute(
+        sqlalchemy.text(
+            """
+            SELECT name, CASE WHEN indexrelid IS NULL THEN 'no index' ELSE concat(
+                CASE WHEN indisunique THEN 'UNIQUE ' END, 'INDEX ON ', CAST(CAST(indrelid AS regclass) AS text),
+                regexp_replace(pg_get_indexdef(indexrelid), '^.*? USING', ' USING'),
+                CASE WHEN NOT indimmediate THEN ' DEFERRABLE' END
+            ) END
+            FROM unnest(CAST(:names AS text[])) AS name JOIN pg_class ON pg_class.oid = to_regclass(name)
+            LEFT JOIN pg_index ON indexrelid = pg_class.oid
+            ORDER BY name
+            """
+        ),
+        {"names": list(indexes)},
+    )
+    problems: list[str] = []
+    for name, found in rows:
+        table, columns, unique = indexes[name]
+        ours = f"{'UNIQUE ' if unique else ''}INDEX ON {table} USING btree ({columns})"
+        # PostgreSQL puts some names into quotes.
+        if found.replace('"', "") != ours.replace('"', ""):
+            problems.append(f"table {table}: {name} is there already, but it is {found}, not {ours}")
+    return problems

@@ -9,7 +9,9 @@ down_revision = "0006"
 branch_labels = None
 depends_on = None
 
+KEY = "mesh_consensus_log_index_key"
 INDEXES = {
+    KEY: ("mesh_consensus_log", "index"),
     "nodes_status_node_id_idx": ("nodes", "status, node_id"),
     "nodes_region_id_node_id_idx": ("nodes", "region_id, node_id"),
     "routes_source_node_id_route_id_idx": ("routes", "source_node_id, route_id"),
@@ -38,15 +40,12 @@ SET_ASIDE = """
 def upgrade() -> None:
     """Create them, each beside the traffic."""
     with migration.beside_traffic():
-        migration.create_index(
-            "mesh_consensus_log_index_key", "mesh_consensus_log", "index", unique=True, repair=SET_ASIDE
-        )
         for name, (table, columns) in INDEXES.items():
-            migration.create_index(name, table, columns)
+            migration.create_index(name, table, columns, unique=name == KEY, repair=SET_ASIDE if name == KEY else "")
 
 
 def downgrade() -> None:
     """Drop them."""
     with migration.beside_traffic():
-        for name in (*INDEXES, "mesh_consensus_log_index_key"):
+        for name in reversed(INDEXES):
             migration.drop_index(name)

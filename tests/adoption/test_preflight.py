@@ -218,6 +218,69 @@ def test_all_is_reported_at_once_and_the_command_fails(
             "CREATE VIEW recent AS SELECT node_id FROM nodes WHERE created > '2024-01-01'",
             ["table nodes: the type of column created cannot change while there is rule _RETURN on view recent"],
         ),
+        (
+            "CREATE INDEX late ON nodes (created) WHERE created > '2020-01-01'",
+            ["table nodes: the type of column created cannot change while there is index late"],
+        ),
+        (
+            "CREATE INDEX daily ON routes (date_trunc('day', updated))",
+            ["table routes: the type of column updated cannot change while there is index daily"],
+        ),
+        (
+            "ALTER TABLE mesh ADD made date GENERATED ALWAYS AS (created::date) STORED",
+            [
+                (
+                    "table mesh: the type of column created cannot change while there is default value for column made "
+                    "of table mesh"
+                )
+            ],
+        ),
+        (
+            (
+                "ALTER TABLE mesh_state ADD tenant text NOT NULL DEFAULT '', ADD owner text NOT NULL DEFAULT ''; "
+                "ALTER TABLE mesh_state ALTER tenant DROP DEFAULT"
+            ),
+            ["table mesh_state: column tenant may not be null and has no default, so no row could be added"],
+        ),
+        (
+            "CREATE TABLE mesh_consensus_log_stale (note text)",
+            ["table mesh_consensus_log_stale: it is there already"],
+        ),
+        (
+            (
+                "CREATE INDEX mesh_consensus_log_index_key ON mesh_consensus_log (term); "
+                "CREATE INDEX nodes_status_node_id_idx ON nodes (port)"
+            ),
+            [
+                (
+                    "table mesh_consensus_log: mesh_consensus_log_index_key is there already, but it is "
+                    "INDEX ON mesh_consensus_log USING btree (term), not "
+                    "UNIQUE INDEX ON mesh_consensus_log USING btree (index)"
+                ),
+                (
+                    "table nodes: nodes_status_node_id_idx is there already, but it is INDEX ON nodes USING btree "
+                    "(port), not INDEX ON nodes USING btree (status, node_id)"
+                ),
+            ],
+        ),
+        (
+            "CREATE INDEX nodes_region_id_node_id_idx ON nodes (region_id, node_id) WHERE port = 1",
+            [
+                (
+                    "table nodes: nodes_region_id_node_id_idx is there already, but it is INDEX ON nodes USING btree "
+                    "(region_id, node_id) WHERE (port = 1), not INDEX ON nodes USING btree (region_id, node_id)"
+                )
+            ],
+        ),
+        (
+            "CREATE SEQUENCE mesh_state_key_c_idx",
+            [
+                (
+                    "table mesh_state: mesh_state_key_c_idx is there already, but it is no index, not "
+                    'INDEX ON mesh_state USING btree (key COLLATE "C")'
+                )
+            ],
+        ),
     ],
 )
 def test_a_table_that_is_not_the_go_services_is_reported(
@@ -229,7 +292,48 @@ def test_a_table_that_is_not_the_go_services_is_reported(
     lines = [line.removeprefix("- ") for line in str(caught.value).splitlines()[1:]]
     # PostgreSQL leaves the columns of a key NOT NULL, or not, by version.
     assert [line for line in lines if "NOT NULL" not in line] == [each for each in reasons if "NOT NULL" not in each]
-    connection.execute("DROP VIEW IF EXISTS recent")
+    connection.execute(
+        "DROP VIEW IF EXISTS recent; DROP SEQUENCE IF EXISTS mesh_state_key_c_idx; "
+        "DROP TABLE IF EXISTS mesh_consensus_log_stale"
+    )
+
+
+def test_what_depends_on_times_and_does_not_stop_the_migrations_is_no_problem(
+    legacy_url: str, connection: legacy.Connection
+) -> None:
+    connection.execute("CREATE INDEX plain ON nodes (created)")
+    connection.execute("CREATE INDEX active ON nodes (updated) WHERE status = 'STATUS_ACTIVE'")
+    schema.upgrade(legacy_url)
+
+
+def test_the_indexes_of_ours_that_are_there_are_taken_and_a_half_built_one_is_built_anew(
+    legacy_url: str, connection: legacy.Connection
+) -> None:
+    connection.execute("CREATE INDEX mesh_messages_timestamp_id_idx ON mesh_messages (timestamp, id)")
+    connection.execute('CREATE INDEX mesh_state_key_c_idx ON mesh_state (key COLLATE "C")')
+    connection.execute("INSERT INTO mesh_consensus_log VALUES (1, 7777, '1'), (2, 7777, '1')")
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        connection.execute(
+            "CREATE UNIQUE INDEX CONCURRENTLY mesh_consensus_log_index_key ON mesh_consensus_log (index)"
+        )
+    oids = "SELECT 'mesh_messages_timestamp_id_idx'::regclass::oid, 'mesh_state_key_c_idx'::regclass::oid"
+    before = connection.execute(oids).fetchone()
+    schema.upgrade(legacy_url)
+    assert connection.execute(oids).fetchone() == before
+    built = "SELECT indisvalid, indisunique FROM pg_index WHERE indexrelid = 'mesh_consensus_log_index_key'::regclass"
+    assert connection.execute(built).fetchone() == (True, True)
+
+
+def test_an_index_that_is_not_ours_is_reported_at_a_later_revision_as_well(
+    legacy_url: str, connection: legacy.Connection
+) -> None:
+    schema.upgrade(legacy_url, "0006")
+    connection.execute("CREATE INDEX nodes_status_node_id_idx ON nodes (port)")
+    with pytest.raises(ConflictError, match="table nodes: nodes_status_node_id_idx is there already"):
+        schema.upgrade(legacy_url)
+    assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("0006",)
+    connection.execute("DROP INDEX nodes_status_node_id_idx")
+    schema.upgrade(legacy_url)
 
 
 def test_a_row_that_comes_while_the_migrations_run_is_reported_and_the_next_run_goes_on(
@@ -246,7 +350,7 @@ def test_a_row_that_comes_while_the_migrations_run_is_reported_and_the_next_run_
     monkeypatch.setattr(adoption, "check", then_a_row_comes)
     with pytest.raises(ConflictError, match="table mesh_state, row key='': breaks mesh_state_key_check"):
         schema.upgrade(legacy_url)
-    assert checked == [{"shape": True, "times": True}]
+    assert [options["shape"] for options in checked] == [True]
     with psycopg.connect(legacy_url) as other:
         assert other.execute("SELECT version_num FROM alembic_version").fetchone() == ("0004",)
     with pytest.raises(MeshStorageError, match="row key=''"):
