@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sqlalchemy import Text, cast, delete, select, text
+from sqlalchemy import Delete, Text, cast, delete, exists, select, text
 from sqlalchemy.dialects.postgresql import Insert
 
 from mesh_storage.connection import Connection
@@ -29,8 +29,14 @@ def _put_changed() -> Insert:
     return _ROUTING_TABLE.replacing(new, where=differs)
 
 
+def _delete_others() -> Delete:
+    keys = _KEYS.table()
+    # Not NOT IN: what PostgreSQL hashes for that must fit in memory, else it goes through all keys for each row.
+    return delete(_TABLE).where(~exists().where(keys.c.key == _TABLE.c.destination))
+
+
 _KEYS = Batch({"key": Text()})
-_DELETE_OTHERS = Statement(lambda: delete(_TABLE).where(_TABLE.c.destination.not_in(select(_KEYS.table().c.key))))
+_DELETE_OTHERS = Statement(_delete_others)
 _PUT_CHANGED = Statement(_put_changed)
 
 

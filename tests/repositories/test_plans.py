@@ -260,3 +260,16 @@ def test_the_whole_is_read_in_the_order_of_its_index(url: str, executed: Execute
     with psycopg.connect(url) as connection:
         kinds = [step["Node Type"] for step in steps(plan_of(connection, "custom", sql, parameters))]
     assert kinds == ["Index Scan"]
+
+
+@pytest.mark.parametrize("mode", ["custom", "generic"])
+def test_the_routes_that_go_are_found_in_one_pass(url: str, executed: Executed, mode: str) -> None:
+    # A subplan whose rows have no room in memory would go through all of them for each route.
+    given: dict[str, Any] = {f"to-{n}": {} for n in range(ROWS)}
+    statements = execute(url, executed, lambda uow: uow.routing_table.replace_all(given))
+    ((sql, parameters),) = [each for each in statements if each[0].startswith(b"DELETE")]
+    with psycopg.connect(url) as connection:
+        plan = plan_of(connection, mode, sql, parameters)
+    joins = [(step["Node Type"], step["Join Type"]) for step in steps(plan) if "Join Type" in step]
+    assert joins in ([("Hash Join", "Anti")], [("Hash Join", "Right Anti")])  # by which side is hashed
+    assert not any("SubPlan" in step.get("Filter", "") for step in steps(plan))
