@@ -45,33 +45,43 @@ def find(version: str) -> Path | None:
         return None
 
 
-def account() -> str | None:
-    """Give the account for the server, which refuses to run as root."""
+def account() -> tuple[int, int] | tuple[None, None]:
+    """Give the account for the server, which refuses to run as root, as its user and its group."""
     if os.geteuid() != 0:
-        return None
-    names = {entry.pw_name for entry in pwd.getpwall()}
-    return next(name for name in ("postgres", "nobody") if name in names)
+        return None, None
+    accounts = {entry.pw_name: (entry.pw_uid, entry.pw_gid) for entry in pwd.getpwall()}
+    return next(accounts[name] for name in ("postgres", "nobody") if name in accounts)
 
 
 @contextmanager
 def server(programs: Path) -> Generator[str]:
     """Run a server of these programs for a block, and give its URL."""
-    user = account()
+    user, group = account()
+    # Of none of root's groups: of a directory on the way to the programs they may have less than everybody else.
+    extra_groups = None if user is None else list[int]()
     ram = Path("/dev/shm")  # noqa: S108 - a directory of its own is made in it
     home = Path(tempfile.mkdtemp(prefix="mesh_storage-matrix-", dir=ram if os.access(ram, os.W_OK) else None))
     try:
-        if user is not None:
-            shutil.chown(home, user)
+        if user is not None and group is not None:
+            os.chown(home, user, group)
         data = home / "data"
         options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-sync"]
         subprocess.run(
-            [programs / "initdb", *options, "--pgdata", data], user=user, cwd="/", check=True, stdout=subprocess.DEVNULL
+            [programs / "initdb", *options, "--pgdata", data],
+            user=user,
+            group=group,
+            extra_groups=extra_groups,
+            cwd="/",
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         parameters = [option for parameter in PARAMETERS for option in ("-c", parameter)]
         with (home / "log").open("wb") as log:
             process = subprocess.Popen(
                 [programs / "postgres", "-D", data, "-k", home, "-p", "5432", *parameters],
                 user=user,
+                group=group,
+                extra_groups=extra_groups,
                 cwd="/",
                 stdout=log,
                 stderr=log,
