@@ -479,7 +479,13 @@ class Connection:
 # set_config() is SET LOCAL with parameters. A transaction that waits for its caller is ended as well, so that it
 # holds no lock for longer; but a little later, so that a caller who comes back learns that the time is over.
 _IDLE_GRACE_MS = 1000
-_LIMIT_TIME = (
-    b"SELECT set_config('statement_timeout', %(statement)s, true),"
-    b" set_config('idle_in_transaction_session_timeout', %(idle)s, true)"
+# What the operator limits stays limited. As the time that is left only falls, what an earlier call has set is no less
+# than what this one asks for, unless the session's own limit was smaller; 0 is no limit.
+_SMALLER = (
+    "set_config('{name}', least(%({limit})s::int, "
+    "nullif(extract(epoch FROM current_setting('{name}')::interval) * 1000, 0))::int::text, true)"
 )
+_LIMIT_TIME = (
+    f"SELECT {_SMALLER.format(name='statement_timeout', limit='statement')}, "
+    f"{_SMALLER.format(name='idle_in_transaction_session_timeout', limit='idle')}"
+).encode()

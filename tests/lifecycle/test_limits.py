@@ -87,6 +87,41 @@ def test_a_statement_over_its_limit_is_a_timeout_and_leaves_the_connection_clean
         assert sessions(storage) == []
 
 
+def limits_in(uow: UnitOfWork) -> list[str]:
+    uow.state.count()
+    names = ("statement_timeout", "idle_in_transaction_session_timeout")
+    return [str(uow.session.execute(text("SELECT current_setting(:name)"), {"name": name}).scalar()) for name in names]
+
+
+@pytest.mark.parametrize("timeout", [10, 0.9])
+def test_a_timeout_of_a_unit_of_work_lifts_no_limit_of_the_settings(mesh_storage_url: str, timeout: float) -> None:
+    with opened(mesh_storage_url, statement_timeout=0.2, idle_in_transaction_timeout=0.6) as storage:
+        with pytest.raises(StorageTimeoutError) as error, storage.begin(timeout=timeout) as uow:
+            uow.state.put("k", b"v")
+            uow.session.execute(text("SELECT pg_sleep(30)"))
+        assert error.value.sqlstate == "57014"
+        with storage.begin(timeout=timeout) as uow:
+            assert limits_in(uow) == ["200ms", "600ms"]
+            uow.commit()
+            assert limits_in(uow) == ["200ms", "600ms"]
+        with storage.begin() as uow:
+            assert limits_in(uow) == ["200ms", "600ms"]
+
+
+@pytest.mark.parametrize("limit", ["5500ms", "7s", "3min", "2h", "1d", "2147483647ms", "0"])
+def test_a_timeout_of_a_unit_of_work_lifts_no_limit_of_the_url(mesh_storage_url: str, limit: str) -> None:
+    name = "idle_in_transaction_session_timeout"
+    url = f"{mesh_storage_url}&options=-c%20{name}%3D{limit}%20-c%20statement_timeout%3D0"
+    with opened(url) as storage, storage.begin(timeout=86_400 * 7) as uow:
+        statement, idle = limits_in(uow)
+        asked = "SELECT extract(epoch FROM CAST(:limit AS interval))"
+        given, week, seconds = (
+            float(uow.session.execute(text(asked), {"limit": each}).scalar() or 0) for each in (limit, statement, idle)
+        )
+        assert 86_400 * 7 - 60 < week <= 86_400 * 7
+        assert seconds == given or (not 0 < given < week and week <= seconds <= week + 2)
+
+
 def test_a_lock_over_its_limit_is_a_timeout(mesh_storage_url: str) -> None:
     with opened(mesh_storage_url, lock_timeout=0.2) as storage:
         with storage.begin() as uow:
