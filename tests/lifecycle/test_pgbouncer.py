@@ -133,6 +133,29 @@ def test_without_the_setting_pgbouncer_refuses_the_connection(opens: Open, poole
         pass
 
 
+def test_in_session_mode_the_setting_is_needed_as_well(opens: Open, mesh_storage_url: str) -> None:
+    with pgbouncer(mesh_storage_url, sessions=2, more="pool_mode = session") as url:
+        with (
+            pytest.raises(UnavailableError, match="unsupported startup parameter: options"),
+            opens(url, transaction_pooling=False),
+        ):
+            pass
+        with opens(url, statement_timeout=7) as storage, storage.begin() as uow:
+            uow.state.put("k", b"v")
+            assert asked(uow, "statement_timeout", "TimeZone") == ["7s", "UTC"]
+
+
+def test_in_session_mode_options_that_are_ignored_set_no_limits(opens: Open, mesh_storage_url: str) -> None:
+    more = "pool_mode = session\nignore_startup_parameters = options"
+    with (
+        pgbouncer(mesh_storage_url, sessions=2, more=more) as url,
+        opens(url, transaction_pooling=False, statement_timeout=7) as storage,
+        storage.begin() as uow,
+    ):
+        uow.state.put("k", b"v")
+        assert asked(uow, "statement_timeout", "idle_in_transaction_session_timeout") == ["0", "0"]
+
+
 def test_without_the_setting_prepared_statements_collide(opens: Open, mesh_storage_url: str) -> None:
     def read(storage: MeshStorage) -> None:
         for _ in range(10):  # psycopg prepares what was executed five times.
