@@ -13,7 +13,7 @@ from decimal import Decimal
 
 from pydantic_core import from_json, to_json
 
-from mesh_storage.errors import InvalidInputError
+from mesh_storage.errors import InvalidInputError, MeshStorageError
 from mesh_storage.models.base import JSON
 
 MAX_DEPTH = 200
@@ -46,15 +46,28 @@ def dumps_all(values: Sequence[JSON], field: str = "value") -> list[str]:
 
 def same(one: JSON, other: JSON) -> bool:
     """Say whether two JSON values are equal and of one type: 1, 1.0 and true are equal for Python alone."""
-    return _encode_sorted(one) == _encode_sorted(other)
+    # Other values are seen to be so first: an integer of another service's may be too long to be written.
+    return one == other and _encode_sorted(one) == _encode_sorted(other)
 
 
 def loads(text: str | bytes) -> JSON:
-    """Read the text of a jsonb value."""
+    """Read the text of a jsonb value, also where others have stored what `dumps` refuses.
+
+    Raises:
+        MeshStorageError: It is nested so deep that Python has no room for it.
+    """
     try:
         return from_json(text)
     except ValueError:
-        return json.loads(text)  # Others may have stored what is nested deeper.
+        try:
+            return json.loads(text, parse_int=_integer)
+        except RecursionError:
+            raise MeshStorageError("a JSON value of another service's is nested too deep to be read") from None
+
+
+def _integer(digits: str) -> int:
+    """Read an integer of any length: a decimal is not under Python's limit."""
+    return int(Decimal(digits))
 
 
 def _check(values: Iterable[JSON], field: str, depth: int) -> bool:

@@ -15,8 +15,19 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text as sql
 
-from mesh_storage import InvalidInputError, LogEntry, MeshStorage, Message, Node, UnitOfWork
+from mesh_storage import (
+    ConfigEntry,
+    ConflictError,
+    InvalidInputError,
+    LogEntry,
+    MeshStorage,
+    MeshStorageError,
+    Message,
+    Node,
+    UnitOfWork,
+)
 from mesh_storage.testing import Databases, MeshFactory, MessageFactory, NodeFactory
 
 
@@ -413,6 +424,33 @@ def test_one_bad_part_makes_any_json_value_refused(shared: MeshStorage, value: A
             with pytest.raises(InvalidInputError) as error:
                 kind.trip(uow, bad)
             assert error.value.field == kind.field
+
+
+def test_an_integer_of_an_older_service_is_read_however_long_it_is(uow: UnitOfWork) -> None:
+    long = [10**5000 - 1, {"a": -(10**100_000)}]
+    made = "CAST(:json AS jsonb)"
+    written = "[" + "9" * 5000 + ', {"a": -1' + "0" * 100_000 + "}]"
+    uow.session.execute(sql(f"INSERT INTO mesh_runtime_config VALUES ('long', {made}), ('n', '1')"), {"json": written})
+    uow.session.execute(sql(f"INSERT INTO mesh_consensus_log VALUES (1, 1, {made})"), {"json": written})
+    assert uow.runtime_config.all() == {"long": long, "n": 1}
+    assert [entry.value for entry in uow.runtime_config.page().items] == [long, 1]
+    assert uow.session.get_one(ConfigEntry, "long").value == long
+    assert uow.consensus_log.get(1).entry == long
+    with pytest.raises(ConflictError), uow.savepoint():
+        uow.consensus_log.append(1, 1, [1, {"a": 1}])
+
+
+def test_nesting_of_an_older_service_is_read_or_says_what_it_is(uow: UnitOfWork) -> None:
+    for key, depth in (("deep", 500), ("deeper", 5000)):
+        nest = "CAST(repeat('[', :depth) || repeat(']', :depth) AS jsonb)"
+        uow.session.execute(sql(f"INSERT INTO mesh_runtime_config VALUES (:key, {nest})"), {"key": key, "depth": depth})
+    assert isinstance(uow.runtime_config.value("deep"), list)
+    with pytest.raises(MeshStorageError, match="a JSON value of another service's is nested too deep"), uow.savepoint():
+        uow.runtime_config.all()
+    with pytest.raises(MeshStorageError, match="nested too deep"), uow.savepoint():
+        uow.session.get(ConfigEntry, "deeper")
+    uow.runtime_config.put("deeper", 1)
+    assert uow.runtime_config.value("deeper") == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", bytes(range(256)), b"\\x00", b"\xff" * 10_000], ids=len)
