@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import psycopg
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,3 +56,14 @@ def test_what_is_not_found_is_skipped_and_said(one_for_16: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--require", "99", "16"], ["99"]])
 def test_a_version_that_is_required_or_the_only_one_must_be_there(one_for_16: Path, arguments: list[str]) -> None:
     assert run(*arguments, test=one_for_16)[0] == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server under another account")
+def test_the_server_is_in_none_of_roots_groups() -> None:
+    matrix = runpy.run_path(str(ROOT / "tools/test_matrix.py"))
+    with tempfile.TemporaryDirectory() as directory:  # not tmp_path, which is root's alone
+        Path(directory).chmod(0o701)
+        installed = Path(directory, "installed")
+        installed.symlink_to(matrix["find"]("16").parent)
+        with matrix["server"](installed / "bin") as url, psycopg.connect(url) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
