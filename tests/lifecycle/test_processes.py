@@ -177,6 +177,7 @@ def test_a_child_that_leaves_a_savepoint_of_its_parent_undoes_nothing(
         assert uow.state.count() == 1
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 and later
 def test_a_child_of_asyncio_works_and_leaves_the_connections_of_its_parent_alone(tmp_path: Path) -> None:
     url = f"embedded:{tmp_path / 'mesh'}"
 
