@@ -50,8 +50,9 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     made = tmp_path_factory.mktemp("dist")
     build(ROOT, "sdist", made)
     (source,) = made.glob("*.tar.gz")
-    with tarfile.open(source) as archive:
-        archive.extractall(made / "source", filter="data")
+    (made / "source").mkdir()
+    # Not by Python, which asks for a filter from 3.12 on and has none before 3.11.4.
+    subprocess.run(["tar", "--extract", "--file", source, "--directory", made / "source"], check=True)
     (unpacked,) = (made / "source").iterdir()
     build(unpacked, "wheel", made)
     (wheel,) = made.glob("*.whl")
