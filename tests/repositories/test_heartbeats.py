@@ -120,6 +120,7 @@ PUTS: dict[str, Callable[[UnitOfWork, str, int], object]] = {
     "mesh_routing_table": lambda uow, key, n: uow.routing_table.put(key, {"next_hop": n}),
     "mesh_runtime_config": lambda uow, key, n: uow.runtime_config.put(key, n),
 }
+WITH_ROOM = ("mesh_node_state", "mesh_routing_table")
 
 
 @pytest.mark.parametrize("name", PUTS)
@@ -134,7 +135,8 @@ def test_what_is_put_one_by_one_is_stored_in_place(
                     PUTS[name](uow, key, number)
     after = table.use_after(4000)
     assert after.updates == 4000
-    assert after.in_place >= 0.95 * after.updates
+    # Where no room is left free in each page, one must be pruned in time, which the snapshots of others may delay.
+    assert after.in_place >= (0.95 if name in WITH_ROOM else 0.8) * after.updates
 
 
 def test_a_routing_table_that_changes_as_a_whole_is_stored_in_place(
