@@ -1,4 +1,4 @@
-"""How sync code runs over an asyncio connection: SQLAlchemy's greenlet bridge, crossed once a call.
+"""How sync code runs over an asyncio connection: by greenlets, as in SQLAlchemy, entered once a call.
 
 The repositories and the connection of a unit of work stay sync. Where they would wait for the database, the bridge lets
 the event loop go on; that place is the driver, and SQLAlchemy's own statements for sessions and savepoints.
