@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import psycopg
 import pytest
 
 from mesh_storage.testing import Databases
 from tests.adoption import legacy
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.processes import start_alembic
 
 
 @pytest.fixture
@@ -43,15 +39,7 @@ def alembic() -> Iterator[Alembic]:
     started: list[subprocess.Popen[str]] = []
 
     def start(url: str, *arguments: str) -> subprocess.Popen[str]:
-        environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "alembic", *arguments],
-            cwd=ROOT,
-            env=environment | {"MESH_STORAGE_URL": url},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = start_alembic(url, *arguments)
         started.append(process)
         return process
 

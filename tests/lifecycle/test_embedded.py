@@ -7,14 +7,13 @@ import pwd
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mesh_storage import ClosedError, ConfigurationError, MeshStorage, MeshStorageError
 from mesh_storage.embedded import EmbeddedServer
+from tests.processes import eventually
 
 HOLD = """
 import sys
@@ -37,15 +36,6 @@ def hold(url: str, key: str) -> subprocess.Popen[str]:
 def ready(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def postmaster(home: Path) -> int | None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
@@ -19,6 +18,7 @@ from sqlalchemy import text
 from mesh_storage import ClosedError, MeshStorage, StateEntry, UnavailableError
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
 from mesh_storage.embedded import EmbeddedServer
+from tests.processes import eventually
 
 HOLD = """
 import sys
@@ -30,15 +30,6 @@ with storage.begin(read_only=True) as uow:
 print(directory, server.connect["host"], flush=True)
 sys.stdin.readline()
 """
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def processes_that_name(directory: Path) -> list[int]:

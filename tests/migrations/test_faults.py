@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,8 +14,7 @@ import pytest
 
 from mesh_storage import MeshStorage, MeshStorageError, schema
 from mesh_storage.testing import Databases
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.processes import start_alembic
 
 STALE_ENTRIES = """
     INSERT INTO mesh_consensus_log (term, index, entry, created_at) VALUES
@@ -39,16 +36,7 @@ def other(url: str) -> Iterator[psycopg.Connection[Any]]:
         yield connection
 
 
-def start(url: str, *arguments: str) -> subprocess.Popen[str]:
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    return subprocess.Popen(
-        [sys.executable, "-m", "alembic", *arguments],
-        cwd=ROOT,
-        env=environment | {"MESH_STORAGE_URL": url},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+start = functools.partial(start_alembic, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen[str]) -> str:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -28,8 +24,8 @@ from mesh_storage.testing import (
     RoutingEntryFactory,
     StateEntryFactory,
 )
+from tests.processes import start_alembic
 
-ROOT = Path(__file__).parent.parent.parent
 TABLES = sorted(Base.metadata.tables)
 
 
@@ -40,20 +36,8 @@ def url(mesh_storage_databases: Databases) -> Iterator[str]:
         yield made
 
 
-def start(url: str, *arguments: str) -> subprocess.Popen[str]:
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    return subprocess.Popen(
-        [sys.executable, "-m", "alembic", *arguments],
-        cwd=ROOT,
-        env=environment | {"MESH_STORAGE_URL": url},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def alembic(url: str, *arguments: str) -> str:
-    process = start(url, *arguments)
+    process = start_alembic(url, *arguments)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
     return out
@@ -147,7 +131,7 @@ def test_every_step_up_and_down_keeps_the_data(url: str) -> None:
 
 
 def test_many_at_once_all_succeed(url: str) -> None:
-    processes = [start(url, "upgrade", "head") for _ in range(4)]
+    processes = [start_alembic(url, "upgrade", "head") for _ in range(4)]
     results = [(process.communicate(timeout=120), process.returncode) for process in processes]
     assert [code for _, code in results] == [0] * 4, results
     ran = [err.count("Running upgrade") for (_, err), _ in results]

@@ -1,0 +1,35 @@
+"""What tests of several processes share: `alembic` as an operator runs it, and waiting for what others do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def start_alembic(url: str, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """Start `alembic` in the checkout, with nothing of this process's environment but where programs are."""
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.Popen(
+        [sys.executable, "-m", "alembic", *arguments],
+        cwd=ROOT,
+        env=environment | {"MESH_STORAGE_URL": url},
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+    )
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Say whether something comes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
