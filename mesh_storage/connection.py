@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -173,6 +173,11 @@ class Connection:
     def execute(self, statement: Statement, parameters: Parameters | None = None) -> int:
         """Execute a statement and give the number of rows it found or changed."""
         return self._run(statement, parameters)[1]
+
+    def copy(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
+        """Store rows by a COPY, each made while the server works on those before."""
+        self._check_writable()
+        self.perform(self._copy, f"COPY {table} ({', '.join(columns)}) FROM STDIN".encode(), rows)
 
     def perform(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do something that goes to the database: one caller at a time, within the time limit.
@@ -358,6 +363,10 @@ class Connection:
     def _execute_in_transaction(self, sql: bytes, parameters: Parameters | None = None) -> tuple[list[Row], int]:
         self._begin()
         return self.driver.execute(sql, parameters)
+
+    def _copy(self, sql: bytes, rows: Iterable[Row]) -> None:
+        self._begin()
+        self.driver.copy(sql, rows)
 
     def _begin_nested(self) -> sqlalchemy.NestedTransaction:
         self._check_connected()

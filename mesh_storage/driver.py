@@ -11,7 +11,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -98,6 +98,10 @@ class Driver(Protocol):
 
     def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
         """Execute a statement; give its rows, and how many it found or changed."""
+        ...
+
+    def copy(self, sql: bytes, rows: Iterable[Row], /) -> None:
+        """Execute a COPY FROM STDIN; the rows are asked for while the server works on those before."""
         ...
 
     def begin(self, sql: bytes, /) -> None:
@@ -195,6 +199,12 @@ class BlockingDriver:
             return cursor.fetchall(), cursor.rowcount
         except psycopg.DataError:
             return times.read_again(cursor), cursor.rowcount
+
+    def copy(self, sql: bytes, rows: Iterable[Row], /) -> None:
+        """Execute a COPY."""
+        with self._cursor.copy(sql) as copy:
+            for row in rows:
+                copy.write_row(row)
 
     def begin(self, sql: bytes, /) -> None:
         """Execute several statements: not by our cursor, whose binary results PostgreSQL has for single ones only."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -26,6 +26,9 @@ from mesh_storage.repositories.base import MAX_ROWS
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
+
+_ROWS_AT_ONCE = 1000
+"""How many are copied before the event loop may go on to other tasks."""
 
 
 class BridgedDriver:
@@ -63,6 +66,10 @@ class BridgedDriver:
     def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
         """Execute a statement."""
         return self._wait(self._run(sql, parameters))
+
+    def copy(self, sql: bytes, rows: Iterable[Row], /) -> None:
+        """Execute a COPY."""
+        self._wait(self._copy(sql, rows))
 
     def begin(self, sql: bytes, /) -> None:
         """Execute several statements: not by our cursor, whose binary results PostgreSQL has for single ones only."""
@@ -126,6 +133,13 @@ class BridgedDriver:
             return await cursor.fetchall(), cursor.rowcount
         except psycopg.DataError:
             return times.read_again(cursor), cursor.rowcount
+
+    async def _copy(self, sql: bytes, rows: Iterable[Row]) -> None:
+        async with self._cursor.copy(sql) as copy:
+            for number, row in enumerate(rows):
+                await copy.write_row(row)
+                if number % _ROWS_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # To write a row is not to wait, so the other tasks would.
 
     async def _switch(self, mode: Mode) -> None:
         await self._connection.set_autocommit(mode.autocommit)

@@ -138,7 +138,7 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         return await greenlets.run(self._repository.add, entity)
 
     async def add_many(self, entities: Iterable[Mesh]) -> list[Mesh]:
-        """Add many in one statement, all or none, and give them back as `add` does."""
+        """Add many, all or none, and give them back as `add` does; they go by COPY."""
         return await greenlets.run(self._repository.add_many, entities)
 
     async def update(self, entity: Mesh) -> Mesh:
@@ -337,7 +337,7 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
         return await greenlets.run(self._repository.add, entity)
 
     async def add_many(self, entities: Iterable[Node]) -> list[Node]:
-        """Add many in one statement, all or none, and give them back as `add` does."""
+        """Add many, all or none, and give them back as `add` does; they go by COPY."""
         return await greenlets.run(self._repository.add_many, entities)
 
     async def update(self, entity: Node) -> Node:
@@ -454,7 +454,7 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
         return await greenlets.run(self._repository.add, entity)
 
     async def add_many(self, entities: Iterable[Route]) -> list[Route]:
-        """Add many in one statement, all or none, and give them back as `add` does."""
+        """Add many, all or none, and give them back as `add` does; they go by COPY."""
         return await greenlets.run(self._repository.add_many, entities)
 
     async def update(self, entity: Route) -> Route:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
-from itertools import repeat
+from collections.abc import Generator, Iterable, Mapping
+from itertools import chain, repeat
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, bindparam, func, literal_column, select, update
+from sqlalchemy import Column, ColumnElement, bindparam, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
@@ -17,21 +16,21 @@ from mesh_storage.connection import Connection
 from mesh_storage.errors import InvalidInputError, NotFoundError
 from mesh_storage.models.base import new_id
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import Aggregate, KeyedRepository, M, Rows
-from mesh_storage.repositories.batch import Batch, parameter_type
+from mesh_storage.repositories.base import Aggregate, KeyedRepository, M
+from mesh_storage.repositories.batch import parameter_type
 from mesh_storage.statement import Statement
 
 _TIMES = ("created", "updated")
+_NOW = Statement(lambda: select(func.now()))
 
 
 class Infrastructure(Aggregate[M]):
-    """How one kind of infrastructure is added and updated: all its columns, as arrays with a place for each row."""
+    """How one kind of infrastructure is added and updated: all its columns at once."""
 
     def __init__(self, model: type[M], *, prefix: str, kept: tuple[str, ...] = ()) -> None:
         """Build the statements; `prefix` begins new ids, and an update leaves the attributes `kept` alone."""
         super().__init__(model)
         self.prefix = prefix
-        self.adding = cache(self._adding)
         self.columns: dict[str, Column[Any]] = dict(zip(self.names, self.table.columns, strict=True))
         self.checks = {
             name: check.optional() if column.nullable else check
@@ -43,8 +42,18 @@ class Infrastructure(Aggregate[M]):
             for name, column in self.columns.items()
             if isinstance(column.default, ScalarElementColumnDefault)
         }
+        self.others = [name for name in self.columns if name != "id"]
         self._changed = [name for name in self.columns if name not in ("id", *_TIMES, *kept)]
+        self.add = Statement(self._add)
         self.update = Statement(self._update)
+
+    def _add(self) -> ReturningInsert[Any]:
+        values: dict[str, ColumnElement[Any]] = {
+            name: bindparam(name, type_=parameter_type(column.type)) for name, column in self.columns.items()
+        }
+        values |= {name: func.coalesce(values[name], func.now()) for name in _TIMES}
+        added = insert(self.table).values({self.columns[name]: value for name, value in values.items()})
+        return added.returning(*(self.columns[name] for name in _TIMES))
 
     def _update(self) -> ReturningUpdate[Any]:
         values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in self._changed}
@@ -52,34 +61,15 @@ class Infrastructure(Aggregate[M]):
         changed = update(self.table).where(self.columns["id"] == bindparam("id")).values(values)
         return changed.returning(self.columns["updated"])
 
-    def _adding(self, shared: frozenset[str]) -> tuple[Statement, Batch]:
-        """Build the statement that adds rows which have the same value in the columns `shared`: that is sent once."""
-        batch = Batch({name: column.type for name, column in self.columns.items() if name not in shared})
+    def values(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Check what one aggregate holds and give what is sent for it; a default stands in for None."""
+        return {name: self.column(name, [attributes.get(name)])[0] for name in self.columns}
 
-        def add() -> Rows:
-            arrays = batch.table()
-            values: dict[str, ColumnElement[Any]] = {
-                name: bindparam(name, type_=parameter_type(column.type)) if name in shared else arrays.c[name]
-                for name, column in self.columns.items()
-            }
-            values |= {name: func.coalesce(values[name], func.now()) for name in _TIMES}
-            rows = select(*values.values()).select_from(arrays)
-            added: ReturningInsert[Any] = (
-                insert(self.table).from_select(list(self.table.columns), rows).returning(literal_column("1"))
-            )
-            # One row comes back, however many went there: the transaction's time, which all of them got.
-            return select(func.now()).add_cte(added.cte("added"))
-
-        return Statement(add, writes=True), batch
-
-    def column(self, name: str, values: list[Any], *, new: bool) -> list[Any]:
-        """Check the values of one attribute and give what is sent; a default or a made id stands in for None."""
-        if None in values:
-            if name == "id" and new:
-                values = [new_id(self.prefix) if value is None else value for value in values]
-            elif name in self.defaults:
-                default = self.defaults[name]
-                values = [default if value is None else value for value in values]
+    def column(self, name: str, values: list[Any]) -> list[Any]:
+        """Check the values of one attribute and give what is sent; a default stands in for None."""
+        default = self.defaults.get(name)
+        if default is not None and None in values:
+            values = [default if value is None else value for value in values]
         return self.checks[name].column(values)
 
 
@@ -98,31 +88,53 @@ class InfrastructureRepository(KeyedRepository[M]):
             MissingReferenceError: It refers to something that is not there.
             InvalidInputError: Names the field.
         """
-        self.add_many([entity])
+        kind = self._infrastructure
+        [instance] = kind.attributes(kind.name, [entity])
+        id_ = instance.get("id")
+        values = kind.values({**instance, "id": new_id(kind.prefix) if id_ is None else id_})
+        times = self._connection.fetch_one(kind.add, values)
+        assert times is not None, "a row was added"
+        values.update(zip(_TIMES, times, strict=True))
+        instance.update((name, value) for name, value in values.items() if instance.get(name) is None)
         return entity
 
     def add_many(self, entities: Iterable[M]) -> list[M]:
-        """Add many in one statement, all or none, and give them back as `add` does."""
-        kind, sent, shared = self._infrastructure, dict[str, Any](), set[str]()
+        """Add many, all or none, and give them back as `add` does; they go by COPY."""
+        kind = self._infrastructure
         given = checks.many("entities", entities)
         instances = kind.attributes(kind.name, given)
         if len(set(map(id, given))) < len(given):  # It would be stored under two ids, of which it has one.
             raise InvalidInputError(f"entities must not have the same {kind.name} twice", field="entities")
         if not given:
             return given
-        for name in kind.columns:
-            column = [instance.get(name) for instance in instances]
-            if name == "id" or column.count(None) < len(column):
-                sent[name] = kind.column(name, column, new=True)
-            else:
-                sent[name] = kind.checks[name](kind.defaults.get(name))
-                shared.add(name)
-        statement, batch = kind.adding(frozenset(shared))
-        now = self._fetch_value(statement, **{**sent, **batch.parameters(sent)})
-        for name, values in sent.items():
-            for instance, value in zip(instances, repeat(values) if name in shared else values, strict=False):
+        named = set(chain.from_iterable(instances))
+        ids = [instance.get("id") for instance in instances]
+        kind.checks["id"].column([id_ for id_ in ids if id_ is not None])
+        # What none of them says is the same in all rows; the database's own default for a time is its now.
+        shared = {name: kind.column(name, [None])[0] for name in kind.others if name not in named}
+        columns = {
+            name: kind.column(name, [instance.get(name) for instance in instances])
+            for name in kind.others
+            if name in named
+        }
+        now = self._fetch_value(_NOW)
+        for name in _TIMES:
+            if name in columns:
+                columns[name] = [now if value is None else value for value in columns[name]]
+        sent: dict[str, Iterable[Any]] = {
+            **{name: repeat(value) for name, value in shared.items() if value is not None},
+            **columns,
+        }
+        shared |= {name: now for name in _TIMES if name in shared}
+        columns["id"] = []
+        rows = zip(_ids(kind.prefix, ids, columns["id"]), *sent.values(), strict=False)
+        self._connection.copy(kind.table.name, [kind.columns[name].name for name in ("id", *sent)], rows)
+        for name, values in columns.items():
+            for instance, value in zip(instances, values, strict=True):
                 if instance.get(name) is None:
-                    instance[name] = now if value is None and name in _TIMES else value
+                    instance[name] = value
+        for instance in instances:
+            instance.update(shared)
         return given
 
     def update(self, entity: M) -> M:
@@ -134,16 +146,21 @@ class InfrastructureRepository(KeyedRepository[M]):
             NotFoundError: It is not there.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
         """
-        self._infrastructure.attributes(self._infrastructure.name, [entity])
-        values = {
-            name: self._infrastructure.column(name, [getattr(entity, name)], new=False)[0]
-            for name in self._infrastructure.columns
-        }
-        row = self._connection.fetch_one(self._infrastructure.update, values)
+        kind = self._infrastructure
+        kind.attributes(kind.name, [entity])
+        values = kind.values({name: getattr(entity, name) for name in kind.columns})
+        row = self._connection.fetch_one(kind.update, values)
         if row is None:
-            raise NotFoundError(self._infrastructure.name, values["id"])
+            raise NotFoundError(kind.name, values["id"])
         for name, value in values.items():
             if value is not None and getattr(entity, name) is None:
                 set_attribute(entity, name, value)
         set_attribute(entity, "updated", row[0])
         return entity
+
+
+def _ids(prefix: str, given: Iterable[str | None], used: list[str]) -> Generator[str]:
+    """Give an id for each, made where none is given, and keep it."""
+    for id_ in given:
+        used.append(new_id(prefix) if id_ is None else id_)
+        yield used[-1]

@@ -49,23 +49,23 @@ class Watch:
 
     def __init__(self, connection: psycopg.Connection[Any], other: psycopg.Connection[Any]) -> None:
         self.connection = connection
-        self._other = other
+        self.other = other
         self._ours = [connection.info.backend_pid, other.info.backend_pid]
 
     @contextmanager
     def locked(self, table: str) -> Generator[None]:
         """Let the library wait for a table."""
-        with self._other.transaction():
-            self._other.execute(f"LOCK TABLE {table}")
+        with self.other.transaction():
+            self.other.execute(f"LOCK TABLE {table}")
             yield
 
     def take(self, lock: int) -> None:
         """Take an advisory lock."""
-        self._other.execute("SELECT pg_advisory_lock(%s)", [lock])
+        self.other.execute("SELECT pg_advisory_lock(%s)", [lock])
 
     def release(self) -> None:
         """Release the advisory locks."""
-        self._other.execute("SELECT pg_advisory_unlock_all()")
+        self.other.execute("SELECT pg_advisory_unlock_all()")
 
     def busy(self) -> list[tuple[Any, ...]]:
         """Give the other connections that are in a transaction or execute a statement."""

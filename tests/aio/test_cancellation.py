@@ -13,10 +13,12 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import text
 
-from mesh_storage import MeshStorageError, Message, SerializationError, StorageTimeoutError, UnavailableError
+from mesh_storage import MeshStorageError, Message, Node, SerializationError, StorageTimeoutError, UnavailableError
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+from mesh_storage.models.base import new_id
 from tests.aio.conftest import Run, Watch, assert_at_rest, eventually, opened, storage_at_rest
 
+ID = new_id("node")
 LOCKED_OUT = 42
 """The advisory lock that a commit waits for."""
 
@@ -136,6 +138,54 @@ def test_cancelled_while_the_commit_waits(run: Run, mesh_storage_url: str, watch
             watch.release()
             await put(storage, "after")
             assert watch.keys() == ["after"]
+
+    run(main())
+
+
+async def add_nodes(storage: AsyncMeshStorage, count: int, *last: str) -> None:
+    names = [*(f"node-{number}" for number in range(count)), *last]
+    async with storage.begin() as uow:
+        await uow.nodes.add_many(Node(name=name, ip_address="::1") for name in names)
+
+
+COPIED = "SELECT 1 FROM pg_stat_progress_copy WHERE datname = current_database() AND tuples_processed > {}"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("when", ["before the rows", "among the rows", "behind the rows"])
+def test_cancelled_while_rows_are_copied(run: Run, mesh_storage_url: str, watch: Watch, when: str, times: int) -> None:
+    async def main() -> None:
+        async with storage_at_rest(mesh_storage_url, watch, pool_size=1) as storage:
+            await add_nodes(storage, 0, "warm")
+            with watch.locked("nodes" if when == "before the rows" else "mesh"):
+                watch.other.execute(
+                    "INSERT INTO nodes (node_id, node_name, ip_address) VALUES (%s, 'late', '::1')", [ID]
+                )
+                last = ["late"] if when == "behind the rows" else []
+                task = asyncio.create_task(add_nodes(storage, 20_000, *last))
+                if when == "among the rows":
+                    await eventually(lambda: watch.connection.execute(COPIED.format(0)).fetchone())
+                else:
+                    await eventually(watch.waiting)
+                await cancelled(task, times)
+                await eventually(lambda: not watch.waiting() and not watch.busy())
+                watch.other.execute("DELETE FROM nodes WHERE node_id = %s", [ID])
+            async with storage.begin() as uow:
+                assert await uow.nodes.count() == 1
+
+    run(main())
+
+
+def test_other_tasks_go_on_while_rows_are_copied(run: Run, mesh_storage_url: str, watch: Watch) -> None:
+    async def main() -> None:
+        async with storage_at_rest(mesh_storage_url, watch, pool_size=1) as storage:
+            task, turns = asyncio.create_task(add_nodes(storage, 20_000)), 0
+            await eventually(lambda: watch.connection.execute(COPIED.format(0)).fetchone())
+            while watch.connection.execute(COPIED.format(0)).fetchone():
+                await asyncio.sleep(0)
+                turns += 1
+            await task
+            assert turns >= 10
 
     run(main())
 

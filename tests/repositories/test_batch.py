@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Text, select
 
-from mesh_storage import MeshStorage, Node
+from mesh_storage import MeshStorage, Message
 from mesh_storage.repositories.batch import Batch
 from mesh_storage.statement import Statement
 from mesh_storage.testing import Databases
@@ -54,12 +54,11 @@ def test_texts_that_look_like_marks(
     assert connection.execute(ECHO.sql, parameters).fetchall() == list(zip(texts, two, strict=True))
 
 
-def test_a_description_may_hold_the_marks(storage: MeshStorage) -> None:
-    given_ = ["\x1f", "\x1e", "", None, "\x01\x02\x1f"]
+def test_a_message_may_hold_the_marks(storage: MeshStorage) -> None:
+    froms = ["\x1f", "\x1e", "\x01\x02\x1f"]
     with storage.begin() as uow:
-        added = uow.nodes.add_many(
-            [Node(name=f"node-{n}", ip_address="::1", description=text) for n, text in enumerate(given_)]
+        uow.messages.store_many(
+            Message(id=str(n), from_node=text, to_node="b", content=b"") for n, text in enumerate(froms)
         )
-        ids = [node.id for node in added]
     with storage.begin(read_only=True) as uow:
-        assert [uow.nodes.get(id_).description for id_ in ids] == ["\x1f", "\x1e", "", "", "\x01\x02\x1f"]
+        assert [uow.messages.get(str(n)).from_node for n in range(3)] == froms

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import func, select
 
 from mesh_storage import AlreadyExistsError, InvalidInputError, MeshStorage, Node, NotFoundError, Route, UnitOfWork
-from mesh_storage.models.base import new_id
+from mesh_storage.models.base import attribute_names, new_id
 from mesh_storage.testing import MeshFactory, NodeFactory, RouteFactory
 
 NORTH, SOUTH = new_id("region"), new_id("region")
@@ -29,7 +33,7 @@ def test_add_gives_the_node_back_with_its_id_defaults_and_times(uow: UnitOfWork)
 
 
 def test_add_keeps_everything_that_is_given(storage: MeshStorage) -> None:
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         "id": new_id("node"),
         "name": "n",
         "description": "d",
@@ -42,10 +46,10 @@ def test_add_keeps_everything_that_is_given(storage: MeshStorage) -> None:
         "status": "STATUS_CONNECTED",
     }
     with storage.begin() as uow:
-        uow.nodes.add(Node(**given))
+        uow.nodes.add(Node(**values))
     with storage.unit_of_work() as uow:
         found = uow.nodes.get_by_name("n")
-        assert {name: getattr(found, name) for name in given} == given
+        assert {name: getattr(found, name) for name in values} == values
 
 
 @pytest.mark.parametrize("taken", ["id", "name"])
@@ -73,13 +77,47 @@ def test_add_many_gives_them_back_in_the_order_given(uow: UnitOfWork) -> None:
     assert len({(node.created, node.updated) for node in nodes}) == 1
 
 
+@given(texts=st.lists(st.none() | st.text(st.characters(min_codepoint=1, exclude_categories=["Cs"])), max_size=9))
+@example(["\\N", "\\.", "\\", "a\tb\nc\rd", "", None, "\x0b\x7f\u2028🕸", "\x1f\x1e"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_add_many_stores_texts_as_they_are(uow: UnitOfWork, texts: list[str | None]) -> None:
+    added = uow.nodes.add_many([NodeFactory.build(description=text) for text in texts])
+    assert [uow.nodes.get(node.id).description for node in added] == [text or "" for text in texts]
+
+
+def test_some_of_many_say_what_others_leave_open(storage: MeshStorage) -> None:
+    own_id, then = new_id("node"), datetime(2020, 2, 20, tzinfo=timezone(timedelta(hours=2)))
+    with storage.begin() as uow:
+        new = uow.nodes.add_many(
+            [
+                Node(name="a", ip_address="::1"),
+                Node(name="b", ip_address="::1", id=own_id, created=then, port=1, region_id=NORTH, status=None),
+                Node(name="c", ip_address="::1", updated=None, description=None, platform="os-9"),
+            ]
+        )
+        now = uow.session.scalar(select(func.now()))
+    _, b, _ = new
+    assert b.id == own_id
+    assert [node.created for node in new] == [now, then, now]
+    assert [node.updated for node in new] == [now, now, now]
+    assert [node.port for node in new] == [8443, 1, 8443]
+    assert [node.region_id for node in new] == [None, NORTH, None]
+    assert [node.platform for node in new] == ["linux-amd64", "linux-amd64", "os-9"]
+    assert {node.status for node in new} == {"STATUS_PENDING"}
+    names = attribute_names(Node)
+    with storage.begin(read_only=True) as uow:
+        for node in new:
+            found = uow.nodes.get(node.id)
+            assert {name: getattr(found, name) for name in names} == {name: getattr(node, name) for name in names}
+
+
 def test_add_many_takes_ten_thousand_at_once(uow: UnitOfWork) -> None:
     uow.nodes.add_many(NodeFactory.build_batch(10_000))
     assert uow.nodes.count() == 10_000
 
 
 @pytest.mark.parametrize(
-    ("given", "field"),
+    ("values", "field"),
     [
         ({"id": "x"}, "id"),
         ({"id": "node_" + "I" * 26}, "id"),
@@ -109,15 +147,15 @@ def test_add_many_takes_ten_thousand_at_once(uow: UnitOfWork) -> None:
         ({"status": "STATUS_" + "X" * 249}, "status"),
     ],
 )
-def test_a_node_that_cannot_be_stored_is_refused_by_name(uow: UnitOfWork, given: dict[str, Any], field: str) -> None:
+def test_a_node_that_cannot_be_stored_is_refused_by_name(uow: UnitOfWork, values: dict[str, Any], field: str) -> None:
     there = NodeFactory.create(uow=uow)
     with pytest.raises(InvalidInputError) as error, uow.savepoint():
-        uow.nodes.add(NodeFactory.build(**given))
+        uow.nodes.add(NodeFactory.build(**values))
     assert error.value.field is not None
     assert field in error.value.field
-    for name, value in given.items():
+    for name, value in values.items():
         setattr(there, name, value)
-    if None in given.values() or "id" in given:
+    if None in values.values() or "id" in values:
         return
     with pytest.raises(InvalidInputError) as error, uow.savepoint():
         uow.nodes.update(there)

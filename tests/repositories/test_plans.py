@@ -124,7 +124,6 @@ BY_INDEX: dict[str, Work] = {
     "nodes.stream": lambda uow: some(uow.nodes.stream(batch_size=2)),
     "nodes.with_state": lambda uow: some(uow.nodes.with_state(batch_size=2)),
     "nodes.add": lambda uow: uow.nodes.add(Node(name="new", ip_address="10.0.0.1")),
-    "nodes.add_many": lambda uow: uow.nodes.add_many([node(ROWS + number) for number in range(1, 100)]),
     "nodes.update": lambda uow: uow.nodes.update(node(7000)),
     "nodes.delete": lambda uow: uow.nodes.delete(NODE),
     "routes.get": lambda uow: uow.routes.get(ROUTE),

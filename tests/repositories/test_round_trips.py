@@ -26,6 +26,7 @@ REPOSITORIES = (
     *("meshes", "nodes", "routes"),
     *("messages", "state", "node_states", "consensus_log", "routing_table", "runtime_config"),
 )
+ANSWER = rb"\tB\t\d+\t(?:ReadyForQuery|CopyInResponse)\b"
 STATEMENT = rb"\tF\t\d+\t(?:Query|Execute)\b"
 
 
@@ -48,12 +49,12 @@ class Wire:
         connection.pgconn.trace(self._trace.fileno())
 
     def cost(self) -> Cost:
-        """Give what all has cost so far: the server says ReadyForQuery once a round trip."""
+        """Give what all has cost so far: the server says ReadyForQuery once a round trip, but asks for rows to copy."""
         for connection in self._connections:
             connection.pgconn.untrace()  # This is what flushes the trace.
             connection.pgconn.trace(self._trace.fileno())
         traced = Path(self._trace.name).read_bytes()
-        return Cost(len(re.findall(rb"\tB\t\d+\tReadyForQuery\b", traced)), len(re.findall(STATEMENT, traced)))
+        return Cost(len(re.findall(ANSWER, traced)), len(re.findall(STATEMENT, traced)))
 
     def cost_of(self, work: Callable[[], Any]) -> Cost:
         before = self.cost()
@@ -98,13 +99,14 @@ def fill(uow: UnitOfWork) -> None:
 
 
 ONE = Cost(1, 1)
+COPY = Cost(3, 2)  # It asks for the time, and the server for the rows.
 MESH, NODE, ROUTE = id_of("mesh", 1), id_of("node", 1), id_of("route", 1)
 
 # A method, and behind it the case where it costs something else in another one. A stream costs one for each batch, and
 # one more where the last batch was full.
 METHODS: dict[str, tuple[Work, Cost]] = {
     "meshes.add": (lambda uow: uow.meshes.add(mesh(4)), ONE),
-    "meshes.add_many": (lambda uow: uow.meshes.add_many(map(mesh, range(4, 400))), ONE),
+    "meshes.add_many": (lambda uow: uow.meshes.add_many(map(mesh, range(4, 400))), COPY),
     "meshes.admits": (lambda uow: uow.meshes.admits(MESH), ONE),
     "meshes.count": (lambda uow: uow.meshes.count(), ONE),
     "meshes.delete": (lambda uow: uow.meshes.delete(MESH), ONE),
@@ -118,7 +120,7 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "meshes.stream in full batches": (lambda uow: list(uow.meshes.stream(batch_size=3)), Cost(2, 2)),
     "meshes.update": (lambda uow: uow.meshes.update(mesh(1)), ONE),
     "nodes.add": (lambda uow: uow.nodes.add(node(4)), ONE),
-    "nodes.add_many": (lambda uow: uow.nodes.add_many(map(node, range(4, 400))), ONE),
+    "nodes.add_many": (lambda uow: uow.nodes.add_many(map(node, range(4, 400))), COPY),
     "nodes.count": (lambda uow: uow.nodes.count(status="STATUS_ACTIVE"), ONE),
     "nodes.delete": (lambda uow: uow.nodes.delete(NODE), ONE),
     "nodes.find": (lambda uow: uow.nodes.find(NODE), ONE),
@@ -129,7 +131,7 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "nodes.update": (lambda uow: uow.nodes.update(node(1)), ONE),
     "nodes.with_state": (lambda uow: list(uow.nodes.with_state()), ONE),
     "routes.add": (lambda uow: uow.routes.add(route(4)), ONE),
-    "routes.add_many": (lambda uow: uow.routes.add_many(map(route, range(4, 400))), ONE),
+    "routes.add_many": (lambda uow: uow.routes.add_many(map(route, range(4, 400))), COPY),
     "routes.between": (lambda uow: uow.routes.between(NODE, id_of("node", 2)), ONE),
     "routes.count": (lambda uow: uow.routes.count(), ONE),
     "routes.delete": (lambda uow: uow.routes.delete(ROUTE), ONE),
