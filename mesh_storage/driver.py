@@ -19,7 +19,7 @@ import psycopg
 import sqlalchemy
 from psycopg import IsolationLevel
 
-from mesh_storage import alarm, times
+from mesh_storage import alarm, jsonb, times
 from mesh_storage.alarm import Alarm
 from mesh_storage.errors import UnavailableError
 
@@ -179,6 +179,7 @@ class BlockingDriver:
         times.register(self._connection)
         self._pgconn = self._connection.pgconn
         self._cursor: psycopg.Cursor[Row] = self._connection.cursor(binary=True)
+        jsonb.register(self._cursor)
         self.liveness = Liveness(connection)
         self._cancelling: threading.Thread | None = None
 

@@ -10,7 +10,10 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
+from typing import Any
 
+import psycopg
+from psycopg.pq import Format
 from pydantic_core import from_json, to_json
 
 from mesh_storage.errors import InvalidInputError, MeshStorageError
@@ -63,6 +66,36 @@ def loads(text: str | bytes) -> JSON:
             return json.loads(text, parse_int=_integer)
         except RecursionError:
             raise MeshStorageError("a JSON value of another service's is nested too deep to be read") from None
+
+
+def loads_all(texts: Iterable[str]) -> list[JSON]:
+    """Read many texts at once, which takes a third of the time; raises as for one."""
+    texts = list(texts)
+    try:
+        values: list[JSON] = from_json(f"[{','.join(texts)}]")
+    except ValueError:
+        return list(map(loads, texts))
+    return values
+
+
+def register(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> None:
+    """Let a cursor with binary results give jsonb as it comes, for `read` or `read_all`.
+
+    psycopg would call a function for each value, which costs twice what it takes to read it.
+    """
+    text_loader = psycopg.adapters.get_loader(psycopg.adapters.types["text"].oid, Format.BINARY)
+    assert text_loader is not None, "psycopg reads texts"
+    cursor.adapters.register_loader("jsonb", text_loader)
+
+
+def read(received: str) -> JSON:
+    """Read a value as it came: a byte for the version of the format, and the text; raises as `loads`."""
+    return loads(received[1:])
+
+
+def read_all(received: Sequence[str]) -> list[JSON]:
+    """Read many values as they came; raises as `loads`."""
+    return loads_all([value[1:] for value in received])
 
 
 def _integer(digits: str) -> int:

@@ -16,7 +16,7 @@ import psycopg
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.util import await_
 
-from mesh_storage import times
+from mesh_storage import jsonb, times
 from mesh_storage.aio import greenlets
 from mesh_storage.alarm import Alarm
 from mesh_storage.driver import GRACE_S, Liveness, Mode, Parameters, Row, shut_down
@@ -43,6 +43,7 @@ class BridgedDriver:
         self._connection: psycopg.AsyncConnection[Row] = adapted.driver_connection
         times.register(self._connection)
         self._cursor: psycopg.AsyncCursor[Row] = self._connection.cursor(binary=True)
+        jsonb.register(self._cursor)
         self.liveness = Liveness(self.sqlalchemy)
         self._unfinished: set[asyncio.Task[None]] = set()
 

@@ -1,10 +1,9 @@
-"""What all models share: the metadata with its naming convention, and the constructor of loaded aggregates."""
+"""What all models share: the metadata with its naming convention, and the late state of their aggregates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, ClassVar, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 from sqlalchemy import MetaData, Table, inspect
 from sqlalchemy.orm import DeclarativeBase
@@ -12,8 +11,6 @@ from sqlalchemy.orm.state import InstanceState
 
 JSON: TypeAlias = Any
 """A JSON value (RFC 8259): dict with str keys, list, str, int, float, bool or None, nested at will."""
-
-M = TypeVar("M", bound="Base")
 
 # PostgreSQL's own default names, so that the tables of the earlier Go service have them already. All columns are
 # in the name, so that two constraints over different columns never collide.
@@ -90,25 +87,6 @@ def new_id(prefix: str) -> str:
     from ulid import ULID
 
     return f"{prefix}_{ULID()}"
-
-
-def loader(model: type[M]) -> Callable[[Sequence[Any]], M]:
-    """Make the function that turns a row, its values in the order of the table's columns, into an aggregate.
-
-    The aggregate is *detached* in SQLAlchemy's terms: it is readable for ever, and `session.add` takes it up as
-    persistent. It is made without the events of the ORM's own loading, which cost more than the query.
-    """
-    # Written out as code, as dataclasses do: to go through the names for each row would take twice as long.
-    names = [f"_{number}" for number in range(len(attribute_names(model)))]
-    attributes = ", ".join(f"{name!r}: {value}" for name, value in zip(attribute_names(model), names, strict=True))
-    code = f"""def load(row):
-        {", ".join(names)} = row
-        entity = new(model)
-        entity.__dict__ = {{{attributes}}}
-        return entity"""
-    made: dict[str, Any] = {"model": model, "new": model.__new__}
-    exec(code, made)  # noqa: S102 - all that is in it are the names of our own attributes
-    return cast("Callable[[Sequence[Any]], M]", made["load"])
 
 
 def table_of(model: type[Base]) -> Table[Any]:

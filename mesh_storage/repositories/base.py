@@ -23,12 +23,12 @@ from sqlalchemy import (
 from mesh_storage.connection import Connection
 from mesh_storage.driver import Row
 from mesh_storage.errors import InvalidInputError, NotFoundError
-from mesh_storage.models.base import Base, attribute_names, loader, table_of
+from mesh_storage.models.base import attribute_names, table_of
 from mesh_storage.repositories import checks
+from mesh_storage.repositories.loading import Loader, M
 from mesh_storage.statement import Statement
 
 T = TypeVar("T")
-M = TypeVar("M", bound=Base)
 
 MAX_ROWS = 10_000
 """Rows that one page or batch may have."""
@@ -55,11 +55,11 @@ class Listing(Generic[T]):
     def __init__(
         self,
         fetch: Callable[[Position | None, int], list[Row]],
-        load: Callable[[Row], T],
+        load: Callable[[list[Row]], Iterable[T]],
         position: Callable[[Row], Position] = itemgetter(slice(1)),
         shape: tuple[type[str | int], ...] = (str,),
     ) -> None:
-        """Take what fetches rows, what makes an item of a row, and where a row is: by its first column, a text."""
+        """Take what fetches rows, what makes items of rows, and where a row is: by its first column, a text."""
         self._fetch = fetch
         self._load = load
         self._position = position
@@ -70,7 +70,7 @@ class Listing(Generic[T]):
         checks.integer("limit", limit, 1, MAX_ROWS)
         rows = self._fetch(None if after is None else self._decode(after), limit + 1)
         following = self._encode(rows[limit - 1]) if len(rows) > limit else None
-        return Page(list(map(self._load, rows[:limit])), following)
+        return Page(list(self._load(rows[:limit])), following)
 
     def stream(self, batch_size: int) -> Generator[T]:
         """Give all rows, with no more than `batch_size` in memory and nothing open on the server in between."""
@@ -78,7 +78,7 @@ class Listing(Generic[T]):
         position = None
         while True:
             rows = self._fetch(position, batch_size)
-            yield from map(self._load, rows)
+            yield from self._load(rows)
             if len(rows) < batch_size:
                 return
             position = self._position(rows[-1])
@@ -106,7 +106,7 @@ class Aggregate(Generic[M]):
     def __init__(self, model: type[M]) -> None:
         self.model = model
         self.name = model.__name__
-        self.load = loader(model)
+        self.load = Loader(model)
         table: Table[Any] = table_of(model)
         self.table = table
         self.names = attribute_names(model)
@@ -139,12 +139,11 @@ class Repository(Generic[M]):
         self._aggregate = aggregate
 
     def _fetch_all(self, statement: Statement, **parameters: object) -> list[M]:
-        load = self._aggregate.load
-        return list(map(load, self._connection.fetch_all(statement, parameters)))
+        return list(self._aggregate.load.many(self._connection.fetch_all(statement, parameters)))
 
     def _fetch_one(self, statement: Statement, **parameters: object) -> M | None:
         row = self._connection.fetch_one(statement, parameters)
-        return None if row is None else self._aggregate.load(row)
+        return None if row is None else self._aggregate.load.one(row)
 
     def _fetch_value(self, statement: Statement, **parameters: object) -> Any:
         row = self._connection.fetch_one(statement, parameters)
@@ -198,4 +197,4 @@ class KeyedRepository(Repository[M]):
             parameters = {"after": "" if after is None else after[0], "limit": limit}
             return self._connection.fetch_all(self._aggregate.page, parameters)
 
-        return Listing(fetch, self._aggregate.load)
+        return Listing(fetch, self._aggregate.load.many)

@@ -100,7 +100,7 @@ class ConsensusLogRepository(Repository[LogEntry]):
         self._hold(index - 1)
         row = self._connection.fetch_one(_EXTEND_BY_ONE, {"term": term, "index": index, "entry": sent})
         if row is not None:
-            return self._aggregate.load((term, index, jsonb.loads(sent), row[0]))
+            return self._aggregate.load.of_values((term, index, jsonb.loads(sent), row[0]))
         self._append_slowly([(term, index, sent)])
         return self.get(index)
 

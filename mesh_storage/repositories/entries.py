@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Text, bindparam, cast, func, select
@@ -10,10 +10,13 @@ from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
 
 from mesh_storage import jsonb
 from mesh_storage.connection import Connection
+from mesh_storage.driver import Row
 from mesh_storage.errors import InvalidInputError
+from mesh_storage.models import JSON
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import Aggregate, KeyedRepository, M
+from mesh_storage.repositories.base import Aggregate, KeyedRepository
 from mesh_storage.repositories.batch import Batch
+from mesh_storage.repositories.loading import M
 from mesh_storage.statement import Statement
 
 
@@ -51,9 +54,9 @@ class Entries(Aggregate[M]):
             where=where,
         )
 
-    def stored(self, key: str, sent: Any, created_at: object, updated_at: object) -> M:
-        """Make the entry that was stored by what was sent for its value."""
-        return self.load((key, jsonb.loads(sent) if self.is_json else sent, created_at, updated_at))
+    def stored(self, sent: list[Any]) -> list[Any]:
+        """Give the values that were stored by what was sent for them; they share nothing with those of the caller."""
+        return jsonb.loads_all(sent) if self.is_json else sent
 
 
 class EntryRepository(KeyedRepository[M]):
@@ -68,15 +71,17 @@ class EntryRepository(KeyedRepository[M]):
         parameters = {"key": self._entries.check_key(key), "value": sent}
         row = self._connection.fetch_one(self._entries.put, parameters)
         assert row is not None, "an upsert gives its row"
-        return self._entries.stored(key, sent, *row)
+        [stored] = self._entries.stored([sent])
+        return self._entries.load.of_values((key, stored, *row))
 
     def _put_many(self, entries: Mapping[str, object]) -> list[M]:
         arrays = self._arrays(entries)
         if not entries:
             return []
-        sent = dict(zip(arrays["key"], arrays["value"], strict=True))
+        values = dict(zip(arrays["key"], self._entries.stored(arrays["value"]), strict=True))
         rows = self._connection.fetch_all(self._entries.put_many, self._entries.batch.parameters(arrays))
-        stored = {row[0]: self._entries.stored(row[0], sent[row[0]], row[1], row[2]) for row in rows}
+        load = self._entries.load.of_values
+        stored = {key: load((key, values[key], created_at, updated_at)) for key, created_at, updated_at in rows}
         return [stored[key] for key in entries]
 
     def _arrays(self, entries: Mapping[str, object]) -> dict[str, list[Any]]:
@@ -86,3 +91,8 @@ class EntryRepository(KeyedRepository[M]):
         keys = self._entries.check_key.column(list(entries))
         keys.sort()
         return {"key": keys, "value": self._entries.check_value.column([entries[key] for key in keys])}
+
+
+def values_by_key(rows: Sequence[Row]) -> dict[str, JSON]:
+    """Read rows of a key and a JSON value."""
+    return dict(zip([row[0] for row in rows], jsonb.read_all([row[1] for row in rows]), strict=True))

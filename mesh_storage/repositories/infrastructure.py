@@ -16,8 +16,9 @@ from mesh_storage.connection import Connection
 from mesh_storage.errors import InvalidInputError, NotFoundError
 from mesh_storage.models.base import new_id
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import Aggregate, KeyedRepository, M
+from mesh_storage.repositories.base import Aggregate, KeyedRepository
 from mesh_storage.repositories.batch import parameter_type
+from mesh_storage.repositories.loading import M
 from mesh_storage.statement import Statement
 
 _TIMES = ("created", "updated")

@@ -185,7 +185,7 @@ class MessageRepository(KeyedRepository[Message]):
             start = {} if after is None or after[0] < parameters["time"] else {"time": after[0], "id": after[1]}
             return self._connection.fetch_all(traffic.page, {**parameters, **start, "limit": limit})
 
-        return Listing(fetch, _MESSAGES.load, itemgetter(_MESSAGES.names.index("timestamp"), 0), (int, str))
+        return Listing(fetch, _MESSAGES.load.many, itemgetter(_MESSAGES.names.index("timestamp"), 0), (int, str))
 
 
 def _same(found: Message, values: dict[str, Any]) -> bool:

@@ -10,10 +10,11 @@ from sqlalchemy import Column, Text, bindparam, func, select
 from mesh_storage.connection import Connection
 from mesh_storage.driver import Row
 from mesh_storage.models import Node, NodeState
-from mesh_storage.models.base import loader, table_of
+from mesh_storage.models.base import table_of
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.base import LIMIT, Listing, Page, Position, Rows
 from mesh_storage.repositories.infrastructure import Infrastructure, InfrastructureRepository
+from mesh_storage.repositories.loading import Loader
 from mesh_storage.statement import Statement
 
 _NODES = Infrastructure(Node, prefix="node")
@@ -32,7 +33,7 @@ def _with_state() -> Rows:
 
 
 _WITH_STATE = Statement(_with_state)
-_load_state = loader(NodeState)
+_load_state = Loader(NodeState)
 
 
 class _Filtered:
@@ -102,7 +103,7 @@ class NodeRepository(InfrastructureRepository[Node]):
             start = "" if after is None else after[0]
             return self._connection.fetch_all(statements.page, {**parameters, "after": start, "limit": limit})
 
-        return Listing(fetch, _NODES.load)
+        return Listing(fetch, _NODES.load.many)
 
 
 def _choose(status: str | None, region_id: str | None) -> tuple[_Filtered, dict[str, str]]:
@@ -114,7 +115,8 @@ def _choose(status: str | None, region_id: str | None) -> tuple[_Filtered, dict[
     return _FILTERED[status is not None, region_id is not None], parameters
 
 
-def _load_both(row: tuple[Any, ...]) -> tuple[Node, NodeState | None]:
+def _load_both(rows: list[Row]) -> Generator[tuple[Node, NodeState | None]]:
     width = len(_NODES.names)
-    state = row[width:]
-    return _NODES.load(row[:width]), None if state[0] is None else _load_state(state)
+    for row in rows:
+        state = row[width:]
+        yield _NODES.load.one(row[:width]), None if state[0] is None else _load_state.one(state)

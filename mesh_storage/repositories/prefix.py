@@ -10,8 +10,9 @@ from sqlalchemy import bindparam, collate, func, select
 from mesh_storage.connection import Connection
 from mesh_storage.driver import Row
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import LIMIT, Listing, M, Page, Position, Rows
-from mesh_storage.repositories.entries import Entries, EntryRepository
+from mesh_storage.repositories.base import LIMIT, Listing, Page, Position, Rows
+from mesh_storage.repositories.entries import Entries, EntryRepository, values_by_key
+from mesh_storage.repositories.loading import M
 from mesh_storage.statement import Statement
 
 _LAST_CHARACTER = "\U0010ffff"
@@ -53,7 +54,7 @@ class PrefixRepository(EntryRepository[M]):
 
     def _all(self, prefix: str) -> dict[str, Any]:
         """Give the keys and values in one statement, which sees one version of the table."""
-        return dict(self._connection.fetch_all(self._prefixed.all, _range(prefix)))
+        return values_by_key(self._connection.fetch_all(self._prefixed.all, _range(prefix)))
 
     def _by_prefix(self, prefix: str) -> Listing[M]:
         whole = _range(prefix)
@@ -63,7 +64,7 @@ class PrefixRepository(EntryRepository[M]):
             start = prefix if after is None else max(prefix, f"{after[0]}\x01")
             return self._connection.fetch_all(self._aggregate.page, {**whole, "start": start, "limit": limit})
 
-        return Listing(fetch, self._aggregate.load)
+        return Listing(fetch, self._aggregate.load.many)
 
 
 def _range(prefix: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from sqlalchemy.dialects.postgresql import Insert
 from mesh_storage.connection import Connection
 from mesh_storage.models import JSON, RoutingEntry
 from mesh_storage.repositories.batch import Batch
-from mesh_storage.repositories.entries import Entries, EntryRepository
+from mesh_storage.repositories.entries import Entries, EntryRepository, values_by_key
 from mesh_storage.statement import Statement
 
 _ROUTING_TABLE = Entries(RoutingEntry)
@@ -56,7 +56,7 @@ class RoutingTableRepository(EntryRepository[RoutingEntry]):
 
     def all(self) -> dict[str, JSON]:
         """Give the whole table as destination and route, in the order of the destinations."""
-        return dict(self._connection.fetch_all(_ALL))
+        return values_by_key(self._connection.fetch_all(_ALL))
 
     def replace_all(self, routes: Mapping[str, JSON]) -> None:
         """Make the table exactly this: others see the old one or the new one, at no time a mixture.
