@@ -9,9 +9,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, Boolean, Column, DateTime, Integer, LargeBinary, Numeric, String
-from sqlalchemy.dialects.postgresql import JSONB
 
-from mesh_storage import jsonb
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.jsonb import check_text
 
@@ -140,18 +138,6 @@ class Check:
         return Check(lambda value: None if value is None else one(value), plain_or_none)
 
 
-class JsonCheck(Check):
-    """The check of a JSON value, which is sent as a text."""
-
-    def __init__(self, field: str) -> None:
-        super().__init__(lambda value: jsonb.dumps(value, field))
-        self._field = field
-
-    def column(self, values: list[Any]) -> list[Any]:
-        """Give many values as they are sent; raises as for one."""
-        return jsonb.dumps_all(values, self._field)
-
-
 def whole(field: str, low: int, high: int = INT64_MAX) -> Check:
     """Make the check of whole numbers from `low` to `high`."""
     return Check(
@@ -163,8 +149,6 @@ def whole(field: str, low: int, high: int = INT64_MAX) -> Check:
 def of_column(field: str, column: Column[Any]) -> Check:
     """Make the check of a column by its type."""
     kind = column.type
-    if isinstance(kind, JSONB):
-        return JsonCheck(field)
     if isinstance(kind, LargeBinary):
         return Check(
             lambda value: content(field, value),

@@ -7,9 +7,9 @@ predecessor away locks the table against appends for its transaction; of those t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Text, bindparam, cast, delete, desc, func, literal_column, select, text
 from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
@@ -80,6 +80,29 @@ _EXTEND = Statement(_extend)
 _EXTEND_BY_ONE = Statement(_extend_by_one)
 
 
+class _New(NamedTuple):
+    """Entries to append, of consecutive indexes, as columns."""
+
+    terms: list[int]
+    indexes: list[int]
+    texts: list[str]
+    """The JSON of the entries."""
+
+    @property
+    def first_index(self) -> int:
+        """Give the lowest index."""
+        return self.indexes[0]
+
+    def arrays(self) -> dict[str, Any]:
+        """Give the parameters of the rows."""
+        return _BATCH.parameters({"term": self.terms, "index": self.indexes, "entry": self.texts})
+
+    def behind(self, index: int) -> _New:
+        """Give those of higher indexes."""
+        there = max(0, index + 1 - self.first_index)
+        return _New(self.terms[there:], self.indexes[there:], self.texts[there:])
+
+
 class ConsensusLogRepository(Repository[LogEntry]):
     """The consensus log."""
 
@@ -96,12 +119,12 @@ class ConsensusLogRepository(Repository[LogEntry]):
         """
         _CHECK_TERM(term)
         _CHECK_INDEX(index)
-        sent = jsonb.dumps(entry, "LogEntry.entry")
+        [sent], [stored] = jsonb.write([entry], "LogEntry.entry")
         self._hold(index - 1)
         row = self._connection.fetch_one(_EXTEND_BY_ONE, {"term": term, "index": index, "entry": sent})
         if row is not None:
-            return self._aggregate.load.of_values((term, index, jsonb.loads(sent), row[0]))
-        self._append_slowly([(term, index, sent)])
+            return self._aggregate.load.of_values((term, index, stored, row[0]))
+        self._append_slowly(_New([term], [index], [sent]))
         return self.get(index)
 
     def append_many(self, entries: Iterable[LogEntry | tuple[int, int, JSON]]) -> None:
@@ -110,18 +133,18 @@ class ConsensusLogRepository(Repository[LogEntry]):
         Raises:
             ConflictError: As for `append`; the unit of work can only roll back if others appended meanwhile.
         """
-        given = [_parts(entry) for entry in checks.many("entries", entries)]
+        given = checks.many("entries", entries)
         if not given:
             return
-        terms, indexes, values = map(list, zip(*given, strict=True))
+        terms, indexes, values = map(list, zip(*map(_parts, given), strict=True))
         _CHECK_TERM.column(terms)
         _CHECK_INDEX.column(indexes)
-        rows = list(zip(terms, indexes, jsonb.dumps_all(values, "LogEntry.entry"), strict=True))
+        new = _New(terms, indexes, jsonb.write(values, "LogEntry.entry").texts)
         if indexes != list(range(indexes[0], indexes[0] + len(indexes))) or terms != sorted(terms):
-            _check_order(rows)
-        self._hold(rows[0][1] - 1)
-        if not self._extend(rows):
-            self._append_slowly(rows)
+            _check_order(new)
+        self._hold(new.first_index - 1)
+        if not self._extend(new):
+            self._append_slowly(new)
 
     def find(self, index: int) -> LogEntry | None:
         """Give the entry at this index, or None."""
@@ -186,24 +209,23 @@ class ConsensusLogRepository(Repository[LogEntry]):
         row = self._connection.fetch_one(statement)
         return (0, 0) if row is None else (row[0], row[1])
 
-    def _extend(self, rows: Sequence[tuple[int, int, str]]) -> bool:
+    def _extend(self, new: _New) -> bool:
         """Insert behind the last entry; say whether the last entry was the predecessor."""
-        stored = self._connection.execute(
-            _EXTEND, _arrays(rows) | {"previous_index": rows[0][1] - 1, "highest_term": rows[0][0]}
-        )
-        if 0 < stored < len(rows):
+        predecessor = {"previous_index": new.first_index - 1, "highest_term": new.terms[0]}
+        stored = self._connection.execute(_EXTEND, new.arrays() | predecessor)
+        if 0 < stored < len(new.indexes):
             # Somebody appended at the same moment, and a part of ours may have gone behind theirs.
             raise self._connection.fail(ConflictError("another appended to the log at the same moment", retryable=True))
         return stored > 0
 
-    def _append_slowly(self, rows: Sequence[tuple[int, int, str]]) -> None:
+    def _append_slowly(self, new: _New) -> None:
         """Append to an empty log or over entries that exist, or find out what the conflict is."""
         for _ in range(3):  # Others may append between the question and the answer.
-            if self._append_behind_last(rows):
+            if self._append_behind_last(new):
                 return
         raise ConflictError("others append to the log at this moment", retryable=True)
 
-    def _append_behind_last(self, rows: Sequence[tuple[int, int, str]]) -> bool:
+    def _append_behind_last(self, new: _New) -> bool:
         last_term, last_index = self._end(_LAST)
         if not last_index:
             if self._connection.has_snapshot:
@@ -215,24 +237,23 @@ class ConsensusLogRepository(Repository[LogEntry]):
             self._connection.execute(_LOCK_BEGINNING)
             last_term, last_index = self._end(_LAST)
             if not last_index:
-                self._connection.execute(_BEGIN, _arrays(rows))
+                self._connection.execute(_BEGIN, new.arrays())
                 return True
-        first_given = rows[0][1]
-        if first_given > last_index + 1:
-            raise ConflictError(f"index {first_given} leaves a gap: the last index is {last_index}")
-        stored = {entry.index: entry for entry in self.range(first_given, rows[-1][1])}
-        for term, index, sent in rows:
+        if new.first_index > last_index + 1:
+            raise ConflictError(f"index {new.first_index} leaves a gap: the last index is {last_index}")
+        stored = {entry.index: entry for entry in self.range(new.first_index, new.indexes[-1])}
+        for term, index, text_ in zip(*new, strict=True):
             if index > last_index:
                 break
             there = stored.get(index)
             if there is None:
                 raise ConflictError(f"index {index} is before the first entry of the log")
-            if there.term != term or not jsonb.same(there.entry, jsonb.loads(sent)):
+            if there.term != term or not jsonb.same(there.entry, jsonb.loads(text_)):
                 raise ConflictError(f"index {index} holds another entry, of term {there.term}")
-        rest = [row for row in rows if row[1] > last_index]
-        if rest and rest[0][0] < last_term:
-            raise ConflictError(f"term {rest[0][0]} is lower than the term {last_term} of the last entry")
-        return not rest or self._extend(rest)
+        rest = new.behind(last_index)
+        if rest.indexes and rest.terms[0] < last_term:
+            raise ConflictError(f"term {rest.terms[0]} is lower than the term {last_term} of the last entry")
+        return not rest.indexes or self._extend(rest)
 
 
 def _parts(entry: LogEntry | tuple[int, int, JSON]) -> tuple[Any, Any, JSON]:
@@ -246,14 +267,9 @@ def _parts(entry: LogEntry | tuple[int, int, JSON]) -> tuple[Any, Any, JSON]:
     )
 
 
-def _check_order(rows: Sequence[tuple[int, int, str]]) -> None:
-    for (term, index, _), (next_term, next_index, _) in pairwise(rows):
+def _check_order(new: _New) -> None:
+    for (term, index), (next_term, next_index) in pairwise(zip(new.terms, new.indexes, strict=True)):
         if next_index != index + 1:
             raise ConflictError(f"index {next_index} does not follow index {index}")
         if next_term < term:
             raise ConflictError(f"term {next_term} at index {next_index} is lower than term {term} before it")
-
-
-def _arrays(rows: Sequence[tuple[int, int, str]]) -> dict[str, object]:
-    terms, indexes, sent = map(list, zip(*rows, strict=True))
-    return _BATCH.parameters({"term": terms, "index": indexes, "entry": sent})

@@ -27,8 +27,9 @@ class Entries(Aggregate[M]):
         super().__init__(model)
         columns: tuple[Column[Any], ...] = tuple(self.table.columns)
         self.key, self.value, self.created_at, self.updated_at = columns
-        self.check_value = checks.of_column(f"{self.name}.{self.names[1]}", self.value)
         self.is_json = isinstance(self.value.type, JSONB)
+        self._field = f"{self.name}.{self.names[1]}"
+        self._check_bytes = None if self.is_json else checks.of_column(self._field, self.value)
         self.batch = Batch({"key": Text(), "value": Text() if self.is_json else self.value.type})
         self.put = Statement(lambda: self.replacing(self._insert()).returning(self.created_at, self.updated_at))
         self.put_many = Statement(
@@ -54,9 +55,12 @@ class Entries(Aggregate[M]):
             where=where,
         )
 
-    def stored(self, sent: list[Any]) -> list[Any]:
-        """Give the values that were stored by what was sent for them; they share nothing with those of the caller."""
-        return jsonb.loads_all(sent) if self.is_json else sent
+    def check_values(self, values: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Check values; give what is sent for them, and what is stored, which shares nothing with the caller's."""
+        if self._check_bytes is None:
+            return jsonb.write(values, self._field)
+        checked = self._check_bytes.column(values)
+        return checked, checked
 
 
 class EntryRepository(KeyedRepository[M]):
@@ -67,30 +71,33 @@ class EntryRepository(KeyedRepository[M]):
         self._entries = entries
 
     def _put(self, key: str, value: object) -> M:
-        sent = self._entries.check_value(value)
+        [sent], [stored] = self._entries.check_values([value])
         parameters = {"key": self._entries.check_key(key), "value": sent}
         row = self._connection.fetch_one(self._entries.put, parameters)
         assert row is not None, "an upsert gives its row"
-        [stored] = self._entries.stored([sent])
         return self._entries.load.of_values((key, stored, *row))
 
     def _put_many(self, entries: Mapping[str, object]) -> list[M]:
-        arrays = self._arrays(entries)
+        arrays, stored = self._arrays(entries)
         if not entries:
             return []
-        values = dict(zip(arrays["key"], self._entries.stored(arrays["value"]), strict=True))
+        values = dict(zip(arrays["key"], stored, strict=True))
         rows = self._connection.fetch_all(self._entries.put_many, self._entries.batch.parameters(arrays))
         load = self._entries.load.of_values
-        stored = {key: load((key, values[key], created_at, updated_at)) for key, created_at, updated_at in rows}
-        return [stored[key] for key in entries]
+        made = {key: load((key, values[key], created_at, updated_at)) for key, created_at, updated_at in rows}
+        return [made[key] for key in entries]
 
-    def _arrays(self, entries: Mapping[str, object]) -> dict[str, list[Any]]:
-        """Check the entries and sort them by key, so that two that put the same keys cannot deadlock."""
+    def _arrays(self, entries: Mapping[str, object]) -> tuple[dict[str, list[Any]], list[Any]]:
+        """Check the entries and sort them by key, so that two that put the same keys cannot deadlock.
+
+        Gives what is sent, and the values that are stored by it.
+        """
         if not isinstance(entries, Mapping):
             raise InvalidInputError(f"entries must be a mapping, not {type(entries).__name__}", field="entries")
         keys = self._entries.check_key.column(list(entries))
         keys.sort()
-        return {"key": keys, "value": self._entries.check_value.column([entries[key] for key in keys])}
+        sent, stored = self._entries.check_values([entries[key] for key in keys])
+        return {"key": keys, "value": sent}, stored
 
 
 def values_by_key(rows: Sequence[Row]) -> dict[str, JSON]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from operator import itemgetter
+from operator import itemgetter, lt
 from typing import Any
 
 from sqlalchemy import ARRAY, BigInteger, Column, ColumnElement, Text, bindparam, cast, func, select, tuple_
@@ -113,18 +113,12 @@ class MessageRepository(KeyedRepository[Message]):
         given = _MESSAGES.attributes("message", messages)
         if not given:
             return 0
-        columns = [check.column([instance.get(name) for instance in given]) for name, check in _CHECKS.items()]
-        # In the order of the ids, so that two stores cannot deadlock.
-        rows = sorted(zip(*columns, strict=True), key=itemgetter(0))
-        by_id = {row[0]: row for row in rows}
-        if len(by_id) < len(rows):
-            for row in rows:
-                if row != by_id[row[0]]:
-                    raise AlreadyExistsError(f"two different messages are given for {row[0]!r}")
-            rows = list(by_id.values())
-        sent = dict(zip(_CHECKS, map(list, zip(*rows, strict=True)), strict=True))
-        stored = self._connection.execute(_STORE_MANY, _BATCH.parameters(sent))
-        if stored < len(rows):
+        columns = {name: check.column([instance.get(name) for instance in given]) for name, check in _CHECKS.items()}
+        if not all(map(lt, columns["id"], columns["id"][1:])):
+            columns = _in_order(columns)
+        stored = self._connection.execute(_STORE_MANY, _BATCH.parameters(columns))
+        if stored < len(columns["id"]):
+            by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
             for found in self._fetch_all(_SELECT_MANY, ids=list(by_id)):
                 if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
                     raise self._connection.fail(AlreadyExistsError(f"another message is stored under {found.id!r}"))
@@ -186,6 +180,21 @@ class MessageRepository(KeyedRepository[Message]):
             return self._connection.fetch_all(traffic.page, {**parameters, **start, "limit": limit})
 
         return Listing(fetch, _MESSAGES.load.many, itemgetter(_MESSAGES.names.index("timestamp"), 0), (int, str))
+
+
+def _in_order(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Sort messages by their ids, each of which is to be there once, so that two stores cannot deadlock.
+
+    Raises:
+        AlreadyExistsError: Two different messages have one id.
+    """
+    rows = sorted(zip(*columns.values(), strict=True), key=itemgetter(0))
+    by_id = {row[0]: row for row in rows}
+    if len(by_id) < len(rows):
+        for row in rows:
+            if row != by_id[row[0]]:
+                raise AlreadyExistsError(f"two different messages are given for {row[0]!r}")
+    return dict(zip(columns, map(list, zip(*by_id.values(), strict=True)), strict=True))
 
 
 def _same(found: Message, values: dict[str, Any]) -> bool:

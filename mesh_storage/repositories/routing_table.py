@@ -63,7 +63,7 @@ class RoutingTableRepository(EntryRepository[RoutingEntry]):
 
         Routes that stay the same are not written again. Other writers of the table wait until this unit of work ends.
         """
-        arrays = self._arrays(routes)
+        arrays, _ = self._arrays(routes)
         self._connection.check_sees_present()
         self._connection.execute(_LOCK)
         self._connection.execute(_DELETE_OTHERS, _KEYS.parameters(arrays))

@@ -334,7 +334,6 @@ REFUSED = {
     "a Decimal": Decimal(1),
     "a datetime": datetime.now(UTC),
     "an object": object(),
-    "an int subclass": IntEnum("Number", "ONE").ONE,
     "an int as key": {1: 2},
     "None as key": {"a": {None: 1}},
     "True as key": {True: 1},
@@ -388,6 +387,20 @@ def test_minus_zero_is_found_equal(shared: MeshStorage, kind: Json) -> None:
         found = kind.trip(uow, -0.0)
         assert found == 0.0
         assert type(found) is float
+
+
+@pytest.mark.parametrize("beside", [None, 1e300, -0.0], ids=["alone", "beside an exponent", "beside a negative zero"])
+def test_an_int_or_float_of_a_subclass_is_found_as_an_equal_number(uow: UnitOfWork, beside: float | None) -> None:
+    class Celsius(float):
+        __slots__ = ()
+
+        def __repr__(self) -> str:
+            return f"{float(self)} °C"
+
+    given_ = [IntEnum("Number", "ONE").ONE, Celsius(2.5), Celsius(1e20), beside]
+    found = put_trip(uow, given_)
+    assert found == given_
+    assert [type(value) for value in found[:3]] == [int, float, float]
 
 
 def test_an_ordered_dict_is_found_as_an_equal_dict(uow: UnitOfWork) -> None:
