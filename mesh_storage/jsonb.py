@@ -89,9 +89,8 @@ def loads(text: str | bytes) -> JSON:
             raise MeshStorageError("a JSON value of another service's is nested too deep to be read") from None
 
 
-def loads_all(texts: Iterable[str]) -> list[JSON]:
+def loads_all(texts: Sequence[str]) -> list[JSON]:
     """Read many texts at once, which takes a third of the time; raises as for one."""
-    texts = list(texts)
     try:
         values: list[JSON] = from_json(f"[{','.join(texts)}]")
     except ValueError:
@@ -100,7 +99,7 @@ def loads_all(texts: Iterable[str]) -> list[JSON]:
 
 
 def register(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> None:
-    """Let a cursor with binary results give jsonb as it comes, for `read` or `read_all`.
+    """Let a cursor with binary results give jsonb as it comes, for `read_all`.
 
     psycopg would call a function for each value, which costs twice what it takes to read it.
     """
@@ -109,13 +108,8 @@ def register(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> None:
     cursor.adapters.register_loader("jsonb", text_loader)
 
 
-def read(received: str) -> JSON:
-    """Read a value as it came: a byte for the version of the format, and the text; raises as `loads`."""
-    return loads(received[1:])
-
-
 def read_all(received: Sequence[str]) -> list[JSON]:
-    """Read many values as they came; raises as `loads`."""
+    """Read many values as they came, each a byte for the version of the format and the text; raises as `loads`."""
     return loads_all([value[1:] for value in received])
 
 

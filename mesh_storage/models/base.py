@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from sqlalchemy import MetaData, Table, inspect
 from sqlalchemy.orm import DeclarativeBase
@@ -48,29 +48,30 @@ class Base(DeclarativeBase):
 
     metadata = MetaData(naming_convention=NAMING_CONVENTION)
     _sa_instance_state = _LateState()
-    _attributes: ClassVar[frozenset[str]]
 
     def __init__(self, **values: Any) -> None:
-        if not self.is_late():
+        attributes = _LATE.get(type(self))
+        if attributes is None:
             self.registry.constructor(self, **values)
             return
-        if not values.keys() <= self._attributes:
-            unknown = ", ".join(sorted(values.keys() - self._attributes))
+        if not attributes.issuperset(values):
+            unknown = ", ".join(sorted(values.keys() - attributes))
             raise TypeError(f"{type(self).__name__} has no attribute {unknown}")
-        vars(self).update(values)
-        self._is_new = True  # What came out of the database has no such mark.
+        values["_is_new"] = True  # What came out of the database has no such mark.
+        entity: Any = self  # whose attributes pyright takes for those of its class
+        entity.__dict__ = values
 
     @classmethod
     def be_late(cls) -> None:
         """Leave SQLAlchemy's state of this class's instances for later; its mapper must be configured."""
         # The constructor that SQLAlchemy has put there would make the state at once.
         delattr(cls, "__init__")
-        cls._attributes = frozenset(attribute_names(cls))
+        _LATE[cls] = frozenset(attribute_names(cls))
 
     @classmethod
     def is_late(cls) -> bool:
         """Whether that holds for this very class, which a subclass does not inherit."""
-        return "_attributes" in cls.__dict__
+        return cls in _LATE
 
     def __repr__(self) -> str:
         # Only the key: it is always loaded, and no value that a caller stored gets into a log by accident.
@@ -80,6 +81,10 @@ class Base(DeclarativeBase):
             for column in mapper.primary_key
         )
         return f"{type(self).__name__}({key})"
+
+
+_LATE: dict[type[Base], frozenset[str]] = {}
+"""The classes whose instances have their state late, and their attributes."""
 
 
 def new_id(prefix: str) -> str:

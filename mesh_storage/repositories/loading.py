@@ -17,38 +17,49 @@ from mesh_storage.models.base import Base, attribute_names, table_of
 
 M = TypeVar("M", bound=Base)
 
+# Written out as code, as dataclasses do: to go through the names for each row would take twice as long.
+_CODE = """
+def of_values(row):
+    {values} = row
+    entity = new(model)
+    entity.__dict__ = {{{attributes}}}
+    return entity
+
+def many(rows, *documents):
+    for {each}:
+        entity = new(model)
+        entity.__dict__ = {{{attributes}}}
+        yield entity
+"""
+
 
 class Loader(Generic[M]):
     """Makes aggregates of rows that have the columns of their table, in its order."""
 
+    of_values: Callable[[Row], M]
+    """Makes an aggregate of a row whose JSON was read already."""
+    one: Callable[[Row], M]
+    """Makes an aggregate of a row."""
+
     def __init__(self, model: type[M]) -> None:
+        names = attribute_names(model)
+        values = [f"_{number}" for number in range(len(names))]
         self._json = [number for number, column in enumerate(table_of(model).columns) if isinstance(column.type, JSONB)]
-        self.one: Callable[[Row], M] = _written(model, {number: f"read(_{number})" for number in self._json})
-        """Makes an aggregate of a row."""
-        self.of_values: Callable[[Row], M] = _written(model, {})
-        """Makes an aggregate of a row whose JSON was read already."""
-        self._with_documents = _written(model, {number: f"document_{number}" for number in self._json})
+        each = f"{', '.join(values)} in rows"
+        if self._json:
+            received = ", ".join("_" if number in self._json else value for number, value in enumerate(values))
+            each = f"({received}), {', '.join(values[number] for number in self._json)} in zip(rows, *documents)"
+        attributes = ", ".join(f"{name!r}: {value}" for name, value in zip(names, values, strict=True))
+        made: dict[str, Any] = {"model": model, "new": model.__new__}
+        code = _CODE.format(values=", ".join(values), attributes=attributes, each=each)
+        exec(code, made)  # noqa: S102 - all that is in it are the names of our own attributes
+        self._many: Callable[..., Iterator[M]] = made["many"]
+        self.of_values = made["of_values"]
+        self.one = self._one if self._json else self.of_values
 
     def many(self, rows: Sequence[Row]) -> Iterator[M]:
         """Make the aggregates of many rows, whose JSON is read at once."""
-        documents = (jsonb.read_all([row[number] for row in rows]) for number in self._json)
-        return map(self._with_documents, rows, *documents)
+        return self._many(rows, *(jsonb.read_all([row[number] for row in rows]) for number in self._json))
 
-
-def _written(model: type[M], values: dict[int, str]) -> Callable[..., M]:
-    """Write the function that makes an aggregate of a row and of what else `values` takes for an attribute.
-
-    Code is what dataclasses write too: to go through the names for each row would take twice as long.
-    """
-    names = attribute_names(model)
-    parameters = ["row", *(value for value in values.values() if value.isidentifier())]
-    attributes = ", ".join(f"{name!r}: {values.get(number, f'_{number}')}" for number, name in enumerate(names))
-    code = f"""def load({", ".join(parameters)}):
-        {", ".join(f"_{number}" for number in range(len(names)))} = row
-        entity = new(model)
-        entity.__dict__ = {{{attributes}}}
-        return entity"""
-    made: dict[str, Any] = {"model": model, "new": model.__new__, "read": jsonb.read}
-    exec(code, made)  # noqa: S102 - all that is in it are the names of our own attributes
-    load: Callable[..., M] = made["load"]
-    return load
+    def _one(self, row: Row) -> M:
+        return next(self.many([row]))
