@@ -121,7 +121,7 @@ def check(method: FunctionType, signature: inspect.Signature) -> None:
     Raises:
         TypeError: Names it.
     """
-    streams = inspect.isgeneratorfunction(method)
+    streams = str(signature.return_annotation).startswith("Generator[")
     problems = [
         *(
             f"{each.name} has no annotation, or is a function, or is any number of arguments"
@@ -136,8 +136,7 @@ def check(method: FunctionType, signature: inspect.Signature) -> None:
         *(["the result has no annotation"] if signature.return_annotation is signature.empty else []),
         *(
             ["it streams, so its result is a Generator and it has a batch_size"]
-            if streams != str(signature.return_annotation).startswith("Generator[")
-            or (streams and "batch_size" not in signature.parameters)
+            if inspect.isgeneratorfunction(method) > streams or (streams and "batch_size" not in signature.parameters)
             else []
         ),
     ]

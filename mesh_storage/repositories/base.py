@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -75,6 +76,9 @@ class Listing(Generic[T]):
     def stream(self, batch_size: int) -> Generator[T]:
         """Give all rows, with no more than `batch_size` in memory and nothing open on the server in between."""
         checks.integer("batch_size", batch_size, 1, MAX_ROWS)
+        return self._all(batch_size)
+
+    def _all(self, batch_size: int) -> Generator[T]:
         position = None
         while True:
             rows = self._fetch(position, batch_size)
@@ -106,7 +110,6 @@ class Aggregate(Generic[M]):
     def __init__(self, model: type[M]) -> None:
         self.model = model
         self.name = model.__name__
-        self.load = Loader(model)
         table: Table[Any] = table_of(model)
         self.table = table
         self.names = attribute_names(model)
@@ -117,6 +120,11 @@ class Aggregate(Generic[M]):
         self.delete = Statement(lambda: delete(table).where(key == bindparam("key")))
         self.count = Statement(lambda: select(func.count()).select_from(table))
         self.page = Statement(lambda: select(table).where(key > bindparam("after")).order_by(key).limit(LIMIT))
+
+    @cached_property
+    def load(self) -> Loader[M]:
+        """What makes aggregates of rows; writing its code takes as long as all the rest."""
+        return Loader(self.model)
 
     def attributes(self, field: str, entities: Iterable[M]) -> list[dict[str, Any]]:
         """Give what aggregates hold: new ones have nothing to load, and instrumented access costs five times that.
@@ -186,7 +194,7 @@ class KeyedRepository(Repository[M]):
 
     def stream(self, *, batch_size: int = 1000) -> Generator[M]:
         """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
-        yield from self._by_key().stream(batch_size)
+        return self._by_key().stream(batch_size)
 
     def count(self) -> int:
         """Count the aggregates; exact, so it reads them all."""

@@ -58,7 +58,7 @@ class Loader(Generic[M]):
         self.one = self._one if self._json else self.of_values
 
     def many(self, rows: Sequence[Row]) -> Iterator[M]:
-        """Make the aggregates of many rows, whose JSON is read at once."""
+        """Make the aggregates of many rows, each when it is asked for; their JSON is read at once."""
         return self._many(rows, *(jsonb.read_all([row[number] for row in rows]) for number in self._json))
 
     def _one(self, row: Row) -> M:

@@ -153,7 +153,7 @@ class MessageRepository(KeyedRepository[Message]):
 
         `since` (included) and `until` (not included) are Unix seconds.
         """
-        yield from self._by_time(to_node, from_node, since, until).stream(batch_size)
+        return self._by_time(to_node, from_node, since, until).stream(batch_size)
 
     def count(
         self,

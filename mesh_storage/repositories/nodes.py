@@ -10,16 +10,14 @@ from sqlalchemy import Column, Text, bindparam, func, select
 from mesh_storage.connection import Connection
 from mesh_storage.driver import Row
 from mesh_storage.models import Node, NodeState
-from mesh_storage.models.base import table_of
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import LIMIT, Listing, Page, Position, Rows
+from mesh_storage.repositories.base import LIMIT, Aggregate, Listing, Page, Position, Rows
 from mesh_storage.repositories.infrastructure import Infrastructure, InfrastructureRepository
-from mesh_storage.repositories.loading import Loader
 from mesh_storage.statement import Statement
 
 _NODES = Infrastructure(Node, prefix="node")
 _TABLE = _NODES.table
-_STATES = table_of(NodeState)
+_STATES = Aggregate(NodeState)
 _BY_NAME = Statement(lambda: select(_TABLE).where(_TABLE.c.node_name == bindparam("name")))
 
 
@@ -28,12 +26,12 @@ def _behind(rows: Rows) -> Rows:
 
 
 def _with_state() -> Rows:
-    both = _TABLE.outerjoin(_STATES, _STATES.c.node_id == _TABLE.c.node_id)
-    return _behind(select(_TABLE, _STATES).select_from(both))
+    states = _STATES.table
+    both = _TABLE.outerjoin(states, states.c.node_id == _TABLE.c.node_id)
+    return _behind(select(_TABLE, states).select_from(both))
 
 
 _WITH_STATE = Statement(_with_state)
-_load_state = Loader(NodeState)
 
 
 class _Filtered:
@@ -80,7 +78,7 @@ class NodeRepository(InfrastructureRepository[Node]):
         self, *, status: str | None = None, region_id: str | None = None, batch_size: int = 1000
     ) -> Generator[Node]:
         """Give all nodes in the order of their ids, with no more than `batch_size` in memory."""
-        yield from self._filtered(status, region_id).stream(batch_size)
+        return self._filtered(status, region_id).stream(batch_size)
 
     def count(self, *, status: str | None = None, region_id: str | None = None) -> int:
         """Count the nodes; exact, so it reads them all."""
@@ -94,7 +92,7 @@ class NodeRepository(InfrastructureRepository[Node]):
             parameters = {"after": "" if after is None else after[0], "limit": limit}
             return self._connection.fetch_all(_WITH_STATE, parameters)
 
-        yield from Listing(fetch, _load_both).stream(batch_size)
+        return Listing(fetch, _load_both).stream(batch_size)
 
     def _filtered(self, status: str | None, region_id: str | None) -> Listing[Node]:
         statements, parameters = _choose(status, region_id)
@@ -115,8 +113,9 @@ def _choose(status: str | None, region_id: str | None) -> tuple[_Filtered, dict[
     return _FILTERED[status is not None, region_id is not None], parameters
 
 
-def _load_both(rows: list[Row]) -> Generator[tuple[Node, NodeState | None]]:
+def _load_both(rows: list[Row]) -> list[tuple[Node, NodeState | None]]:
     width = len(_NODES.names)
-    for row in rows:
-        state = row[width:]
-        yield _NODES.load.one(row[:width]), None if state[0] is None else _load_state.one(state)
+    nodes = _NODES.load.many([row[:width] for row in rows])
+    found = [row[width:] for row in rows if row[width] is not None]
+    states = {state.node_id: state for state in _STATES.load.many(found)}
+    return [(node, states.get(node.id)) for node in nodes]

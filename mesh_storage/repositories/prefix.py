@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from functools import cached_property
 from typing import Any
 
-from sqlalchemy import bindparam, collate, func, select
+from sqlalchemy import ColumnElement, bindparam, collate, func, select
 
 from mesh_storage.connection import Connection
 from mesh_storage.driver import Row
@@ -24,10 +25,13 @@ class PrefixEntries(Entries[M]):
 
     def __init__(self, model: type[M]) -> None:
         super().__init__(model)
-        self._ordered_key = collate(self.key, "C")
         self.page = Statement(lambda: self._in_range(select(self.table)).order_by(self._ordered_key).limit(LIMIT))
         self.all = Statement(lambda: self._in_range(select(self.key, self.value)).order_by(self._ordered_key))
         self.count = Statement(lambda: self._in_range(select(func.count()).select_from(self.table)))
+
+    @cached_property
+    def _ordered_key(self) -> ColumnElement[str]:
+        return collate(self.key, "C")
 
     def _in_range(self, rows: Rows) -> Rows:
         return rows.where(self._ordered_key >= bindparam("start"), self._ordered_key < bindparam("stop"))
@@ -46,7 +50,7 @@ class PrefixRepository(EntryRepository[M]):
 
     def stream(self, prefix: str = "", *, batch_size: int = 1000) -> Generator[M]:
         """Give all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
-        yield from self._by_prefix(prefix).stream(batch_size)
+        return self._by_prefix(prefix).stream(batch_size)
 
     def count(self, prefix: str = "") -> int:
         """Count the entries whose key begins with `prefix`; exact, so it reads them all."""
