@@ -123,6 +123,20 @@ class Joined(Protocol):
         ...
 
 
+class _Process:
+    """The id of this process, which would be a system call each time."""
+
+    id = os.getpid()
+
+    @classmethod
+    def after_fork(cls) -> None:
+        """In a forked child, learn its own."""
+        cls.id = os.getpid()
+
+
+os.register_at_fork(after_in_child=_Process.after_fork)
+
+
 class Connection:
     """The database connection of one unit of work.
 
@@ -140,7 +154,7 @@ class Connection:
         self._deadline = deadline
         self._failure: MeshStorageError | None = None
         self._in_use = threading.Lock()
-        self._process = os.getpid()
+        self._process = _Process.id
         self._closed = False
         self._doubtful = False
         self._lost = False
@@ -154,7 +168,7 @@ class Connection:
     @property
     def inherited(self) -> bool:
         """Whether this is a forked child, and the connection belongs to its parent."""
-        return self._process != os.getpid()
+        return self._process != _Process.id
 
     @property
     def has_failed(self) -> bool:
@@ -311,15 +325,20 @@ class Connection:
         try:
             if self._in_use.locked():
                 self._doubtful = True  # Another thread or task still uses it, which it must not.
-            elif not self.inherited and not self._closed:
-                if self.joined is not None:
-                    self.joined.leave()
-                self._rollback()
+            elif self.joined is not None or not self.settled():
+                self._leave()
         finally:
             self._lift_limit()
             self._closed = True
             if self.joined is not None:
                 self.joined.close()
+
+    def _leave(self) -> None:
+        if self.inherited or self._closed:
+            return
+        if self.joined is not None:
+            self.joined.leave()
+        self._rollback()
 
     def settled(self) -> bool:
         """Whether there is nothing to roll back: no transaction is open, and no session or savepoint has one."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from itertools import chain
 from typing import Any
 from weakref import WeakSet
 
 import sqlalchemy
 from sqlalchemy.orm import Session
+from sqlalchemy.util import ro_memoized_property  # that of functools takes a lock up to Python 3.11
 
 from mesh_storage.connection import DRIVER_ERRORS, Connection
 from mesh_storage.errors import MeshStorageError
@@ -96,47 +96,47 @@ class UnitOfWork:
         self._connection = connection
         self._session: Session | None = None
 
-    @cached_property
+    @ro_memoized_property
     def meshes(self) -> MeshRepository:
         """The meshes."""
         return MeshRepository(self._connection)
 
-    @cached_property
+    @ro_memoized_property
     def nodes(self) -> NodeRepository:
         """The nodes."""
         return NodeRepository(self._connection)
 
-    @cached_property
+    @ro_memoized_property
     def routes(self) -> RouteRepository:
         """The configured routes between nodes."""
         return RouteRepository(self._connection)
 
-    @cached_property
+    @ro_memoized_property
     def messages(self) -> MessageRepository:
         """The messages."""
         return MessageRepository(self._connection)
 
-    @cached_property
+    @ro_memoized_property
     def state(self) -> StateRepository:
         """The shared state."""
         return StateRepository(self._connection)
 
-    @cached_property
+    @ro_memoized_property
     def node_states(self) -> NodeStateRepository:
         """The runtime states of the nodes."""
         return NodeStateRepository(self._connection)
 
-    @cached_property
+    @ro_memoized_property
     def consensus_log(self) -> ConsensusLogRepository:
         """The consensus log."""
         return ConsensusLogRepository(self._connection)
 
-    @cached_property
+    @ro_memoized_property
     def routing_table(self) -> RoutingTableRepository:
         """The routing table."""
         return RoutingTableRepository(self._connection)
 
-    @cached_property
+    @ro_memoized_property
     def runtime_config(self) -> RuntimeConfigRepository:
         """The runtime configuration."""
         return RuntimeConfigRepository(self._connection)

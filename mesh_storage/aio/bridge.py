@@ -66,31 +66,31 @@ class BridgedDriver:
 
     def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
         """Execute a statement."""
-        return self._wait(self._run(sql, parameters))
+        return await_(self._run(sql, parameters))
 
     def copy(self, sql: bytes, rows: Iterable[Row], /) -> None:
         """Execute a COPY."""
-        self._wait(self._copy(sql, rows))
+        await_(self._copy(sql, rows))
 
     def begin(self, sql: bytes, /) -> None:
         """Execute several statements: not by our cursor, whose binary results PostgreSQL has for single ones only."""
-        self._wait(self._begin(sql))
+        await_(self._begin(sql))
 
     def commit(self) -> None:
         """Commit."""
-        self._wait(self._connection.commit())
+        await_(self._connection.commit())
 
     def rollback(self) -> None:
         """Roll back."""
-        self._wait(self._connection.rollback())
+        await_(self._connection.rollback())
 
     def switch(self, mode: Mode) -> None:
         """Change the mode."""
-        self._wait(self._switch(mode))
+        await_(self._switch(mode))
 
     def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call it, in a thread of its own."""
-        return self._wait(asyncio.to_thread(function, *args, **kwargs))
+        return await_(asyncio.to_thread(function, *args, **kwargs))
 
     def at(self, moment: float, action: Callable[[], None]) -> Alarm:
         """Do something at a moment, in the event loop."""
@@ -147,9 +147,6 @@ class BridgedDriver:
         await self._connection.set_isolation_level(mode.level)
         await self._connection.set_read_only(mode.read_only)
         self.mode = mode
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return await_(work)
 
 
 class AsyncRepository(Generic[R]):

@@ -16,22 +16,20 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_ENDED = object()
+
+
 class _Greenlet(greenlet):
-    """Runs one call after the other; while one is under way, whoever switches to it gets what to await for it."""
+    """Runs one call after the other; whoever switches to it gets what to await for it, or that it has ended."""
 
     __sqlalchemy_greenlet_provider__ = True  # by which SQLAlchemy knows where `await_` may be called
 
     def __init__(self) -> None:
         super().__init__(self._serve)
         self.call: tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]] | None = None
-        """The function that it runs, and its arguments, until that has ended."""
+        """The function that it runs, and its arguments; None when that has ended."""
         self.result: Any = None
         self.failure: BaseException | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a call is under way."""
-        return self.call is not None
 
     def _serve(self) -> None:
         while self.call is not None:
@@ -43,7 +41,7 @@ class _Greenlet(greenlet):
                 self.failure = error
             self.call = None
             assert self.parent is not None, "only the main greenlet has none"
-            self.parent.switch()
+            self.parent.switch(_ENDED)
 
 
 class _Greenlets(list[_Greenlet]):
@@ -66,19 +64,20 @@ _idle = _Idle()
 
 async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a sync function that may wait by SQLAlchemy's `await_`."""
-    worker = _idle.greenlets.pop() if _idle.greenlets else _Greenlet()
+    idle = _idle.greenlets
+    worker = idle.pop() if idle else _Greenlet()
     worker.parent = current = getcurrent()
     worker.gr_context = current.gr_context
     worker.call = function, args, kwargs
     awaited = worker.switch()
-    while worker.busy:
+    while awaited is not _ENDED:
         try:
             value = await awaited
         except BaseException as error:  # noqa: BLE001 - the function decides what to do about it
             awaited = worker.throw(error)
         else:
             awaited = worker.switch(value)
-    _idle.greenlets.append(worker)
+    idle.append(worker)
     result: T = worker.result
     failure = worker.failure
     worker.result = worker.failure = worker.gr_context = None

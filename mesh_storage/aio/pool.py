@@ -48,7 +48,10 @@ class AsyncPool:
         characteristics.check()
         deadline = characteristics.deadline()
         check_open(closed=self.closed)
-        await self._wait(characteristics.timeout)
+        if self._free.locked():
+            await self._wait(characteristics.timeout)
+        else:
+            await self._free.acquire()
         if self.closed:  # It was closed while we waited.
             self._free.release()
             check_open(closed=True)
@@ -96,9 +99,6 @@ class AsyncPool:
             self._server.embedded.after_fork()
 
     async def _wait(self, timeout: float | None) -> None:
-        if not self._free.locked():
-            await self._free.acquire()
-            return
         try:
             async with asyncio.timeout(wait_limit(self._timeout, timeout)):
                 await self._free.acquire()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, asynccontextmanager
-from functools import cached_property
 
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.util import ro_memoized_property
 
 from mesh_storage.aio import greenlets
 from mesh_storage.aio.bridge import BridgedDriver
@@ -36,52 +36,52 @@ class AsyncUnitOfWork:
         self._connection = connection
         self._driver = driver
 
-    @cached_property
+    @ro_memoized_property
     def meshes(self) -> AsyncMeshRepository:
         """The meshes."""
         return AsyncMeshRepository(self._uow.meshes)
 
-    @cached_property
+    @ro_memoized_property
     def nodes(self) -> AsyncNodeRepository:
         """The nodes."""
         return AsyncNodeRepository(self._uow.nodes)
 
-    @cached_property
+    @ro_memoized_property
     def routes(self) -> AsyncRouteRepository:
         """The configured routes between nodes."""
         return AsyncRouteRepository(self._uow.routes)
 
-    @cached_property
+    @ro_memoized_property
     def messages(self) -> AsyncMessageRepository:
         """The messages."""
         return AsyncMessageRepository(self._uow.messages)
 
-    @cached_property
+    @ro_memoized_property
     def state(self) -> AsyncStateRepository:
         """The shared state."""
         return AsyncStateRepository(self._uow.state)
 
-    @cached_property
+    @ro_memoized_property
     def node_states(self) -> AsyncNodeStateRepository:
         """The runtime states of the nodes."""
         return AsyncNodeStateRepository(self._uow.node_states)
 
-    @cached_property
+    @ro_memoized_property
     def consensus_log(self) -> AsyncConsensusLogRepository:
         """The consensus log."""
         return AsyncConsensusLogRepository(self._uow.consensus_log)
 
-    @cached_property
+    @ro_memoized_property
     def routing_table(self) -> AsyncRoutingTableRepository:
         """The routing table."""
         return AsyncRoutingTableRepository(self._uow.routing_table)
 
-    @cached_property
+    @ro_memoized_property
     def runtime_config(self) -> AsyncRuntimeConfigRepository:
         """The runtime configuration."""
         return AsyncRuntimeConfigRepository(self._uow.runtime_config)
 
-    @cached_property
+    @ro_memoized_property
     def session(self) -> AsyncSession:
         """The SQLAlchemy session of this transaction, for what the repositories do not offer.
 

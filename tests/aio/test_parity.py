@@ -11,12 +11,12 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, overload
 
 import pytest
+from sqlalchemy.util import ro_memoized_property
 
 from mesh_storage import MeshStorage, UnitOfWork, aio, repositories
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
@@ -78,8 +78,8 @@ def test_names_and_signatures_are_the_same(class_: type) -> None:
     ours, theirs = members(class_), members(twin(class_))
     assert set(theirs) == set(ours) - ONLY_SYNC
     for name, member in theirs.items():
-        if isinstance(member, (property, cached_property)):
-            assert isinstance(ours[name], (property, cached_property)), name
+        if isinstance(member, (property, ro_memoized_property)):
+            assert isinstance(ours[name], (property, ro_memoized_property)), name
         else:
             assert parameters(member) == parameters(ours[name]), name
 
@@ -88,7 +88,9 @@ def test_names_and_signatures_are_the_same(class_: type) -> None:
 def test_annotations_of_the_shells_are_the_same(class_: type) -> None:
     ours = members(class_)
     for name, member in members(twin(class_)).items():
-        if name != "open" and not isinstance(member, (property, cached_property)):  # Opening is awaited or entered.
+        if name != "open" and not isinstance(
+            member, (property, ro_memoized_property)
+        ):  # Opening is awaited or entered.
             assert annotations(member) == annotations(ours[name]), name
 
 
@@ -105,11 +107,12 @@ def test_annotations_and_docstrings_of_the_repositories_are_the_same(class_: typ
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, member in members(UnitOfWork).items() if isinstance(member, (property, cached_property))]
+    "name",
+    [name for name, member in members(UnitOfWork).items() if isinstance(member, (property, ro_memoized_property))],
 )
 def test_each_attribute_of_the_unit_of_work_is_the_twin(name: str) -> None:
     ours, theirs = members(UnitOfWork)[name], members(AsyncUnitOfWork)[name]
-    given = [(each.func if isinstance(each, cached_property) else each.fget).__annotations__ for each in (ours, theirs)]
+    given = [each.fget.__annotations__ for each in (ours, theirs)]
     assert given[1]["return"] == f"Async{given[0]['return']}"
 
 
