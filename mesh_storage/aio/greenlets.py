@@ -64,8 +64,8 @@ _idle = _Idle()
 
 async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a sync function that may wait by SQLAlchemy's `await_`."""
-    idle = _idle.greenlets
-    worker = idle.pop() if idle else _Greenlet()
+    # The list is kept in no variable: an error, whose traceback has this frame, may outlive the thread.
+    worker = _idle.greenlets.pop() if _idle.greenlets else _Greenlet()
     worker.parent = current = getcurrent()
     worker.gr_context = current.gr_context
     worker.call = function, args, kwargs
@@ -77,7 +77,7 @@ async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
             awaited = worker.throw(error)
         else:
             awaited = worker.switch(value)
-    idle.append(worker)
+    _idle.greenlets.append(worker)
     result: T = worker.result
     failure = worker.failure
     worker.result = worker.failure = worker.gr_context = None

@@ -153,3 +153,24 @@ def test_those_of_a_thread_end_with_it() -> None:
     gc.collect()
     assert len(made) == 10
     assert [each() for each in made] == [None] * 10
+
+
+def test_those_of_a_thread_end_with_it_though_an_error_outlives_it() -> None:
+    made: list[weakref.ref[object]] = []
+    errors: list[Exception] = []
+
+    def fail() -> None:
+        made.append(weakref.ref(getcurrent()))
+        raise ZeroDivisionError
+
+    def in_thread() -> None:
+        try:
+            asyncio.run(greenlets.run(fail))
+        except ZeroDivisionError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert [each() for each in made] == [None]
+    assert errors[0].__traceback__ is not None
