@@ -123,20 +123,6 @@ class Joined(Protocol):
         ...
 
 
-class _Process:
-    """The id of this process, which would be a system call each time."""
-
-    id = os.getpid()
-
-    @classmethod
-    def after_fork(cls) -> None:
-        """In a forked child, learn its own."""
-        cls.id = os.getpid()
-
-
-os.register_at_fork(after_in_child=_Process.after_fork)
-
-
 class Connection:
     """The database connection of one unit of work.
 
@@ -154,7 +140,7 @@ class Connection:
         self._deadline = deadline
         self._failure: MeshStorageError | None = None
         self._in_use = threading.Lock()
-        self._process = _Process.id
+        self._process = os.getpid()
         self._closed = False
         self._doubtful = False
         self._lost = False
@@ -168,7 +154,7 @@ class Connection:
     @property
     def inherited(self) -> bool:
         """Whether this is a forked child, and the connection belongs to its parent."""
-        return self._process != _Process.id
+        return self._process != os.getpid()  # Asked each time: not every fork runs the hooks of Python.
 
     @property
     def has_failed(self) -> bool:

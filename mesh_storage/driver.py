@@ -204,8 +204,16 @@ class BlockingDriver:
     def copy(self, sql: bytes, rows: Iterable[Row], /) -> None:
         """Execute a COPY."""
         with self._cursor.copy(sql) as copy:
-            for row in rows:
-                copy.write_row(row)
+            try:
+                for row in rows:
+                    copy.write_row(row)
+            except Exception:
+                raise
+            except BaseException:  # An interrupt. To end the COPY is to wait for a server that may wait for others.
+                self._cancel()
+                with suppress(psycopg.Error):  # It may be closed already.
+                    shut_down(self.fileno())
+                raise
 
     def begin(self, sql: bytes, /) -> None:
         """Execute several statements: not by our cursor, whose binary results PostgreSQL has for single ones only."""
@@ -251,7 +259,8 @@ class BlockingDriver:
         """End the connection, but let its transaction be rolled back as if it were there."""
         if self._cancelling is not None:
             self._cancelling.join(GRACE_S)  # It works on the connection.
-        self.sqlalchemy.invalidate()
+        if not self.sqlalchemy.closed:
+            self.sqlalchemy.invalidate()
 
     def discard(self) -> None:
         """End the connection."""

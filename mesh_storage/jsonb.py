@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ from mesh_storage.models.base import JSON
 
 MAX_DEPTH = 200
 """How deep lists and dicts may be nested: what the fast parser of pydantic-core reads back."""
+
+_READ_AT_ONCE = 2**18
+"""Characters of many texts that are read in one go."""
 
 _EXPONENT_FROM = 1e16
 """From here on, repr() and so JSON write a float with an exponent."""
@@ -44,28 +47,35 @@ def dumps(value: JSON, field: str = "value") -> str:
     Raises:
         InvalidInputError: The value, or one inside it, is none that JSON has or jsonb keeps: NaN, an infinity, a key
             that is no str, a tuple, a set, NUL or a lone surrogate in a text, an integer of over 4,300 digits, or
-            nesting deeper than `MAX_DEPTH`.
+            nesting deeper than `MAX_DEPTH`. An object of another kind may pass if it is equal to its JSON.
     """
     return write([value], field).texts[0]
 
 
 def write(values: list[JSON], field: str = "value") -> Written:
-    """Write many JSON values, each as a text of its own, and read them back; raises as `dumps`.
+    """Write many JSON values, each as a text of its own, and read them back; raises as `dumps`."""
+    written = _write_plain(values)
+    if written is not None:
+        return written
+    texts = list(map(_spell_out if _check(values, field, MAX_DEPTH) else _encode, values))
+    return Written(texts, loads_all(texts))
 
-    What is read back equal is JSON, which costs less to find out than to look at each value. Only what jsonb keeps in
-    another way is not seen by that.
+
+def _write_plain(values: list[JSON]) -> Written | None:
+    """Write values that are read back equal: such are JSON, and to look at each one would cost more than that.
+
+    Gives None where one is not, or may be one that jsonb keeps in another way, which the parser does not tell.
     """
     try:
         texts = list(map(_encode, values))
         together = f"[{','.join(texts)}]"
         found: list[JSON] = from_json(together, allow_inf_nan=False)
-    except ValueError:
-        pass
-    else:
-        if found == values and not any(mark in together for mark in _KEPT_IN_ANOTHER_WAY):
-            return Written(texts, found)
-    texts = list(map(_spell_out if _check(values, field, MAX_DEPTH) else _encode, values))
-    return Written(texts, loads_all(texts))
+        equal = found == values
+    except Exception:  # noqa: BLE001 - of pydantic-core, or of a comparison that is the caller's
+        return None
+    if not equal or any(mark in together for mark in _KEPT_IN_ANOTHER_WAY):
+        return None
+    return Written(texts, found)
 
 
 def same(one: JSON, other: JSON) -> bool:
@@ -108,9 +118,20 @@ def register(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> None:
     cursor.adapters.register_loader("jsonb", text_loader)
 
 
-def read_all(received: Sequence[str]) -> list[JSON]:
-    """Read many values as they came, each a byte for the version of the format and the text; raises as `loads`."""
-    return loads_all([value[1:] for value in received])
+def read_all(received: Iterable[str]) -> Generator[JSON]:
+    """Read many values as they came, each a byte for the version of the format and the text; raises as `loads`.
+
+    They are read as they are asked for, some at once, so that few are in memory in both forms.
+    """
+    texts: list[str] = []
+    size = 0
+    for value in received:
+        texts.append(value[1:])
+        size += len(value)
+        if size > _READ_AT_ONCE:
+            yield from loads_all(texts)
+            texts, size = [], 0
+    yield from loads_all(texts)
 
 
 def _integer(digits: str) -> int:

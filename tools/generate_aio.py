@@ -107,12 +107,13 @@ def twin_of_method(method: FunctionType, model: str) -> str:
     if returns.startswith("Generator["):
         returns = f"Async{returns}"
         generator = f"self._repository.{name}({', '.join(passed)})"
-        body = f"async for item in self._stream({generator}, batch_size):\n            yield item"
+        body = f"return self._stream({generator}, batch_size)"
     else:
         body = f"return await greenlets.run({', '.join([f'self._repository.{name}', *passed])})"
     doc = textwrap.indent(inspect.getdoc(method) or "", " " * 8).strip()
     end = "\n        " if "\n" in doc else ""
-    return f'\n    async def {name}({", ".join(head)}) -> {returns}:\n        """{doc}{end}"""\n        {body}'
+    start = "def" if returns.startswith("AsyncGenerator[") else "async def"
+    return f'\n    {start} {name}({", ".join(head)}) -> {returns}:\n        """{doc}{end}"""\n        {body}'
 
 
 def check(method: FunctionType, signature: inspect.Signature) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -20,8 +21,6 @@ from mesh_storage import jsonb, times
 from mesh_storage.aio import greenlets
 from mesh_storage.alarm import Alarm
 from mesh_storage.driver import GRACE_S, Liveness, Mode, Parameters, Row, shut_down
-from mesh_storage.repositories import checks
-from mesh_storage.repositories.base import MAX_ROWS
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,7 +105,8 @@ class BridgedDriver:
 
     def cut(self) -> None:
         """End the connection, but let its transaction be rolled back as if it were there."""
-        self.sqlalchemy.invalidate()
+        if not self.sqlalchemy.closed:
+            self.sqlalchemy.invalidate()
 
     def discard(self) -> None:
         """End the connection."""
@@ -137,10 +137,18 @@ class BridgedDriver:
 
     async def _copy(self, sql: bytes, rows: Iterable[Row]) -> None:
         async with self._cursor.copy(sql) as copy:
-            for number, row in enumerate(rows):
-                await copy.write_row(row)
-                if number % _ROWS_AT_ONCE == 0:
-                    await asyncio.sleep(0)  # To write a row is not to wait, so the other tasks would.
+            try:
+                for number, row in enumerate(rows):
+                    await copy.write_row(row)
+                    if number % _ROWS_AT_ONCE == 0:
+                        await asyncio.sleep(0)  # To write a row is not to wait, so the other tasks would.
+            except asyncio.CancelledError:  # To end the COPY is to wait for a server that may wait for others.
+                with suppress(psycopg.Error):  # It may be closed already.
+                    try:
+                        await self._connection.cancel_safe(timeout=GRACE_S)
+                    finally:
+                        shut_down(self.fileno())
+                raise
 
     async def _switch(self, mode: Mode) -> None:
         await self._connection.set_autocommit(mode.autocommit)
@@ -157,7 +165,6 @@ class AsyncRepository(Generic[R]):
 
     async def _stream(self, generator: Generator[T], batch_size: int) -> AsyncGenerator[T]:
         """Give what a sync generator gives, crossing once for each batch of its own."""
-        checks.integer("batch_size", batch_size, 1, MAX_ROWS)
         while True:
             batch = await greenlets.run(_take, generator, batch_size)
             for item in batch:

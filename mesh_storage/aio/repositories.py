@@ -176,10 +176,9 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
-    async def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[Mesh]:
+    def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[Mesh]:
         """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
-        async for item in self._stream(self._repository.stream(batch_size=batch_size), batch_size):
-            yield item
+        return self._stream(self._repository.stream(batch_size=batch_size), batch_size)
 
     async def count(self) -> int:
         """Count the aggregates; exact, so it reads them all."""
@@ -233,7 +232,7 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
             limit=limit,
         )
 
-    async def stream(
+    def stream(
         self,
         *,
         to_node: str | None = None,
@@ -246,13 +245,12 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
 
         `since` (included) and `until` (not included) are Unix seconds.
         """
-        async for item in self._stream(
+        return self._stream(
             self._repository.stream(
                 to_node=to_node, from_node=from_node, since=since, until=until, batch_size=batch_size
             ),
             batch_size,
-        ):
-            yield item
+        )
 
     async def count(
         self,
@@ -308,23 +306,21 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
         """Give up to `limit` (10,000 at most) nodes in the order of their ids, from behind the cursor `after`."""
         return await greenlets.run(self._repository.page, status=status, region_id=region_id, after=after, limit=limit)
 
-    async def stream(
+    def stream(
         self, *, status: str | None = None, region_id: str | None = None, batch_size: int = 1000
     ) -> AsyncGenerator[Node]:
         """Give all nodes in the order of their ids, with no more than `batch_size` in memory."""
-        async for item in self._stream(
+        return self._stream(
             self._repository.stream(status=status, region_id=region_id, batch_size=batch_size), batch_size
-        ):
-            yield item
+        )
 
     async def count(self, *, status: str | None = None, region_id: str | None = None) -> int:
         """Count the nodes; exact, so it reads them all."""
         return await greenlets.run(self._repository.count, status=status, region_id=region_id)
 
-    async def with_state(self, *, batch_size: int = 1000) -> AsyncGenerator[tuple[Node, NodeState | None]]:
+    def with_state(self, *, batch_size: int = 1000) -> AsyncGenerator[tuple[Node, NodeState | None]]:
         """Give each node beside its runtime state (by its id; None where it has none), in the order of the ids."""
-        async for item in self._stream(self._repository.with_state(batch_size=batch_size), batch_size):
-            yield item
+        return self._stream(self._repository.with_state(batch_size=batch_size), batch_size)
 
     async def add(self, entity: Node) -> Node:
         """Add one and give it back with its id (made where it has none), its defaults and its times.
@@ -422,10 +418,9 @@ class AsyncNodeStateRepository(AsyncRepository[NodeStateRepository]):
         """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
-    async def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[NodeState]:
+    def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[NodeState]:
         """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
-        async for item in self._stream(self._repository.stream(batch_size=batch_size), batch_size):
-            yield item
+        return self._stream(self._repository.stream(batch_size=batch_size), batch_size)
 
     async def count(self) -> int:
         """Count the aggregates; exact, so it reads them all."""
@@ -492,10 +487,9 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
         """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
-    async def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[Route]:
+    def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[Route]:
         """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
-        async for item in self._stream(self._repository.stream(batch_size=batch_size), batch_size):
-            yield item
+        return self._stream(self._repository.stream(batch_size=batch_size), batch_size)
 
     async def count(self) -> int:
         """Count the aggregates; exact, so it reads them all."""
@@ -548,10 +542,9 @@ class AsyncRoutingTableRepository(AsyncRepository[RoutingTableRepository]):
         """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
-    async def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[RoutingEntry]:
+    def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[RoutingEntry]:
         """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
-        async for item in self._stream(self._repository.stream(batch_size=batch_size), batch_size):
-            yield item
+        return self._stream(self._repository.stream(batch_size=batch_size), batch_size)
 
     async def count(self) -> int:
         """Count the aggregates; exact, so it reads them all."""
@@ -581,10 +574,9 @@ class AsyncRuntimeConfigRepository(AsyncRepository[RuntimeConfigRepository]):
         """Give up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
         return await greenlets.run(self._repository.page, prefix, after=after, limit=limit)
 
-    async def stream(self, prefix: str = "", *, batch_size: int = 1000) -> AsyncGenerator[ConfigEntry]:
+    def stream(self, prefix: str = "", *, batch_size: int = 1000) -> AsyncGenerator[ConfigEntry]:
         """Give all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
-        async for item in self._stream(self._repository.stream(prefix, batch_size=batch_size), batch_size):
-            yield item
+        return self._stream(self._repository.stream(prefix, batch_size=batch_size), batch_size)
 
     async def count(self, prefix: str = "") -> int:
         """Count the entries whose key begins with `prefix`; exact, so it reads them all."""
@@ -622,10 +614,9 @@ class AsyncStateRepository(AsyncRepository[StateRepository]):
         """Give up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
         return await greenlets.run(self._repository.page, prefix, after=after, limit=limit)
 
-    async def stream(self, prefix: str = "", *, batch_size: int = 1000) -> AsyncGenerator[StateEntry]:
+    def stream(self, prefix: str = "", *, batch_size: int = 1000) -> AsyncGenerator[StateEntry]:
         """Give all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
-        async for item in self._stream(self._repository.stream(prefix, batch_size=batch_size), batch_size):
-            yield item
+        return self._stream(self._repository.stream(prefix, batch_size=batch_size), batch_size)
 
     async def count(self, prefix: str = "") -> int:
         """Count the entries whose key begins with `prefix`; exact, so it reads them all."""

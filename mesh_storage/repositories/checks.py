@@ -86,9 +86,11 @@ def time(field: str, value: object) -> datetime:
     if value.utcoffset() is None:
         raise InvalidInputError(f"{field} must have a time zone", field=field)
     try:
-        return value.astimezone(UTC)
+        moment = value.astimezone(UTC)
     except OverflowError:
         raise InvalidInputError(f"{field} is outside of the years 1 to 9999 in UTC", field=field) from None
+    # One of a subclass may be written in another way.
+    return moment if type(moment) is datetime else datetime.combine(moment.date(), moment.time(), UTC)
 
 
 def flag(field: str, value: object) -> bool:

@@ -102,4 +102,4 @@ class EntryRepository(KeyedRepository[M]):
 
 def values_by_key(rows: Sequence[Row]) -> dict[str, JSON]:
     """Read rows of a key and a JSON value."""
-    return dict(zip([row[0] for row in rows], jsonb.read_all([row[1] for row in rows]), strict=True))
+    return dict(zip([row[0] for row in rows], jsonb.read_all(row[1] for row in rows), strict=True))

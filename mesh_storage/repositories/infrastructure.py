@@ -22,7 +22,7 @@ from mesh_storage.repositories.loading import M
 from mesh_storage.statement import Statement
 
 _TIMES = ("created", "updated")
-_NOW = Statement(lambda: select(func.now()))
+_NOW = Statement(lambda: select(func.now()), writes=True)  # It is asked for what is about to be written.
 
 
 class Infrastructure(Aggregate[M]):

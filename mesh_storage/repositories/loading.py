@@ -7,6 +7,7 @@ It is made without the events of the ORM's own loading, which cost more than the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy.dialects.postgresql import JSONB
@@ -58,8 +59,8 @@ class Loader(Generic[M]):
         self.one = self._one if self._json else self.of_values
 
     def many(self, rows: Sequence[Row]) -> Iterator[M]:
-        """Make the aggregates of many rows, each when it is asked for; their JSON is read at once."""
-        return self._many(rows, *(jsonb.read_all([row[number] for row in rows]) for number in self._json))
+        """Make the aggregates of many rows, each when it is asked for."""
+        return self._many(rows, *(jsonb.read_all(map(itemgetter(number), rows)) for number in self._json))
 
     def _one(self, row: Row) -> M:
         return next(self.many([row]))

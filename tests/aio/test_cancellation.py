@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -172,6 +173,41 @@ def test_cancelled_while_rows_are_copied(run: Run, mesh_storage_url: str, watch:
                 watch.other.execute("DELETE FROM nodes WHERE node_id = %s", [ID])
             async with storage.begin() as uow:
                 assert await uow.nodes.count() == 1
+
+    run(main())
+
+
+def test_cancelled_between_rows_while_the_server_waits_for_a_lock(
+    run: Run, mesh_storage_url: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = (new_id("node") for _ in itertools.count())
+
+    async def main() -> None:
+        async with storage_at_rest(
+            mesh_storage_url, watch, pool_size=1, lock_timeout=0, statement_timeout=0
+        ) as storage:
+            await add_nodes(storage, 0, "warm")
+            with watch.locked("mesh"):
+                watch.other.execute(
+                    "INSERT INTO nodes (node_id, node_name, ip_address) VALUES (%s, 'node-0', '::1')", [ID]
+                )
+                task = asyncio.create_task(add_nodes(storage, 2500))
+
+                def made(_: str) -> str:
+                    id_ = next(ids)
+                    if len(used) == 1500:  # Some rows after this one, the task lets the others go on, and is cancelled.
+                        task.cancel()
+                    used.append(id_)
+                    return id_
+
+                used: list[str] = []
+                monkeypatch.setattr("mesh_storage.repositories.infrastructure.new_id", made)
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert len(used) < 2500
+                monkeypatch.undo()
+                await eventually(lambda: not watch.waiting() and not watch.busy())
+                watch.other.execute("DELETE FROM nodes WHERE node_id = %s", [ID])
 
     run(main())
 

@@ -6,12 +6,23 @@ import itertools
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import SecretStr
 from sqlalchemy import func, select
 
-from mesh_storage import AlreadyExistsError, InvalidInputError, MeshStorage, Node, NotFoundError, Route, UnitOfWork
+from mesh_storage import (
+    AlreadyExistsError,
+    InvalidInputError,
+    MeshStorage,
+    Node,
+    NotFoundError,
+    Route,
+    Settings,
+    UnitOfWork,
+)
 from mesh_storage.models.base import attribute_names, new_id
 from mesh_storage.testing import MeshFactory, NodeFactory, RouteFactory
 
@@ -109,6 +120,37 @@ def test_some_of_many_say_what_others_leave_open(storage: MeshStorage) -> None:
         for node in new:
             found = uow.nodes.get(node.id)
             assert {name: getattr(found, name) for name in names} == {name: getattr(node, name) for name in names}
+
+
+def test_an_interrupt_among_many_does_not_wait_for_the_lock_that_the_server_waits_for(
+    mesh_storage_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [new_id("node") for _ in range(2000)]
+    settings_ = Settings(url=SecretStr(mesh_storage_url), pool_size=1, lock_timeout=0, statement_timeout=0)
+    with MeshStorage.open(settings=settings_) as storage, psycopg.connect(mesh_storage_url) as other:
+        other.execute("INSERT INTO nodes (node_id, node_name, ip_address) VALUES (%s, 'node-0', '::1')", [made[0]])
+        ids_ = iter(made[1:1500])
+        monkeypatch.setattr(
+            "mesh_storage.repositories.infrastructure.new_id", lambda _: next(ids_, None) or interrupt()
+        )
+        with pytest.raises(KeyboardInterrupt), storage.begin() as uow:
+            uow.nodes.add_many([Node(name=f"node-{n}", ip_address="::1") for n in range(2000)])
+        other.rollback()
+        with storage.begin(read_only=True) as uow:
+            assert uow.nodes.count() == 0
+
+
+def interrupt() -> str:
+    raise KeyboardInterrupt
+
+
+def test_a_read_only_unit_of_work_refuses_many_before_it_asks_the_server(storage: MeshStorage) -> None:
+    with storage.unit_of_work(read_only=True, isolation="repeatable read") as uow:
+        with pytest.raises(InvalidInputError, match="read-only"):
+            uow.nodes.add_many([NodeFactory.build()])
+        with storage.begin() as other:
+            NodeFactory.create(uow=other)
+        assert uow.nodes.count() == 1  # Its snapshot is taken only now.
 
 
 def test_add_many_takes_ten_thousand_at_once(uow: UnitOfWork) -> None:

@@ -389,6 +389,16 @@ def test_minus_zero_is_found_equal(shared: MeshStorage, kind: Json) -> None:
         assert type(found) is float
 
 
+def test_a_comparison_of_the_callers_that_raises_decides_nothing(uow: UnitOfWork) -> None:
+    class Strange(dict[str, int]):
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, _: object) -> bool:
+            raise ZeroDivisionError
+
+    assert put_trip(uow, [Strange(a=1)]) == [{"a": 1}]
+
+
 @pytest.mark.parametrize("beside", [None, 1e300, -0.0], ids=["alone", "beside an exponent", "beside a negative zero"])
 def test_an_int_or_float_of_a_subclass_is_found_as_an_equal_number(uow: UnitOfWork, beside: float | None) -> None:
     class Celsius(float):
