@@ -7,6 +7,7 @@ come back as an integer and lose its type. Such floats are written out with a fr
 from __future__ import annotations
 
 import json
+import marshal
 import math
 from collections.abc import Generator, Iterable, Sequence
 from decimal import Decimal
@@ -47,7 +48,7 @@ def dumps(value: JSON, field: str = "value") -> str:
     Raises:
         InvalidInputError: The value, or one inside it, is none that JSON has or jsonb keeps: NaN, an infinity, a key
             that is no str, a tuple, a set, NUL or a lone surrogate in a text, an integer of over 4,300 digits, or
-            nesting deeper than `MAX_DEPTH`. An object of another kind may pass if it is equal to its JSON.
+            nesting deeper than `MAX_DEPTH`.
     """
     return write([value], field).texts[0]
 
@@ -64,16 +65,16 @@ def write(values: list[JSON], field: str = "value") -> Written:
 def _write_plain(values: list[JSON]) -> Written | None:
     """Write values that are read back equal: such are JSON, and to look at each one would cost more than that.
 
-    Gives None where one is not, or may be one that jsonb keeps in another way, which the parser does not tell.
+    Gives None where one needs that look: it is not equal, is of a subclass, or jsonb may keep it in another way.
     """
     try:
+        marshal.dumps(values)  # refuses all but Python's own types, so that nothing of the caller's is called
         texts = list(map(_encode, values))
         together = f"[{','.join(texts)}]"
         found: list[JSON] = from_json(together, allow_inf_nan=False)
-        equal = found == values
-    except Exception:  # noqa: BLE001 - of pydantic-core, or of a comparison that is the caller's
+    except ValueError:
         return None
-    if not equal or any(mark in together for mark in _KEPT_IN_ANOTHER_WAY):
+    if found != values or any(mark in together for mark in _KEPT_IN_ANOTHER_WAY):
         return None
     return Written(texts, found)
 
@@ -159,12 +160,12 @@ def _check(values: Iterable[JSON], field: str, depth: int) -> bool:
 
 
 def _kind(value: JSON) -> type[object]:
-    """Give the type that JSON has for a value of this type or of a subclass, or else its own."""
+    """Give the type of a value; what is of a subclass of str, dict or list counts as one of these."""
     own: type[object] = value.__class__
     return next((kind for kind in _KINDS if issubclass(own, kind)), own)
 
 
-_KINDS: tuple[type[object], ...] = (bool, str, int, float, dict, list)  # bool before int, which it is a subclass of
+_KINDS: tuple[type[object], ...] = (str, dict, list)
 
 
 def _members(value: JSON, kind: type[object], field: str, depth: int) -> Iterable[JSON]:
@@ -206,7 +207,7 @@ def _spell_out(value: JSON) -> str:
     if kind is float and not value:
         return "0.0"  # numeric has no negative zero
     if kind is float and abs(value) >= _EXPONENT_FROM:
-        return format(Decimal(float.__repr__(value)), "f") + ".0"
+        return format(Decimal(repr(value)), "f") + ".0"
     return _encode(value)
 
 
