@@ -20,8 +20,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from mesh_storage import MeshStorage, engine, schema
-from mesh_storage.embedded import EmbeddedServer
+from mesh_storage import MeshStorage, schema
+from mesh_storage.embedded.server import EmbeddedServer
 from mesh_storage.models import (
     ConfigEntry,
     LogEntry,
@@ -34,7 +34,8 @@ from mesh_storage.models import (
     StateEntry,
 )
 from mesh_storage.models.base import new_id
-from mesh_storage.server import Server
+from mesh_storage.postgres import engine
+from mesh_storage.postgres.server import Server
 from mesh_storage.unit_of_work import UnitOfWork
 
 M = TypeVar("M")

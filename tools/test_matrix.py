@@ -17,7 +17,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mesh_storage import embedded
+from mesh_storage.embedded.server import programs
 from mesh_storage.errors import ConfigurationError
 
 VERSIONS = ("15", "16", "18")
@@ -40,7 +40,7 @@ def find(version: str) -> Path | None:
         if (directory / "initdb").exists() and (directory / "postgres").exists():
             return directory
     try:
-        return embedded.programs(version)
+        return programs(version)
     except ConfigurationError:
         return None
 

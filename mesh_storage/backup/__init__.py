@@ -21,13 +21,14 @@ from typing import TypeAlias
 from psycopg import sql
 from pydantic import SecretStr
 
-from mesh_storage import migration, schema
+from mesh_storage import schema
 from mesh_storage.backup import archive, catalog, client_tools
 from mesh_storage.backup.catalog import Connection
 from mesh_storage.backup.client_tools import ClientTools, path_error
 from mesh_storage.backup.manifest import Manifest
 from mesh_storage.errors import AlreadyExistsError, ConfigurationError, InvalidInputError, SchemaMismatchError
-from mesh_storage.server import Server, open_server
+from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.schema import migration
 from mesh_storage.settings import Settings
 
 logger = logging.getLogger("mesh_storage")

@@ -9,10 +9,11 @@ from typing import Any, LiteralString, TypeAlias
 import psycopg
 from psycopg import sql
 
-from mesh_storage import engine, schema
+from mesh_storage import schema
 from mesh_storage.errors import ConfigurationError, ConflictError, translate
 from mesh_storage.models import Base
-from mesh_storage.server import Server
+from mesh_storage.postgres import engine
+from mesh_storage.postgres.server import Server
 
 TABLES = (*sorted(Base.metadata.tables), "mesh_consensus_log_stale", "alembic_version")
 """What is backed up, as far as it is there."""

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import psycopg
 
-from mesh_storage import embedded
+from mesh_storage.embedded.server import programs
 from mesh_storage.errors import ConfigurationError, InvalidInputError, MeshStorageError, UnavailableError
 
 _PLACES = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin")
@@ -77,7 +77,7 @@ def _found(*, tls: bool) -> Generator[ClientTools]:
     if not tls:
         for version in _BUNDLED:
             with suppress(ConfigurationError):
-                directories.append(embedded.programs(version))
+                directories.append(programs(version))
     for directory in directories:
         tools = _examine(directory)
         if tools is not None:

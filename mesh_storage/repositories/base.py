@@ -21,13 +21,13 @@ from sqlalchemy import (
     select,
 )
 
-from mesh_storage.connection import Connection
-from mesh_storage.driver import Row
 from mesh_storage.errors import InvalidInputError, NotFoundError
 from mesh_storage.models.base import attribute_names, table_of
+from mesh_storage.postgres.connection import Connection
+from mesh_storage.postgres.driver import Row
+from mesh_storage.postgres.statement import Statement
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.loading import Loader, M
-from mesh_storage.statement import Statement
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from sqlalchemy import BigInteger, Boolean, Column, DateTime, Integer, LargeBinary, Numeric, String
 
 from mesh_storage.errors import InvalidInputError
-from mesh_storage.jsonb import check_text
+from mesh_storage.postgres.jsonb import check_text
 
 T = TypeVar("T")
 

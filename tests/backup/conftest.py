@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import pytest
 from backup_help import SYSTEM_15, server_of, system_server
 
-from mesh_storage.embedded import EmbeddedServer
-from mesh_storage.server import Server
+from mesh_storage.embedded.server import EmbeddedServer
+from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
 

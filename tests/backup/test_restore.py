@@ -30,7 +30,7 @@ from mesh_storage import (
 )
 from mesh_storage.backup import Progress, archive
 from mesh_storage.backup.manifest import Manifest, _own_checksum
-from mesh_storage.server import Server
+from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
 

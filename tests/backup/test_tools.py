@@ -27,7 +27,7 @@ from mesh_storage import (
 )
 from mesh_storage.backup import client_tools
 from mesh_storage.backup.client_tools import ClientTools
-from mesh_storage.server import Server
+from mesh_storage.postgres.server import Server
 
 
 def program(directory: Path, name: str, version: str, then: str = "exit 0") -> None:
