@@ -216,7 +216,7 @@ class MeshStorage:
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
 
     def __enter__(self) -> Self:
-        """Give the storage itself."""
+        """Return the storage itself."""
         return self
 
     def __exit__(

@@ -81,7 +81,7 @@ class UnitOfWorkSession(Session):
             self.expunge(read)
 
     def get_bind(self, *_arguments: Any, **_keywords: Any) -> sqlalchemy.Connection:
-        """Give the connection of the unit of work; SQLAlchemy asks before each statement."""
+        """Return the connection of the unit of work; SQLAlchemy asks before each statement."""
         return self._connection.for_session()
 
 

@@ -39,21 +39,21 @@ def signals_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def url(mesh_storage_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give the URL of a database with the schema, which is also in the environment."""
+    """Return the URL of a database with the schema, which is also in the environment."""
     monkeypatch.setenv("MESH_STORAGE_URL", mesh_storage_url)
     return mesh_storage_url
 
 
 @pytest.fixture
 def bare(mesh_storage_databases: Databases) -> Iterator[str]:
-    """Give the URL of a database without the schema."""
+    """Yield the URL of a database without the schema."""
     with mesh_storage_databases.fresh(with_schema=False) as url:
         yield url
 
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Give what runs a command: its exit code, and what it printed on stdout and stderr."""
+    """Return what runs a command: its exit code, and what it printed on stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

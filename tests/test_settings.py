@@ -32,7 +32,7 @@ def url_of(settings: Settings) -> dict[str, Any]:
 
 
 def everything_said(error: BaseException) -> str:
-    """Give all that a log or a debugger would show of an error and of all that led to it."""
+    """Return all that a log or a debugger would show of an error and of all that led to it."""
     seen: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:
@@ -45,7 +45,7 @@ def everything_said(error: BaseException) -> str:
 
 
 def refused(**values: Any) -> str:
-    """Give what is said when a storage is opened with these settings, which must be refused."""
+    """Return what is said when a storage is opened with these settings, which must be refused."""
     with pytest.raises(ConfigurationError) as error:
         MeshStorage.open(settings=Settings(**values))
     assert CANARY not in everything_said(error.value)
@@ -299,7 +299,7 @@ def test_an_open_storage_shows_no_password(mesh_storage_url: str, caplog: pytest
 
 @pytest.fixture(scope="module")
 def with_password() -> Iterator[str]:
-    """Give the host of a server on which the role `mesh` must give the canary as its password."""
+    """Yield the host of a server on which the role `mesh` must give the canary as its password."""
     server = EmbeddedServer.throw_away()
     admin = {**server.connect_arguments, "dbname": "postgres"}
     with psycopg.connect(**admin, autocommit=True) as connection:

@@ -292,7 +292,7 @@ def test_run_does_again_what_the_session_lost_to_a_conflict(storage: MeshStorage
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[MeshStorage]:
-    """Give a storage whose server runs on this machine, whatever the other tests run on."""
+    """Yield a storage whose server runs on this machine, whatever the other tests run on."""
     with MeshStorage.open("memory:") as storage:
         yield storage
 

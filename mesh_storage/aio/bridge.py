@@ -54,7 +54,7 @@ class BridgedDriver:
         await asyncio.shield(task)
 
     def unfinished(self) -> frozenset[asyncio.Task[None]]:
-        """Give what goes on although nobody waits for it."""
+        """Return what goes on although nobody waits for it."""
         return frozenset(self._unfinished)
 
     def status(self) -> int:
@@ -100,7 +100,7 @@ class BridgedDriver:
         in_background(self._connection.cancel_safe(timeout=GRACE_S))
 
     def fileno(self) -> int:
-        """Give the file descriptor of the socket."""
+        """Return the file descriptor of the socket."""
         return self._connection.fileno()
 
     def cut(self) -> None:
@@ -164,7 +164,7 @@ class AsyncRepository(Generic[R]):
         self._repository = repository
 
     async def _stream(self, generator: Generator[T], batch_size: int) -> AsyncGenerator[T]:
-        """Give what a sync generator gives, crossing once for each batch of its own."""
+        """Yield what a sync generator gives, crossing once for each batch of its own."""
         while True:
             batch = await greenlets.run(_take, generator, batch_size)
             for item in batch:

@@ -233,7 +233,7 @@ class AsyncMeshStorage:
             await asyncio.shield(in_background(self._close()))
 
     async def __aenter__(self) -> Self:
-        """Give the storage itself."""
+        """Return the storage itself."""
         return self
 
     async def __aexit__(

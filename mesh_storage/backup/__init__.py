@@ -296,7 +296,7 @@ def _check_jobs(jobs: int) -> None:
 
 
 def _rename(unfinished: Path, target: Path) -> None:
-    """Give a finished backup its name, and make that last."""
+    """Return a finished backup its name, and make that last."""
     try:
         unfinished.rename(target)
     except OSError as error:

@@ -162,7 +162,7 @@ def run(arguments: Sequence[str | Path], *, environment: dict[str, str], path: P
 
 @contextmanager
 def output(arguments: Sequence[str | Path], *, path: Path) -> Generator[IO[bytes]]:
-    """Give what a tool that reads a path writes; its end is checked at the end of the block.
+    """Yield what a tool that reads a path writes; its end is checked at the end of the block.
 
     Raises:
         MeshStorageError: The tool failed; the message has its first words.
@@ -228,5 +228,5 @@ def path_error(path: Path, error: OSError) -> MeshStorageError:
 
 
 def server_major(connection: psycopg.Connection[Any]) -> int:
-    """Give the major version of the server."""
+    """Return the major version of the server."""
     return connection.info.server_version // 10_000

@@ -145,7 +145,7 @@ class EmbeddedServer:
 
 
 def programs(version: str = "18") -> Path:
-    """Give the directory of the bundled PostgreSQL's programs.
+    """Return the directory of the bundled PostgreSQL's programs.
 
     Raises:
         ConfigurationError: The extra `embedded` is not installed, or has not this version.

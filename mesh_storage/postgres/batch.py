@@ -22,7 +22,7 @@ from sqlalchemy.types import TypeEngine
 
 
 def parameter_type(kind: TypeEngine[Any]) -> TypeEngine[Any]:
-    """Give the type that a parameter for a column is cast to: a text without a length, to which it would be cut."""
+    """Return the type that a parameter for a column is cast to: a text without a length, to which it would be cut."""
     return Text() if isinstance(kind, String) else kind
 
 
@@ -36,13 +36,13 @@ class Batch:
         self._kinds = {name: parameter_type(kind) for name, kind in types.items()}
 
     def table(self) -> TableValuedAlias:
-        """Give the rows as a table, for a statement."""
+        """Return the rows as a table, for a statement."""
         arrays = (_array(name, kind) for name, kind in self._kinds.items())
         columns = (Column(name, kind) for name, kind in self._kinds.items())
         return func.unnest(*arrays).table_valued(*columns, name="input").render_derived()
 
     def parameters(self, columns: Mapping[str, list[Any]]) -> dict[str, Any]:
-        """Give the parameters for the values of each column."""
+        """Return the parameters for the values of each column."""
         return {name: _parameter(kind, columns[name]) for name, kind in self._kinds.items()}
 
 
@@ -83,7 +83,7 @@ def _array(name: str, kind: TypeEngine[Any]) -> ColumnElement[Any]:
 
 
 def _unpacked(packed: ColumnElement[str]) -> ColumnElement[Any]:
-    """Give the array of the texts (PostgreSQL manual, 9.4 and 9.19)."""
+    """Return the array of the texts (PostgreSQL manual, 9.4 and 9.19)."""
     one, two, three = literal_column("1", Integer), literal_column("2", Integer), literal_column("3", Integer)
     end, none = func.left(packed, one), func.substr(packed, two, one)
     units = func.string_to_array(func.substr(packed, three), end, none)

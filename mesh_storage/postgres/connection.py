@@ -79,7 +79,7 @@ class Characteristics(NamedTuple):
                 )
 
     def deadline(self) -> float | None:
-        """Give the moment of `time.monotonic()` at which the time will be over, when it begins now."""
+        """Return the moment of `time.monotonic()` at which the time will be over, when it begins now."""
         return None if self.timeout is None else time.monotonic() + self.timeout
 
     def mode(self, local_parameters: str | None) -> Mode:
@@ -223,7 +223,7 @@ class Connection:
             )
 
     def for_session(self) -> sqlalchemy.Connection:
-        """Give the connection to an ORM session, in a transaction; one that is to be read-only is so on the server."""
+        """Return the connection to an ORM session, in a transaction; one that is to be read-only is so on the server."""
         return self.perform(self._begin_for_session)
 
     @contextmanager

@@ -133,7 +133,7 @@ class Driver(Protocol):
         ...
 
     def fileno(self) -> int:
-        """Give the file descriptor of the socket."""
+        """Return the file descriptor of the socket."""
         ...
 
     def cut(self) -> None:
@@ -252,7 +252,7 @@ class BlockingDriver:
             self._connection.cancel_safe(timeout=GRACE_S)
 
     def fileno(self) -> int:
-        """Give the file descriptor of the socket."""
+        """Return the file descriptor of the socket."""
         return self._connection.fileno()
 
     def cut(self) -> None:

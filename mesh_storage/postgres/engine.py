@@ -141,7 +141,7 @@ def limit_connecting(engine: sqlalchemy.Engine) -> None:
 
 
 def _parameters(settings: Settings) -> dict[str, int | str]:
-    """Give the parameters of the server that each session, or each transaction, is to have."""
+    """Return the parameters of the server that each session, or each transaction, is to have."""
     limits = {
         "statement_timeout": settings.statement_timeout,
         "lock_timeout": settings.lock_timeout,
@@ -181,7 +181,7 @@ def _check_ports(arguments: dict[str, Any]) -> None:
 
 
 def _setting(name: str) -> str:
-    """Give the name of a setting that libpq calls otherwise."""
+    """Return the name of a setting that libpq calls otherwise."""
     return "database" if name == "dbname" else name
 
 

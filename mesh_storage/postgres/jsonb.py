@@ -80,7 +80,7 @@ def _write_plain(values: list[JSON]) -> Written | None:
 
 
 def same(one: JSON, other: JSON) -> bool:
-    """Say whether two JSON values are equal and of one type: 1, 1.0 and true are equal for Python alone."""
+    """Return whether two JSON values are equal and of one type: 1, 1.0 and true are equal for Python alone."""
     # Other values are seen to be so first: an integer of another service's may be too long to be written.
     return one == other and _sorted(one) == _sorted(other)
 
@@ -160,7 +160,7 @@ def _check(values: Iterable[JSON], field: str, depth: int) -> bool:
 
 
 def _kind(value: JSON) -> type[object]:
-    """Give the type of a value; what is of a subclass of str, dict or list counts as one of these."""
+    """Return the type of a value; what is of a subclass of str, dict or list counts as one of these."""
     own: type[object] = value.__class__
     return next((kind for kind in _KINDS if issubclass(own, kind)), own)
 
@@ -169,7 +169,7 @@ _KINDS: tuple[type[object], ...] = (str, dict, list)
 
 
 def _members(value: JSON, kind: type[object], field: str, depth: int) -> Iterable[JSON]:
-    """Give what a list or dict holds, its keys checked."""
+    """Return what a list or dict holds, its keys checked."""
     if kind not in (dict, list):
         raise InvalidInputError(f"{field} holds a {kind.__name__}, which is no JSON value", field=field)
     if depth == 0:

@@ -63,7 +63,7 @@ class Slots:
             return True
 
     def release(self) -> None:
-        """Give a place back, to the thread that waits longest."""
+        """Return a place back, to the thread that waits longest."""
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().release()
@@ -192,7 +192,7 @@ def check_open(*, closed: bool) -> None:
 
 
 def wait_limit(pool_timeout: float, timeout: float | None) -> float:
-    """Give the seconds to wait for a connection: the pool's limit or the caller's, whichever is shorter."""
+    """Return the seconds to wait for a connection: the pool's limit or the caller's, whichever is shorter."""
     return pool_timeout if timeout is None else min(pool_timeout, timeout)
 
 

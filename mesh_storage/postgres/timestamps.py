@@ -73,7 +73,7 @@ def register(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any])
 
 
 def read_again(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> list[tuple[Any, ...]]:
-    """Give all rows of a result in which psycopg's own loader met such a time."""
+    """Return all rows of a result in which psycopg's own loader met such a time."""
     adapters = AdaptersMap(cursor.adapters)
     adapters.register_loader(_TYPE, _BinaryLoader)
     result = cursor.pgresult

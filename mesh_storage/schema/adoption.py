@@ -98,7 +98,7 @@ def _columns(connection: sqlalchemy.Connection, table: str) -> dict[str, _Column
 
 
 def _type(definition: str) -> str:
-    """Give the type of a column's definition by PostgreSQL's own name."""
+    """Return the type of a column's definition by PostgreSQL's own name."""
     word = definition.split(maxsplit=1)[0]
     return _TYPES.get(word, word.replace("varchar", "character varying"))
 
@@ -157,7 +157,7 @@ def _shape(
 def _rules(
     table: str, definitions: Mapping[str, str], checks: Mapping[str, str], found: Mapping[str, _Column]
 ) -> dict[str, str]:
-    """Give what each row must fulfil, by reason: only what PostgreSQL does not see to already, and can evaluate."""
+    """Return what each row must fulfil, by reason: only what PostgreSQL does not see to already, and can evaluate."""
     rules = {f"breaks {table}_{name}_check, {rule}": rule for name, rule in checks.items()}
     for name, definition in definitions.items():
         if name not in found:

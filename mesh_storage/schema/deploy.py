@@ -30,25 +30,25 @@ _alembic = threading.Lock()
 
 @functools.cache
 def script_location() -> Path:
-    """Give the directory of the migrations: inside the installed package, or beside it in a checkout."""
+    """Return the directory of the migrations: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     return next(path for path in (package / "alembic", package.parent / "alembic") if (path / "env.py").exists())
 
 
 @functools.cache
 def revisions() -> tuple[str, ...]:
-    """Give the revisions of the migrations in their order, which is that of their file names."""
+    """Return the revisions of the migrations in their order, which is that of their file names."""
     files = (script_location() / "versions").glob("[0-9]*_*.py")
     return tuple(sorted(file.name.split("_", 1)[0] for file in files))
 
 
 def head() -> str:
-    """Give the revision that this code works with."""
+    """Return the revision that this code works with."""
     return revisions()[-1]
 
 
 def current(connection: sqlalchemy.Connection) -> str | None:
-    """Give the revision of a database, or None where mesh_storage's schema was never deployed."""
+    """Return the revision of a database, or None where mesh_storage's schema was never deployed."""
     return _current(lambda query: connection.exec_driver_sql(query).fetchone())
 
 

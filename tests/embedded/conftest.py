@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """Give a directory outside of pytest's own, which every new run of pytest closes to other accounts.
+    """Yield a directory outside of pytest's own, which every new run of pytest closes to other accounts.
 
     Root's servers run under another account, and some start anew in the middle of a test.
     """

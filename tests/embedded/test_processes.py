@@ -33,7 +33,7 @@ sys.stdin.readline()
 
 
 def processes_that_name(directory: Path) -> list[int]:
-    """Give the processes that have a directory on their command line."""
+    """Return the processes that have a directory on their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():

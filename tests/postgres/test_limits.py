@@ -21,7 +21,7 @@ def opened(url: str, **settings: Any) -> MeshStorage:
 
 
 def sessions(storage: MeshStorage) -> list[tuple[str, str]]:
-    """Give the state and query of the database's other connections."""
+    """Return the state and query of the database's other connections."""
     with storage.begin(read_only=True) as uow:
         rows = uow.session.execute(
             text(

@@ -42,21 +42,21 @@ CLIENTS, ROUNDS = 8, 10
 
 @pytest.fixture(params=["sync", "asyncio", "uvloop"])
 def opens(request: pytest.FixtureRequest) -> Iterator[Open]:
-    """Give what opens a storage of the sync API, or of the async one behind the same names."""
+    """Yield what opens a storage of the sync API, or of the async one behind the same names."""
     with opener(request.param) as given:
         yield lambda url, **settings: given(url, **{"transaction_pooling": True} | settings)
 
 
 @pytest.fixture
 def pooled(mesh_storage_url: str) -> Iterator[str]:
-    """Give the URL of a database by a pooler that has two sessions for it."""
+    """Yield the URL of a database by a pooler that has two sessions for it."""
     with pgbouncer(mesh_storage_url, sessions=2) as url:
         yield url
 
 
 @pytest.fixture
 def server(mesh_storage_url: str) -> Iterator[psycopg.Connection[Any]]:
-    """Give a connection that goes by no pooler."""
+    """Yield a connection that goes by no pooler."""
     with psycopg.connect(mesh_storage_url, autocommit=True) as connection:
         yield connection
 

@@ -15,7 +15,7 @@ from tests.schema import legacy
 
 @pytest.fixture
 def legacy_url(mesh_storage_databases: Databases) -> Iterator[str]:
-    """Give the URL of a database of the Go service with awkward rows."""
+    """Yield the URL of a database of the Go service with awkward rows."""
     with mesh_storage_databases.fresh(with_schema=False) as url:
         with psycopg.connect(url) as connection:
             legacy.create(connection)
@@ -25,7 +25,7 @@ def legacy_url(mesh_storage_databases: Databases) -> Iterator[str]:
 
 @pytest.fixture
 def connection(legacy_url: str) -> Iterator[legacy.Connection]:
-    """Give a connection to that database in autocommit."""
+    """Yield a connection to that database in autocommit."""
     with psycopg.connect(legacy_url, autocommit=True) as made:
         yield made
 
@@ -35,7 +35,7 @@ Alembic = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def alembic() -> Iterator[Alembic]:
-    """Give what starts `alembic` in a process of its own, with nothing but MESH_STORAGE_URL."""
+    """Yield what starts `alembic` in a process of its own, with nothing but MESH_STORAGE_URL."""
     started: list[subprocess.Popen[str]] = []
 
     def start(url: str, *arguments: str) -> subprocess.Popen[str]:

@@ -262,7 +262,7 @@ STALE = [(0, 1), (1, 3), (2, 3)]
 
 
 def rows(connection: Connection, *, also: tuple[str, ...] = OTHER_TABLES) -> dict[str, list[tuple[Any, ...]]]:
-    """Give every value of every row as text; times with a zone as in UTC, stale entries of the log among them."""
+    """Return every value of every row as text; times with a zone as in UTC, stale entries of the log among them."""
     found = {}
     for table in (*TABLES, *also):
         columns = connection.execute(
@@ -288,7 +288,7 @@ def exists(connection: Connection, table: str) -> bool:
 
 
 def others(connection: Connection) -> list[tuple[Any, ...]]:
-    """Give all that is not ours: tables, keys from and to them, views, triggers, functions, types, extensions."""
+    """Return all that is not ours: tables, keys from and to them, views, triggers, functions, types, extensions."""
     return connection.execute(
         """
         SELECT 'column', attrelid::regclass::text, attname::text, format_type(atttypid, atttypmod),
@@ -318,7 +318,7 @@ def others(connection: Connection) -> list[tuple[Any, ...]]:
 
 
 def structure(connection: Connection) -> list[tuple[Any, ...]]:
-    """Give all columns, constraints and indexes of all tables."""
+    """Return all columns, constraints and indexes of all tables."""
     return connection.execute(
         """
         SELECT 'column', attrelid::regclass::text, attname::text, format_type(atttypid, atttypmod),
@@ -413,7 +413,7 @@ FIRST_LOG_INDEX = 1_000_000
 
 
 def statement(position: int, number: int) -> tuple[str, list[Any]]:
-    """Give one of the statements with its parameters, for a number that no other round has."""
+    """Return one of the statements with its parameters, for a number that no other round has."""
     sql, parameters = STATEMENTS[position]
     places = {"{log}": FIRST_LOG_INDEX + number}
     return sql, [

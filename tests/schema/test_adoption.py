@@ -16,7 +16,7 @@ from tests.schema.conftest import Alembic
 
 
 def files(connection: legacy.Connection) -> list[tuple[Any, ...]]:
-    """Give the files of the tables and of what they keep elsewhere: another one means that all was written anew."""
+    """Return the files of the tables and of what they keep elsewhere: another one means that all was written anew."""
     return connection.execute(
         "SELECT oid::regclass::text, relfilenode, reltoastrelid FROM pg_class WHERE relkind = 'r' "
         "AND oid::regclass::text = ANY(%s) ORDER BY 1",

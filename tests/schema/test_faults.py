@@ -24,14 +24,14 @@ STALE_ENTRIES = """
 
 @pytest.fixture
 def url(mesh_storage_databases: Databases) -> Iterator[str]:
-    """Give the URL of an empty database."""
+    """Yield the URL of an empty database."""
     with mesh_storage_databases.fresh(with_schema=False) as made:
         yield made
 
 
 @pytest.fixture
 def other(url: str) -> Iterator[psycopg.Connection[Any]]:
-    """Give a connection that is none of the library's."""
+    """Yield a connection that is none of the library's."""
     with psycopg.connect(url, autocommit=True) as connection:
         yield connection
 

@@ -31,7 +31,7 @@ TABLES = sorted(Base.metadata.tables)
 
 @pytest.fixture
 def url(mesh_storage_databases: Databases) -> Iterator[str]:
-    """Give the URL of an empty database."""
+    """Yield the URL of an empty database."""
     with mesh_storage_databases.fresh(with_schema=False) as made:
         yield made
 
@@ -44,7 +44,7 @@ def alembic(url: str, *arguments: str) -> str:
 
 
 def structure(url: str) -> list[tuple[object, ...]]:
-    """Give all columns, constraints, indexes and storage parameters of a database."""
+    """Return all columns, constraints, indexes and storage parameters of a database."""
     with psycopg.connect(url) as connection:
         return connection.execute(
             """
@@ -79,7 +79,7 @@ def fill(url: str) -> None:
 
 
 def rows(url: str) -> dict[str, list[tuple[object, ...]]]:
-    """Give what is in the columns that every revision has."""
+    """Return what is in the columns that every revision has."""
     keys = {
         "mesh": "mesh_id, mesh_name, created",
         "nodes": "node_id, node_name, created",

@@ -35,13 +35,13 @@ __all__ = [
 
 @pytest.fixture
 def alembic_config() -> Config:
-    """Give the configuration of the packaged migrations."""
+    """Return the configuration of the packaged migrations."""
     return schema.alembic_config()
 
 
 @pytest.fixture
 def alembic_engine(mesh_storage_databases: Databases) -> Iterator[sqlalchemy.Engine]:
-    """Give an engine for an empty database, as the migrations have it."""
+    """Yield an engine for an empty database, as the migrations have it."""
     with mesh_storage_databases.fresh(with_schema=False) as url:
         engine = migration.create_engine(dict(conninfo_to_dict(url)))
         yield engine

@@ -45,7 +45,7 @@ class Writer(threading.Thread):
             self.failure = error
 
     def forget(self) -> list[float]:
-        """Give the longest time of each statement so far, and begin anew."""
+        """Return the longest time of each statement so far, and begin anew."""
         longest, self.longest = self.longest, [0.0] * len(legacy.STATEMENTS)
         return longest
 

@@ -161,7 +161,7 @@ class InfrastructureRepository(KeyedRepository[M]):
 
 
 def _ids(prefix: str, given: Iterable[str | None], used: list[str]) -> Generator[str]:
-    """Give an id for each, made where none is given, and keep it."""
+    """Yield an id for each, made where none is given, and keep it."""
     for id_ in given:
         used.append(new_id(prefix) if id_ is None else id_)
         yield used[-1]

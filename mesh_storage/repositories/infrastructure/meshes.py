@@ -50,7 +50,7 @@ class MeshRepository(InfrastructureRepository[Mesh]):
         self._compute = connection.driver.compute
 
     def get_by_name(self, name: str) -> Mesh:
-        """Give the mesh of this name.
+        """Return the mesh of this name.
 
         Raises:
             NotFoundError: There is none.
@@ -69,7 +69,7 @@ class MeshRepository(InfrastructureRepository[Mesh]):
             raise NotFoundError(Mesh.__name__, mesh_id)
 
     def admits(self, mesh_id: str, key: str | None = None) -> bool:
-        """Say whether a node that shows this key may join: the mesh allows it, and has no join key or this one.
+        """Return whether a node that shows this key may join: the mesh allows it, and has no join key or this one.
 
         Raises:
             NotFoundError: There is no such mesh.

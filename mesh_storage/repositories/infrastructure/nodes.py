@@ -61,7 +61,7 @@ class NodeRepository(InfrastructureRepository[Node]):
         super().__init__(connection, _NODES)
 
     def get_by_name(self, name: str) -> Node:
-        """Give the node of this name.
+        """Return the node of this name.
 
         Raises:
             NotFoundError: There is none.
@@ -71,13 +71,13 @@ class NodeRepository(InfrastructureRepository[Node]):
     def page(
         self, *, status: str | None = None, region_id: str | None = None, after: str | None = None, limit: int = 100
     ) -> Page[Node]:
-        """Give up to `limit` (10,000 at most) nodes in the order of their ids, from behind the cursor `after`."""
+        """Return up to `limit` (10,000 at most) nodes in the order of their ids, from behind the cursor `after`."""
         return self._filtered(status, region_id).page(after, limit)
 
     def stream(
         self, *, status: str | None = None, region_id: str | None = None, batch_size: int = 1000
     ) -> Generator[Node]:
-        """Give all nodes in the order of their ids, with no more than `batch_size` in memory."""
+        """Yield all nodes in the order of their ids, with no more than `batch_size` in memory."""
         return self._filtered(status, region_id).stream(batch_size)
 
     def count(self, *, status: str | None = None, region_id: str | None = None) -> int:
@@ -86,7 +86,7 @@ class NodeRepository(InfrastructureRepository[Node]):
         return int(self._fetch_value(statements.count, **parameters))
 
     def with_state(self, *, batch_size: int = 1000) -> Generator[tuple[Node, NodeState | None]]:
-        """Give each node beside its runtime state (by its id; None where it has none), in the order of the ids."""
+        """Yield each node beside its runtime state (by its id; None where it has none), in the order of the ids."""
 
         def fetch(after: Position | None, limit: int) -> list[Row]:
             parameters = {"after": "" if after is None else after[0], "limit": limit}

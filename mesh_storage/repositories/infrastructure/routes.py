@@ -39,9 +39,9 @@ class RouteRepository(InfrastructureRepository[Route]):
         super().__init__(connection, _ROUTES)
 
     def between(self, a: str, b: str) -> list[Route]:
-        """Give the routes that lead from node `a` to node `b`, bidirectional ones from `b` to `a` among them, by id."""
+        """Return the routes that lead from node `a` to node `b`, bidirectional ones from `b` to `a` among them, by id."""
         return self._fetch_all(_BETWEEN, a=checks.text("a", a, 255), b=checks.text("b", b, 255))
 
     def for_node(self, node_id: str) -> list[Route]:
-        """Give the routes from a node: those that begin there, and bidirectional ones that end there, by id."""
+        """Return the routes from a node: those that begin there, and bidirectional ones that end there, by id."""
         return self._fetch_all(_FOR_NODE, node_id=checks.text("node_id", node_id, 255))

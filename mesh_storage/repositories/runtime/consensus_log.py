@@ -90,15 +90,15 @@ class _New(NamedTuple):
 
     @property
     def first_index(self) -> int:
-        """Give the lowest index."""
+        """Return the lowest index."""
         return self.indexes[0]
 
     def arrays(self) -> dict[str, Any]:
-        """Give the parameters of the rows."""
+        """Return the parameters of the rows."""
         return _BATCH.parameters({"term": self.terms, "index": self.indexes, "entry": self.texts})
 
     def behind(self, index: int) -> _New:
-        """Give those of higher indexes."""
+        """Return those of higher indexes."""
         there = max(0, index + 1 - self.first_index)
         return _New(self.terms[there:], self.indexes[there:], self.texts[there:])
 
@@ -147,11 +147,11 @@ class ConsensusLogRepository(Repository[LogEntry]):
             self._append_slowly(new)
 
     def find(self, index: int) -> LogEntry | None:
-        """Give the entry at this index, or None."""
+        """Return the entry at this index, or None."""
         return self._fetch_one(_GET, index=checks.integer("LogEntry.index", index))
 
     def get(self, index: int) -> LogEntry:
-        """Give the entry at this index.
+        """Return the entry at this index.
 
         Raises:
             NotFoundError: There is none.
@@ -159,19 +159,19 @@ class ConsensusLogRepository(Repository[LogEntry]):
         return self._get(index, self.find(index))
 
     def range(self, start: int, end: int) -> list[LogEntry]:
-        """Give the entries from index `start` to index `end`, both included, in order; those that exist."""
+        """Return the entries from index `start` to index `end`, both included, in order; those that exist."""
         return self._fetch_all(_RANGE, start=checks.integer("start", start), end=checks.integer("end", end))
 
     def first_index(self) -> int:
-        """Give the lowest index, 0 for an empty log."""
+        """Return the lowest index, 0 for an empty log."""
         return self._end(_FIRST)[1]
 
     def last_index(self) -> int:
-        """Give the highest index, 0 for an empty log."""
+        """Return the highest index, 0 for an empty log."""
         return self._end(_LAST)[1]
 
     def last_term(self) -> int:
-        """Give the term of the entry with the highest index, 0 for an empty log."""
+        """Return the term of the entry with the highest index, 0 for an empty log."""
         return self._end(_LAST)[0]
 
     def delete_range(self, start: int, end: int) -> int:

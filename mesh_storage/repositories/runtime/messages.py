@@ -134,7 +134,7 @@ class MessageRepository(KeyedRepository[Message]):
         after: str | None = None,
         limit: int = 100,
     ) -> Page[Message]:
-        """Give up to `limit` (10,000 at most) messages in the order of their time, from behind the cursor `after`.
+        """Return up to `limit` (10,000 at most) messages in the order of their time, from behind the cursor `after`.
 
         `since` (included) and `until` (not included) are Unix seconds.
         """
@@ -149,7 +149,7 @@ class MessageRepository(KeyedRepository[Message]):
         until: int | None = None,
         batch_size: int = 1000,
     ) -> Generator[Message]:
-        """Give all messages in the order of their time, with no more than `batch_size` in memory.
+        """Yield all messages in the order of their time, with no more than `batch_size` in memory.
 
         `since` (included) and `until` (not included) are Unix seconds.
         """

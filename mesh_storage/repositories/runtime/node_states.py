@@ -77,7 +77,7 @@ class NodeStateRepository(EntryRepository[NodeState]):
         return merged
 
     def stale(self, older_than: timedelta, limit: int = 1000) -> list[NodeState]:
-        """Give the states that were not stored for longer than `older_than` by the database's clock, oldest first.
+        """Return the states that were not stored for longer than `older_than` by the database's clock, oldest first.
 
         Reads the whole table, which is small beside the messages; see the note on heartbeats in docs/schema.md.
         """

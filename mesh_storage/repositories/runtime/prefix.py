@@ -45,11 +45,11 @@ class PrefixRepository(EntryRepository[M]):
         self._prefixed = entries
 
     def page(self, prefix: str = "", *, after: str | None = None, limit: int = 100) -> Page[M]:
-        """Give up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
+        """Return up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
         return self._by_prefix(prefix).page(after, limit)
 
     def stream(self, prefix: str = "", *, batch_size: int = 1000) -> Generator[M]:
-        """Give all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
+        """Yield all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
         return self._by_prefix(prefix).stream(batch_size)
 
     def count(self, prefix: str = "") -> int:
@@ -57,7 +57,7 @@ class PrefixRepository(EntryRepository[M]):
         return int(self._fetch_value(self._aggregate.count, **_range(prefix)))
 
     def _all(self, prefix: str) -> dict[str, Any]:
-        """Give the keys and values in one statement, which sees one version of the table."""
+        """Return the keys and values in one statement, which sees one version of the table."""
         return values_by_key(self._connection.fetch_all(self._prefixed.all, _range(prefix)))
 
     def _by_prefix(self, prefix: str) -> Listing[M]:
@@ -77,7 +77,7 @@ def _range(prefix: str) -> dict[str, str]:
 
 
 def _behind(prefix: str) -> str:
-    """Give the first text in the order of code points that is behind all that begin with `prefix`."""
+    """Return the first text in the order of code points that is behind all that begin with `prefix`."""
     stem = prefix.rstrip(_LAST_CHARACTER)
     if not stem:
         return _LAST_CHARACTER * 256  # Behind every key of up to 255 characters.

@@ -55,7 +55,7 @@ class RoutingTableRepository(EntryRepository[RoutingEntry]):
         return self._put_many(routes)
 
     def all(self) -> dict[str, JSON]:
-        """Give the whole table as destination and route, in the order of the destinations."""
+        """Return the whole table as destination and route, in the order of the destinations."""
         return values_by_key(self._connection.fetch_all(_ALL))
 
     def replace_all(self, routes: Mapping[str, JSON]) -> None:

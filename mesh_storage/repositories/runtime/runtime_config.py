@@ -23,7 +23,7 @@ class RuntimeConfigRepository(PrefixRepository[ConfigEntry]):
         return self._put(key, value)
 
     def value(self, key: str, default: Any = ...) -> JSON:
-        """Give the value alone, or `default` where there is none.
+        """Return the value alone, or `default` where there is none.
 
         Raises:
             NotFoundError: There is none, and no default was given.
@@ -36,5 +36,5 @@ class RuntimeConfigRepository(PrefixRepository[ConfigEntry]):
         return default
 
     def all(self, prefix: str = "") -> dict[str, JSON]:
-        """Give all values whose key begins with `prefix`, by key and in the order of the keys."""
+        """Return all values whose key begins with `prefix`, by key and in the order of the keys."""
         return self._all(prefix)
