@@ -173,7 +173,7 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[Mesh]:
-        """Return up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[Mesh]:
@@ -415,7 +415,7 @@ class AsyncNodeStateRepository(AsyncRepository[NodeStateRepository]):
         return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[NodeState]:
-        """Return up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[NodeState]:
@@ -431,7 +431,7 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
     """The routes."""
 
     async def between(self, a: str, b: str) -> list[Route]:
-        """Return the routes that lead from node `a` to node `b`, bidirectional ones from `b` to `a` among them, by id."""
+        """Return the routes from node `a` to node `b`, including bidirectional ones from `b` to `a`, ordered by id."""
         return await greenlets.run(self._repository.between, a, b)
 
     async def for_node(self, node_id: str) -> list[Route]:
@@ -484,7 +484,7 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
         return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[Route]:
-        """Return up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[Route]:
@@ -539,7 +539,7 @@ class AsyncRoutingTableRepository(AsyncRepository[RoutingTableRepository]):
         return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[RoutingEntry]:
-        """Return up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[RoutingEntry]:

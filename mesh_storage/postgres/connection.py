@@ -223,7 +223,7 @@ class Connection:
             )
 
     def for_session(self) -> sqlalchemy.Connection:
-        """Return the connection to an ORM session, in a transaction; one that is to be read-only is so on the server."""
+        """Return the connection for an ORM session, in a transaction that is read-only on the server if it is to be."""
         return self.perform(self._begin_for_session)
 
     @contextmanager

@@ -189,7 +189,7 @@ class KeyedRepository(Repository[M]):
             raise NotFoundError(self._aggregate.name, key)
 
     def page(self, *, after: str | None = None, limit: int = 100) -> Page[M]:
-        """Return up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
         return self._by_key().page(after, limit)
 
     def stream(self, *, batch_size: int = 1000) -> Generator[M]:

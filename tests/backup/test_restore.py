@@ -345,7 +345,7 @@ ADOPTED = (
 
 @pytest.fixture
 def adopted(storage: MeshStorage, server: Server) -> Server:
-    """Return a database as the earlier service left it: ids of its own domain, a reference to another system's table."""
+    """Return a database as the earlier service left it: ids of its own domain, a reference to a foreign table."""
     fill(storage)
     run(server, "SET check_function_bodies = off; " + ADOPTED[0], *ADOPTED[1:])
     run(

@@ -49,7 +49,7 @@ class Wire:
         connection.pgconn.trace(self._trace.fileno())
 
     def cost(self) -> Cost:
-        """Return what all has cost so far: the server says ReadyForQuery once a round trip, but asks for rows to copy."""
+        """Return the cost so far: the server says ReadyForQuery once a round trip, but asks for rows to copy."""
         for connection in self._connections:
             connection.pgconn.untrace()  # This is what flushes the trace.
             connection.pgconn.trace(self._trace.fileno())

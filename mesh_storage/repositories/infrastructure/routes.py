@@ -39,7 +39,7 @@ class RouteRepository(InfrastructureRepository[Route]):
         super().__init__(connection, _ROUTES)
 
     def between(self, a: str, b: str) -> list[Route]:
-        """Return the routes that lead from node `a` to node `b`, bidirectional ones from `b` to `a` among them, by id."""
+        """Return the routes from node `a` to node `b`, including bidirectional ones from `b` to `a`, ordered by id."""
         return self._fetch_all(_BETWEEN, a=checks.text("a", a, 255), b=checks.text("b", b, 255))
 
     def for_node(self, node_id: str) -> list[Route]:
