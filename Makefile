@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix lint format types schema aio bench check migrate revision lock clean
+.PHONY: help install demo test test-matrix lint format types schema sync bench check migrate revision lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -31,7 +31,7 @@ test-matrix: install ## Run all tests on PostgreSQL 15, 16 and 18, as far as the
 	$(BIN)/python tools/test_matrix.py $(MATRIX) -- -n 2 --dist worksteal $(T)
 
 lint: install ## Check format, style and generated code
-	$(BIN)/python tools/generate_aio.py --check
+	$(BIN)/unasyncd --force --quiet  # writes what is stale, and fails then
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
@@ -49,8 +49,8 @@ schema: install ## Check that the models and the migrations say the same
 	@directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && export MESH_STORAGE_URL="embedded:$$directory" && \
 		$(BIN)/alembic upgrade head && $(BIN)/alembic check
 
-aio: install ## Write the asyncio twins of the repositories anew
-	$(BIN)/python tools/generate_aio.py
+sync: install ## Derive the blocking side from mesh_storage/aio anew
+	-$(BIN)/unasyncd --force
 
 bench: install ## Measure against plain psycopg
 	$(BIN)/python -m benchmarks $(ARGS)

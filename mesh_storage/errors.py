@@ -8,9 +8,12 @@ from __future__ import annotations
 import copy
 import inspect
 import traceback
+from typing import Literal
 
 import psycopg
 import sqlalchemy.exc
+
+Committed = Literal["no", "unknown", "locally"]
 
 
 class MeshStorageError(Exception):
@@ -22,6 +25,8 @@ class MeshStorageError(Exception):
     """The name of the violated constraint, where there is one."""
     retryable: bool = False
     """Whether the same work may succeed when it is done again in a fresh unit of work."""
+    committed: Committed = "no"
+    """`no`; `unknown` when the connection was lost in COMMIT; `locally` when it did not wait for a standby."""
 
     def __init__(
         self,
@@ -29,12 +34,15 @@ class MeshStorageError(Exception):
         sqlstate: str | None = None,
         constraint: str | None = None,
         retryable: bool | None = None,
+        committed: Committed = "no",
     ) -> None:
         super().__init__(*(args or (inspect.getdoc(type(self)),)))
         self.sqlstate = sqlstate
         self.constraint = constraint
         if retryable is not None:
             self.retryable = retryable
+        if committed != "no":
+            self.committed = committed
 
 
 class NotFoundError(MeshStorageError):

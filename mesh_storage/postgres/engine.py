@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -18,6 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from mesh_storage.errors import ConfigurationError, connection_refused
 from mesh_storage.postgres import jsonb
+from mesh_storage.postgres.timed import TimedConnection
 from mesh_storage.settings import SSL_MODES, Settings
 
 _connect_deadline: ContextVar[float | None] = ContextVar("connect_deadline", default=None)
@@ -114,7 +115,7 @@ def engine_arguments(connect: dict[str, Any]) -> dict[str, Any]:
 def create_engine(connect: dict[str, Any]) -> sqlalchemy.Engine:
     """Make the engine for the given connect arguments, which `connect_arguments` or the bundled server provides."""
     engine = sqlalchemy.create_engine(**engine_arguments(connect))
-    limit_connecting(engine)
+    limit_connecting(engine, TimedConnection.connect)
     return engine
 
 
@@ -128,16 +129,17 @@ def connect_before(deadline: float | None) -> Generator[None]:
         _connect_deadline.reset(token)
 
 
-def limit_connecting(engine: sqlalchemy.Engine) -> None:
-    """Let `connect_before` limit how long the engine takes to connect."""
+def limit_connecting(engine: sqlalchemy.Engine, connect: Callable[..., Any] | None = None) -> None:
+    """Make `connect_before` limit how long the engine takes to connect; by `connect` instead of psycopg's own."""
 
     @event.listens_for(engine, "do_connect")
-    def limit(_dialect: Any, _entry: Any, _args: Any, parameters: dict[str, Any]) -> None:
+    def limit(_dialect: Any, _entry: Any, _args: Any, parameters: dict[str, Any]) -> Any:
         deadline = _connect_deadline.get()
         if deadline is not None:
             # psycopg takes whole seconds, at least 2.
             remaining = max(2, math.ceil(deadline - time.monotonic()))
             parameters["connect_timeout"] = min(parameters["connect_timeout"] or remaining, remaining)
+        return None if connect is None else connect(**parameters)
 
 
 def _parameters(settings: Settings) -> dict[str, int | str]:

@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from mesh_storage.models.base import Base, attribute_names, table_of
 from mesh_storage.postgres import jsonb
-from mesh_storage.postgres.driver import Row
+from mesh_storage.postgres.statement import Row
 
 M = TypeVar("M", bound=Base)
 
