@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from backup_help import SYSTEM_15, contents, server_of, system_server
+from backup_help import SYSTEM_15, contents, server_of, shape, system_server
 
 from mesh_storage import (
     AlreadyExistsError,
@@ -193,6 +193,19 @@ def test_what_users_may_set_is_in_a_backup(storage: MeshStorage, server: Server,
 )
 def test_options_that_not_every_server_knows_are_found(statement: str, unknown: list[str]) -> None:
     assert portable.unknown_options(statement) == unknown
+
+
+def test_settings_that_the_server_has_not_are_left_out(
+    storage: MeshStorage, server: Server, real: ClientTools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine.connect(server.connect) as connection:
+        connection.execute("ALTER TABLE mesh_state ALTER key SET DEFAULT E'\\nSET future_timeout = 0;\\n'")
+    before = contents(server), shape(server)
+    set_more = "| sed '0,/^SET /s//SET future_timeout = 0;\\nSET /'"
+    only(monkeypatch, wrapped(tmp_path / "tools", real, pg_restore=set_more))
+    storage.backup(tmp_path / "backup")
+    storage.restore(tmp_path / "backup", overwrite=True)
+    assert (contents(server), shape(server)) == before
 
 
 def test_a_directory_with_half_of_them_or_two_versions_is_none(tmp_path: Path) -> None:
