@@ -13,10 +13,10 @@ from alembic import context
 from alembic.util import CommandError
 from sqlalchemy.dialects.postgresql import DOMAIN
 
-from mesh_storage import adoption, migration
 from mesh_storage.errors import MeshStorageError
 from mesh_storage.models import Base
-from mesh_storage.server import open_server
+from mesh_storage.postgres.server import open_server
+from mesh_storage.schema import adoption, migration
 from mesh_storage.settings import Settings
 
 config = context.config

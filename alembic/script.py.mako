@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from alembic import op
 
-from mesh_storage import migration
+from mesh_storage.schema import migration
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}

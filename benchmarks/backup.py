@@ -19,10 +19,11 @@ from typing import Any
 
 from psycopg import sql
 
-from mesh_storage import backup, engine, schema
+from mesh_storage import backup, schema
 from mesh_storage.backup import client_tools
-from mesh_storage.embedded import EmbeddedServer
-from mesh_storage.server import Server
+from mesh_storage.embedded.server import EmbeddedServer
+from mesh_storage.postgres import engine
+from mesh_storage.postgres.server import Server
 
 FILL = """
     INSERT INTO mesh_messages (id, from_node, to_node, content, timestamp)

@@ -14,7 +14,7 @@ from psycopg.types.json import set_json_loads
 from pydantic_core import from_json
 
 from mesh_storage import MeshStorage
-from mesh_storage.embedded import EmbeddedServer
+from mesh_storage.embedded.server import EmbeddedServer
 
 MOST_OTHER_ROWS = 1_000_000
 """Beyond this, only the messages get more."""

@@ -26,7 +26,7 @@ def new_message() -> Message:
 
 
 def next_index(database: Database) -> Callable[[], int]:
-    """Give what counts the indexes of the log on from its end, for all who append to it in turns."""
+    """Return what counts the indexes of the log on from its end, for all who append to it in turns."""
     with database.storage.begin(read_only=True) as uow:
         return itertools.count(uow.consensus_log.last_index() + 1).__next__
 

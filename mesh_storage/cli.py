@@ -26,7 +26,7 @@ from mesh_storage.errors import (
     UnavailableError,
 )
 from mesh_storage.health import Health
-from mesh_storage.server import Server, open_server
+from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.storage import MeshStorage
 

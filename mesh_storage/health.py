@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from sqlalchemy import func, literal_column, or_, select
 
 from mesh_storage import schema
-from mesh_storage.connection import Connection
 from mesh_storage.errors import MeshStorageError
-from mesh_storage.statement import Statement
+from mesh_storage.postgres.connection import Connection
+from mesh_storage.postgres.statement import Statement
 
 TIMEOUT_S = 1.5
 """Seconds of a health check's own; with what a server that stands still is given on top, it takes 2 at most."""

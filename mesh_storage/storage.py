@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from pydantic import SecretStr
 
 from mesh_storage import health, schema
-from mesh_storage.connection import DRIVER_ERRORS, Characteristics, Durability
-from mesh_storage.driver import Isolation
 from mesh_storage.errors import ClosedError, ConfigurationError, InvalidInputError, MeshStorageError
 from mesh_storage.health import Health
-from mesh_storage.pool import Pool, check_open
-from mesh_storage.retry import check_attempts, log_if_slow, pause
-from mesh_storage.server import Server, open_server
+from mesh_storage.postgres.connection import DRIVER_ERRORS, Characteristics, Durability
+from mesh_storage.postgres.driver import Isolation
+from mesh_storage.postgres.pool import Pool, check_open
+from mesh_storage.postgres.retry import check_attempts, log_if_slow, pause
+from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.unit_of_work import UnitOfWork
 
@@ -216,7 +216,7 @@ class MeshStorage:
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
 
     def __enter__(self) -> Self:
-        """Give the storage itself."""
+        """Return the storage itself."""
         return self
 
     def __exit__(

@@ -20,8 +20,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from mesh_storage import MeshStorage, engine, schema
-from mesh_storage.embedded import EmbeddedServer
+from mesh_storage import MeshStorage, schema
+from mesh_storage.embedded.server import EmbeddedServer
 from mesh_storage.models import (
     ConfigEntry,
     LogEntry,
@@ -34,7 +34,8 @@ from mesh_storage.models import (
     StateEntry,
 )
 from mesh_storage.models.base import new_id
-from mesh_storage.server import Server
+from mesh_storage.postgres import engine
+from mesh_storage.postgres.server import Server
 from mesh_storage.unit_of_work import UnitOfWork
 
 M = TypeVar("M")
@@ -82,7 +83,7 @@ class Databases:
 
 @contextmanager
 def databases() -> Generator[Databases]:
-    """Give what makes fresh databases: on a server of its own, or on the one of `MESH_STORAGE_TEST_URL`."""
+    """Yield what makes fresh databases: on a server of its own, or on the one of `MESH_STORAGE_TEST_URL`."""
     url = os.environ.get("MESH_STORAGE_TEST_URL")
     server = None if url else EmbeddedServer.throw_away()
     connect: dict[str, Any]
@@ -110,14 +111,14 @@ def mesh_storage_databases() -> Iterator[Databases]:
 
 @pytest.fixture
 def mesh_storage_url(mesh_storage_databases: Databases) -> Iterator[str]:
-    """Give the URL of a fresh database that has the schema."""
+    """Yield the URL of a fresh database that has the schema."""
     with mesh_storage_databases.fresh() as url:
         yield url
 
 
 @pytest.fixture
 def mesh_storage(mesh_storage_url: str) -> Iterator[MeshStorage]:
-    """Give a storage that is open on a fresh database."""
+    """Yield a storage that is open on a fresh database."""
     with MeshStorage.open(mesh_storage_url) as storage:
         yield storage
 

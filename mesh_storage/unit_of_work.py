@@ -13,8 +13,8 @@ import sqlalchemy
 from sqlalchemy.orm import Session
 from sqlalchemy.util import ro_memoized_property  # that of functools takes a lock up to Python 3.11
 
-from mesh_storage.connection import DRIVER_ERRORS, Connection
 from mesh_storage.errors import MeshStorageError
+from mesh_storage.postgres.connection import DRIVER_ERRORS, Connection
 from mesh_storage.repositories import (
     ConsensusLogRepository,
     MeshRepository,
@@ -81,7 +81,7 @@ class UnitOfWorkSession(Session):
             self.expunge(read)
 
     def get_bind(self, *_arguments: Any, **_keywords: Any) -> sqlalchemy.Connection:
-        """Give the connection of the unit of work; SQLAlchemy asks before each statement."""
+        """Return the connection of the unit of work; SQLAlchemy asks before each statement."""
         return self._connection.for_session()
 
 

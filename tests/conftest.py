@@ -28,13 +28,13 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: 
 
 @pytest.fixture
 def storage(mesh_storage: MeshStorage) -> MeshStorage:
-    """Give the storage by a shorter name."""
+    """Return the storage by a shorter name."""
     return mesh_storage
 
 
 @pytest.fixture
 def uow(mesh_storage: MeshStorage) -> Iterator[UnitOfWork]:
-    """Give an open unit of work that nobody commits."""
+    """Yield an open unit of work that nobody commits."""
     with mesh_storage.unit_of_work() as unit:
         yield unit
 

@@ -22,7 +22,7 @@ PORT = 6432
 
 @contextmanager
 def pgbouncer(url: str, *, sessions: int, more: str = "") -> Generator[str]:
-    """Give the URL by which the database of another URL is reached through a pooler of so many sessions."""
+    """Yield the URL by which the database of another URL is reached through a pooler of so many sessions."""
     if PROGRAM is None:
         pytest.skip("PgBouncer is not installed: apt install pgbouncer")
     server = conninfo_to_dict(url)

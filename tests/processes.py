@@ -26,7 +26,7 @@ def start_alembic(url: str, *arguments: str, stderr: int = subprocess.PIPE) -> s
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    """Say whether something comes true in time."""
+    """Return whether something comes true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

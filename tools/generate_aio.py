@@ -86,7 +86,7 @@ def twin_of_class(repository: type[Repository]) -> str:  # type: ignore[type-arg
 
 
 def aggregate_of(repository: type) -> str:
-    """Give the name of the model that stands for the type variable of the base classes."""
+    """Return the name of the model that stands for the type variable of the base classes."""
     for base in getattr(repository, "__orig_bases__", ()):
         return str(base.__args__[0].__name__)
     raise TypeError(f"{repository.__name__} does not say which aggregate it keeps")

@@ -17,7 +17,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mesh_storage import embedded
+from mesh_storage.embedded.server import programs
 from mesh_storage.errors import ConfigurationError
 
 VERSIONS = ("15", "16", "18")
@@ -34,19 +34,19 @@ ROOT = Path(__file__).parent.parent
 
 
 def find(version: str) -> Path | None:
-    """Give the directory of a version's programs: of the system's, then of the bundled server's."""
+    """Return the directory of a version's programs: of the system's, then of the bundled server's."""
     for pattern in WHERE:
         directory = Path(pattern.format(version))
         if (directory / "initdb").exists() and (directory / "postgres").exists():
             return directory
     try:
-        return embedded.programs(version)
+        return programs(version)
     except ConfigurationError:
         return None
 
 
 def account() -> tuple[int, int] | tuple[None, None]:
-    """Give the account for the server, which refuses to run as root, as its user and its group."""
+    """Return the account for the server, which refuses to run as root, as its user and its group."""
     if os.geteuid() != 0:
         return None, None
     accounts = {entry.pw_name: (entry.pw_uid, entry.pw_gid) for entry in pwd.getpwall()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from alembic import op
 
-from mesh_storage import migration
+from mesh_storage.schema import migration
 
 revision = "0001"
 down_revision = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import op
 
-from mesh_storage import migration
+from mesh_storage.schema import migration
 
 revision = "0005"
 down_revision = "0004"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh_storage import migration
+from mesh_storage.schema import migration
 
 revision = "0007"
 down_revision = "0006"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mesh_storage import migration
+from mesh_storage.schema import migration
 
 revision = "0008"
 down_revision = "0007"

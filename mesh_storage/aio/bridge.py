@@ -17,10 +17,10 @@ import psycopg
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.util import await_
 
-from mesh_storage import jsonb, times
 from mesh_storage.aio import greenlets
-from mesh_storage.alarm import Alarm
-from mesh_storage.driver import GRACE_S, Liveness, Mode, Parameters, Row, shut_down
+from mesh_storage.postgres import jsonb, timestamps
+from mesh_storage.postgres.alarm import Alarm
+from mesh_storage.postgres.driver import GRACE_S, Liveness, Mode, Parameters, Row, shut_down
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class BridgedDriver:
         self._owner = connection  # which would close the connection when it is no longer referred to
         adapted: Any = self.sqlalchemy.connection.dbapi_connection
         self._connection: psycopg.AsyncConnection[Row] = adapted.driver_connection
-        times.register(self._connection)
+        timestamps.register(self._connection)
         self._cursor: psycopg.AsyncCursor[Row] = self._connection.cursor(binary=True)
         jsonb.register(self._cursor)
         self.liveness = Liveness(self.sqlalchemy)
@@ -54,7 +54,7 @@ class BridgedDriver:
         await asyncio.shield(task)
 
     def unfinished(self) -> frozenset[asyncio.Task[None]]:
-        """Give what goes on although nobody waits for it."""
+        """Return what goes on although nobody waits for it."""
         return frozenset(self._unfinished)
 
     def status(self) -> int:
@@ -100,7 +100,7 @@ class BridgedDriver:
         in_background(self._connection.cancel_safe(timeout=GRACE_S))
 
     def fileno(self) -> int:
-        """Give the file descriptor of the socket."""
+        """Return the file descriptor of the socket."""
         return self._connection.fileno()
 
     def cut(self) -> None:
@@ -133,7 +133,7 @@ class BridgedDriver:
         try:
             return await cursor.fetchall(), cursor.rowcount
         except psycopg.DataError:
-            return times.read_again(cursor), cursor.rowcount
+            return timestamps.read_again(cursor), cursor.rowcount
 
     async def _copy(self, sql: bytes, rows: Iterable[Row]) -> None:
         async with self._cursor.copy(sql) as copy:
@@ -164,7 +164,7 @@ class AsyncRepository(Generic[R]):
         self._repository = repository
 
     async def _stream(self, generator: Generator[T], batch_size: int) -> AsyncGenerator[T]:
-        """Give what a sync generator gives, crossing once for each batch of its own."""
+        """Yield what a sync generator gives, crossing once for each batch of its own."""
         while True:
             batch = await greenlets.run(_take, generator, batch_size)
             for item in batch:

@@ -13,11 +13,11 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from mesh_storage.aio import greenlets
 from mesh_storage.aio.bridge import BridgedDriver, in_background
-from mesh_storage.connection import Characteristics, Connection
-from mesh_storage.engine import connect_before, engine_arguments, limit_connecting
 from mesh_storage.errors import MeshStorageError
-from mesh_storage.pool import check_open, exhausted, keep_for_parent, renew_after_fork, unreachable, wait_limit
-from mesh_storage.server import Server
+from mesh_storage.postgres.connection import Characteristics, Connection
+from mesh_storage.postgres.engine import connect_before, engine_arguments, limit_connecting
+from mesh_storage.postgres.pool import check_open, exhausted, keep_for_parent, renew_after_fork, unreachable, wait_limit
+from mesh_storage.postgres.server import Server
 from mesh_storage.settings import Settings
 
 

@@ -57,11 +57,11 @@ class AsyncConsensusLogRepository(AsyncRepository[ConsensusLogRepository]):
         return await greenlets.run(self._repository.append_many, entries)
 
     async def find(self, index: int) -> LogEntry | None:
-        """Give the entry at this index, or None."""
+        """Return the entry at this index, or None."""
         return await greenlets.run(self._repository.find, index)
 
     async def get(self, index: int) -> LogEntry:
-        """Give the entry at this index.
+        """Return the entry at this index.
 
         Raises:
             NotFoundError: There is none.
@@ -69,19 +69,19 @@ class AsyncConsensusLogRepository(AsyncRepository[ConsensusLogRepository]):
         return await greenlets.run(self._repository.get, index)
 
     async def range(self, start: int, end: int) -> list[LogEntry]:
-        """Give the entries from index `start` to index `end`, both included, in order; those that exist."""
+        """Return the entries from index `start` to index `end`, both included, in order; those that exist."""
         return await greenlets.run(self._repository.range, start, end)
 
     async def first_index(self) -> int:
-        """Give the lowest index, 0 for an empty log."""
+        """Return the lowest index, 0 for an empty log."""
         return await greenlets.run(self._repository.first_index)
 
     async def last_index(self) -> int:
-        """Give the highest index, 0 for an empty log."""
+        """Return the highest index, 0 for an empty log."""
         return await greenlets.run(self._repository.last_index)
 
     async def last_term(self) -> int:
-        """Give the term of the entry with the highest index, 0 for an empty log."""
+        """Return the term of the entry with the highest index, 0 for an empty log."""
         return await greenlets.run(self._repository.last_term)
 
     async def delete_range(self, start: int, end: int) -> int:
@@ -104,7 +104,7 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
     """The meshes."""
 
     async def get_by_name(self, name: str) -> Mesh:
-        """Give the mesh of this name.
+        """Return the mesh of this name.
 
         Raises:
             NotFoundError: There is none.
@@ -120,7 +120,7 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         return await greenlets.run(self._repository.set_join_key, mesh_id, key)
 
     async def admits(self, mesh_id: str, key: str | None = None) -> bool:
-        """Say whether a node that shows this key may join: the mesh allows it, and has no join key or this one.
+        """Return whether a node that shows this key may join: the mesh allows it, and has no join key or this one.
 
         Raises:
             NotFoundError: There is no such mesh.
@@ -153,11 +153,11 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         return await greenlets.run(self._repository.update, entity)
 
     async def find(self, key: str) -> Mesh | None:
-        """Give the aggregate with this key, or None."""
+        """Return the aggregate with this key, or None."""
         return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> Mesh:
-        """Give the aggregate with this key.
+        """Return the aggregate with this key.
 
         Raises:
             NotFoundError: There is none.
@@ -173,11 +173,11 @@ class AsyncMeshRepository(AsyncRepository[MeshRepository]):
         return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[Mesh]:
-        """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[Mesh]:
-        """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
+        """Yield all aggregates in the order of their keys, with no more than `batch_size` in memory."""
         return self._stream(self._repository.stream(batch_size=batch_size), batch_size)
 
     async def count(self) -> int:
@@ -218,7 +218,7 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
         after: str | None = None,
         limit: int = 100,
     ) -> Page[Message]:
-        """Give up to `limit` (10,000 at most) messages in the order of their time, from behind the cursor `after`.
+        """Return up to `limit` (10,000 at most) messages in the order of their time, from behind the cursor `after`.
 
         `since` (included) and `until` (not included) are Unix seconds.
         """
@@ -241,7 +241,7 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
         until: int | None = None,
         batch_size: int = 1000,
     ) -> AsyncGenerator[Message]:
-        """Give all messages in the order of their time, with no more than `batch_size` in memory.
+        """Yield all messages in the order of their time, with no more than `batch_size` in memory.
 
         `since` (included) and `until` (not included) are Unix seconds.
         """
@@ -269,11 +269,11 @@ class AsyncMessageRepository(AsyncRepository[MessageRepository]):
         )
 
     async def find(self, key: str) -> Message | None:
-        """Give the aggregate with this key, or None."""
+        """Return the aggregate with this key, or None."""
         return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> Message:
-        """Give the aggregate with this key.
+        """Return the aggregate with this key.
 
         Raises:
             NotFoundError: There is none.
@@ -293,7 +293,7 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
     """The nodes."""
 
     async def get_by_name(self, name: str) -> Node:
-        """Give the node of this name.
+        """Return the node of this name.
 
         Raises:
             NotFoundError: There is none.
@@ -303,13 +303,13 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
     async def page(
         self, *, status: str | None = None, region_id: str | None = None, after: str | None = None, limit: int = 100
     ) -> Page[Node]:
-        """Give up to `limit` (10,000 at most) nodes in the order of their ids, from behind the cursor `after`."""
+        """Return up to `limit` (10,000 at most) nodes in the order of their ids, from behind the cursor `after`."""
         return await greenlets.run(self._repository.page, status=status, region_id=region_id, after=after, limit=limit)
 
     def stream(
         self, *, status: str | None = None, region_id: str | None = None, batch_size: int = 1000
     ) -> AsyncGenerator[Node]:
-        """Give all nodes in the order of their ids, with no more than `batch_size` in memory."""
+        """Yield all nodes in the order of their ids, with no more than `batch_size` in memory."""
         return self._stream(
             self._repository.stream(status=status, region_id=region_id, batch_size=batch_size), batch_size
         )
@@ -319,7 +319,7 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
         return await greenlets.run(self._repository.count, status=status, region_id=region_id)
 
     def with_state(self, *, batch_size: int = 1000) -> AsyncGenerator[tuple[Node, NodeState | None]]:
-        """Give each node beside its runtime state (by its id; None where it has none), in the order of the ids."""
+        """Yield each node beside its runtime state (by its id; None where it has none), in the order of the ids."""
         return self._stream(self._repository.with_state(batch_size=batch_size), batch_size)
 
     async def add(self, entity: Node) -> Node:
@@ -348,11 +348,11 @@ class AsyncNodeRepository(AsyncRepository[NodeRepository]):
         return await greenlets.run(self._repository.update, entity)
 
     async def find(self, key: str) -> Node | None:
-        """Give the aggregate with this key, or None."""
+        """Return the aggregate with this key, or None."""
         return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> Node:
-        """Give the aggregate with this key.
+        """Return the aggregate with this key.
 
         Raises:
             NotFoundError: There is none.
@@ -388,18 +388,18 @@ class AsyncNodeStateRepository(AsyncRepository[NodeStateRepository]):
         return await greenlets.run(self._repository.merge, node_id, patch)
 
     async def stale(self, older_than: timedelta, limit: int = 1000) -> list[NodeState]:
-        """Give the states that were not stored for longer than `older_than` by the database's clock, oldest first.
+        """Return the states that were not stored for longer than `older_than` by the database's clock, oldest first.
 
         Reads the whole table, which is small beside the messages; see the note on heartbeats in docs/schema.md.
         """
         return await greenlets.run(self._repository.stale, older_than, limit)
 
     async def find(self, key: str) -> NodeState | None:
-        """Give the aggregate with this key, or None."""
+        """Return the aggregate with this key, or None."""
         return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> NodeState:
-        """Give the aggregate with this key.
+        """Return the aggregate with this key.
 
         Raises:
             NotFoundError: There is none.
@@ -415,11 +415,11 @@ class AsyncNodeStateRepository(AsyncRepository[NodeStateRepository]):
         return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[NodeState]:
-        """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[NodeState]:
-        """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
+        """Yield all aggregates in the order of their keys, with no more than `batch_size` in memory."""
         return self._stream(self._repository.stream(batch_size=batch_size), batch_size)
 
     async def count(self) -> int:
@@ -431,11 +431,11 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
     """The routes."""
 
     async def between(self, a: str, b: str) -> list[Route]:
-        """Give the routes that lead from node `a` to node `b`, bidirectional ones from `b` to `a` among them, by id."""
+        """Return the routes from node `a` to node `b`, including bidirectional ones from `b` to `a`, ordered by id."""
         return await greenlets.run(self._repository.between, a, b)
 
     async def for_node(self, node_id: str) -> list[Route]:
-        """Give the routes from a node: those that begin there, and bidirectional ones that end there, by id."""
+        """Return the routes from a node: those that begin there, and bidirectional ones that end there, by id."""
         return await greenlets.run(self._repository.for_node, node_id)
 
     async def add(self, entity: Route) -> Route:
@@ -464,11 +464,11 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
         return await greenlets.run(self._repository.update, entity)
 
     async def find(self, key: str) -> Route | None:
-        """Give the aggregate with this key, or None."""
+        """Return the aggregate with this key, or None."""
         return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> Route:
-        """Give the aggregate with this key.
+        """Return the aggregate with this key.
 
         Raises:
             NotFoundError: There is none.
@@ -484,11 +484,11 @@ class AsyncRouteRepository(AsyncRepository[RouteRepository]):
         return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[Route]:
-        """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[Route]:
-        """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
+        """Yield all aggregates in the order of their keys, with no more than `batch_size` in memory."""
         return self._stream(self._repository.stream(batch_size=batch_size), batch_size)
 
     async def count(self) -> int:
@@ -508,7 +508,7 @@ class AsyncRoutingTableRepository(AsyncRepository[RoutingTableRepository]):
         return await greenlets.run(self._repository.put_many, routes)
 
     async def all(self) -> dict[str, JSON]:
-        """Give the whole table as destination and route, in the order of the destinations."""
+        """Return the whole table as destination and route, in the order of the destinations."""
         return await greenlets.run(self._repository.all)
 
     async def replace_all(self, routes: Mapping[str, JSON]) -> None:
@@ -519,11 +519,11 @@ class AsyncRoutingTableRepository(AsyncRepository[RoutingTableRepository]):
         return await greenlets.run(self._repository.replace_all, routes)
 
     async def find(self, key: str) -> RoutingEntry | None:
-        """Give the aggregate with this key, or None."""
+        """Return the aggregate with this key, or None."""
         return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> RoutingEntry:
-        """Give the aggregate with this key.
+        """Return the aggregate with this key.
 
         Raises:
             NotFoundError: There is none.
@@ -539,11 +539,11 @@ class AsyncRoutingTableRepository(AsyncRepository[RoutingTableRepository]):
         return await greenlets.run(self._repository.delete, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[RoutingEntry]:
-        """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
         return await greenlets.run(self._repository.page, after=after, limit=limit)
 
     def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[RoutingEntry]:
-        """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
+        """Yield all aggregates in the order of their keys, with no more than `batch_size` in memory."""
         return self._stream(self._repository.stream(batch_size=batch_size), batch_size)
 
     async def count(self) -> int:
@@ -559,7 +559,7 @@ class AsyncRuntimeConfigRepository(AsyncRepository[RuntimeConfigRepository]):
         return await greenlets.run(self._repository.put, key, value)
 
     async def value(self, key: str, default: Any = ...) -> JSON:
-        """Give the value alone, or `default` where there is none.
+        """Return the value alone, or `default` where there is none.
 
         Raises:
             NotFoundError: There is none, and no default was given.
@@ -567,15 +567,15 @@ class AsyncRuntimeConfigRepository(AsyncRepository[RuntimeConfigRepository]):
         return await greenlets.run(self._repository.value, key, default)
 
     async def all(self, prefix: str = "") -> dict[str, JSON]:
-        """Give all values whose key begins with `prefix`, by key and in the order of the keys."""
+        """Return all values whose key begins with `prefix`, by key and in the order of the keys."""
         return await greenlets.run(self._repository.all, prefix)
 
     async def page(self, prefix: str = "", *, after: str | None = None, limit: int = 100) -> Page[ConfigEntry]:
-        """Give up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
+        """Return up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
         return await greenlets.run(self._repository.page, prefix, after=after, limit=limit)
 
     def stream(self, prefix: str = "", *, batch_size: int = 1000) -> AsyncGenerator[ConfigEntry]:
-        """Give all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
+        """Yield all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
         return self._stream(self._repository.stream(prefix, batch_size=batch_size), batch_size)
 
     async def count(self, prefix: str = "") -> int:
@@ -583,11 +583,11 @@ class AsyncRuntimeConfigRepository(AsyncRepository[RuntimeConfigRepository]):
         return await greenlets.run(self._repository.count, prefix)
 
     async def find(self, key: str) -> ConfigEntry | None:
-        """Give the aggregate with this key, or None."""
+        """Return the aggregate with this key, or None."""
         return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> ConfigEntry:
-        """Give the aggregate with this key.
+        """Return the aggregate with this key.
 
         Raises:
             NotFoundError: There is none.
@@ -611,11 +611,11 @@ class AsyncStateRepository(AsyncRepository[StateRepository]):
         return await greenlets.run(self._repository.put, key, value)
 
     async def page(self, prefix: str = "", *, after: str | None = None, limit: int = 100) -> Page[StateEntry]:
-        """Give up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
+        """Return up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
         return await greenlets.run(self._repository.page, prefix, after=after, limit=limit)
 
     def stream(self, prefix: str = "", *, batch_size: int = 1000) -> AsyncGenerator[StateEntry]:
-        """Give all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
+        """Yield all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
         return self._stream(self._repository.stream(prefix, batch_size=batch_size), batch_size)
 
     async def count(self, prefix: str = "") -> int:
@@ -623,11 +623,11 @@ class AsyncStateRepository(AsyncRepository[StateRepository]):
         return await greenlets.run(self._repository.count, prefix)
 
     async def find(self, key: str) -> StateEntry | None:
-        """Give the aggregate with this key, or None."""
+        """Return the aggregate with this key, or None."""
         return await greenlets.run(self._repository.find, key)
 
     async def get(self, key: str) -> StateEntry:
-        """Give the aggregate with this key.
+        """Return the aggregate with this key.
 
         Raises:
             NotFoundError: There is none.

@@ -20,13 +20,13 @@ from mesh_storage.aio.bridge import in_background
 from mesh_storage.aio.pool import AsyncPool
 from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
-from mesh_storage.connection import DRIVER_ERRORS, Characteristics, Durability
-from mesh_storage.driver import Isolation
 from mesh_storage.errors import ClosedError, InvalidInputError, MeshStorageError
 from mesh_storage.health import Health
-from mesh_storage.pool import check_open
-from mesh_storage.retry import check_attempts, log_if_slow, pause
-from mesh_storage.server import Server, open_server
+from mesh_storage.postgres.connection import DRIVER_ERRORS, Characteristics, Durability
+from mesh_storage.postgres.driver import Isolation
+from mesh_storage.postgres.pool import check_open
+from mesh_storage.postgres.retry import check_attempts, log_if_slow, pause
+from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.storage import already_open, choose_settings
 
@@ -233,7 +233,7 @@ class AsyncMeshStorage:
             await asyncio.shield(in_background(self._close()))
 
     async def __aenter__(self) -> Self:
-        """Give the storage itself."""
+        """Return the storage itself."""
         return self
 
     async def __aexit__(

@@ -21,7 +21,7 @@ from mesh_storage.aio.repositories import (
     AsyncRuntimeConfigRepository,
     AsyncStateRepository,
 )
-from mesh_storage.connection import Connection
+from mesh_storage.postgres.connection import Connection
 from mesh_storage.unit_of_work import UnitOfWork, UnitOfWorkSession
 
 

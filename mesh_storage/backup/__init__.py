@@ -21,7 +21,7 @@ from typing import TypeAlias
 from psycopg import sql
 from pydantic import SecretStr
 
-from mesh_storage import migration, schema
+from mesh_storage import schema
 from mesh_storage.backup import archive, catalog, client_tools, portable
 from mesh_storage.backup.catalog import Connection
 from mesh_storage.backup.client_tools import ClientTools, path_error
@@ -33,7 +33,8 @@ from mesh_storage.errors import (
     MeshStorageError,
     SchemaMismatchError,
 )
-from mesh_storage.server import Server, open_server
+from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.schema import migration
 from mesh_storage.settings import Settings
 
 logger = logging.getLogger("mesh_storage")
@@ -342,7 +343,7 @@ def _check_jobs(jobs: int) -> None:
 
 
 def _rename(unfinished: Path, target: Path) -> None:
-    """Give a finished backup its name, and make that last."""
+    """Return a finished backup its name, and make that last."""
     try:
         unfinished.rename(target)
     except OSError as error:

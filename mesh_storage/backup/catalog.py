@@ -9,10 +9,11 @@ from typing import Any, LiteralString, TypeAlias
 import psycopg
 from psycopg import sql
 
-from mesh_storage import engine, schema
+from mesh_storage import schema
 from mesh_storage.errors import ConfigurationError, ConflictError, translate
 from mesh_storage.models import Base
-from mesh_storage.server import Server
+from mesh_storage.postgres import engine
+from mesh_storage.postgres.server import Server
 
 TABLES = (*sorted(Base.metadata.tables), "mesh_consensus_log_stale", "alembic_version")
 """What is backed up, as far as it is there."""
@@ -45,12 +46,12 @@ def with_namespace(server: Server, namespace: str) -> Server:
 
 
 def rows(connection: Connection, query: LiteralString | sql.Composed, *parameters: object) -> list[tuple[Any, ...]]:
-    """Give all rows of a query."""
+    """Return all rows of a query."""
     return connection.execute(query, parameters or None).fetchall()
 
 
 def value(connection: Connection, query: LiteralString | sql.Composed, *parameters: object) -> Any:
-    """Give the first value of a query's first row, or None where there is none."""
+    """Return the first value of a query's first row, or None where there is none."""
     row = connection.execute(query, parameters or None).fetchone()
     return None if row is None else row[0]
 
@@ -92,7 +93,7 @@ def count(connection: Connection, namespace: str, table: str) -> int:
 
 
 def revision(connection: Connection, namespace: str) -> str | None:
-    """Give the revision of the schema, or None where the table that says it is empty."""
+    """Return the revision of the schema, or None where the table that says it is empty."""
     query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(namespace, "alembic_version"))
     found: str | None = value(connection, query)
     return found
@@ -116,7 +117,7 @@ def missing(connection: Connection, referenced: Mapping[str, str]) -> list[str]:
 
 
 def size(connection: Connection, there: Mapping[str, int]) -> int:
-    """Give the bytes that the tables and their indexes take."""
+    """Return the bytes that the tables and their indexes take."""
     query = "SELECT sum(pg_total_relation_size(oid))::bigint FROM unnest(%s::oid[]) AS oid"
     number: int = value(connection, query, list(there.values()))
     return number

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import psycopg
 
-from mesh_storage import embedded
+from mesh_storage.embedded.server import programs
 from mesh_storage.errors import ConfigurationError, InvalidInputError, MeshStorageError, UnavailableError
 
 _PLACES = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin")
@@ -105,7 +105,7 @@ def _found(*, tls: bool) -> Generator[ClientTools]:
     if not tls:
         for version in _BUNDLED:
             with suppress(ConfigurationError):
-                directories.append(embedded.programs(version))
+                directories.append(programs(version))
     for directory in directories:
         tools = _examine(directory)
         if tools is not None:
@@ -192,7 +192,7 @@ def run(arguments: Sequence[str | Path], *, environment: dict[str, str], path: P
 def output(
     arguments: Sequence[str | Path], *, path: Path, environment: dict[str, str] | None = None
 ) -> Generator[IO[bytes]]:
-    """Give what a tool writes, for a path; its end is checked at the end of the block.
+    """Yield what a tool that reads a path writes; its end is checked at the end of the block.
 
     Raises:
         MeshStorageError: The tool failed; the message has its first words.
@@ -259,11 +259,11 @@ def path_error(path: Path, error: OSError) -> MeshStorageError:
 
 
 def server_major(connection: psycopg.Connection[Any]) -> int:
-    """Give the major version of the server."""
+    """Return the major version of the server."""
     return connection.info.server_version // 10_000
 
 
 def server_version(connection: psycopg.Connection[Any]) -> str:
-    """Give the version of the server, such as `15.20`, without what its packager adds."""
+    """Return the version of the server, such as `15.20`, without what its packager adds."""
     version = _VERSION.match(connection.info.parameter_status("server_version") or "")
     return version[0] if version else str(server_major(connection))

@@ -95,12 +95,12 @@ def new_id(prefix: str) -> str:
 
 
 def table_of(model: type[Base]) -> Table[Any]:
-    """Give the table of a model."""
+    """Return the table of a model."""
     return cast("Table[Any]", model.__table__)
 
 
 @cache
 def attribute_names(model: type[Base]) -> tuple[str, ...]:
-    """Give the names of the mapped attributes in the order of the table's columns."""
+    """Return the names of the mapped attributes in the order of the table's columns."""
     mapper = model.__mapper__
     return tuple(mapper.get_property_by_column(column).key for column in table_of(model).columns)

@@ -21,13 +21,13 @@ from sqlalchemy import (
     select,
 )
 
-from mesh_storage.connection import Connection
-from mesh_storage.driver import Row
 from mesh_storage.errors import InvalidInputError, NotFoundError
 from mesh_storage.models.base import attribute_names, table_of
+from mesh_storage.postgres.connection import Connection
+from mesh_storage.postgres.driver import Row
+from mesh_storage.postgres.statement import Statement
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.loading import Loader, M
-from mesh_storage.statement import Statement
 
 T = TypeVar("T")
 
@@ -67,14 +67,14 @@ class Listing(Generic[T]):
         self._shape = shape
 
     def page(self, after: str | None, limit: int) -> Page[T]:
-        """Give up to `limit` rows from behind the cursor `after`."""
+        """Return up to `limit` rows from behind the cursor `after`."""
         checks.integer("limit", limit, 1, MAX_ROWS)
         rows = self._fetch(None if after is None else self._decode(after), limit + 1)
         following = self._encode(rows[limit - 1]) if len(rows) > limit else None
         return Page(list(self._load(rows[:limit])), following)
 
     def stream(self, batch_size: int) -> Generator[T]:
-        """Give all rows, with no more than `batch_size` in memory and nothing open on the server in between."""
+        """Yield all rows, with no more than `batch_size` in memory and nothing open on the server in between."""
         checks.integer("batch_size", batch_size, 1, MAX_ROWS)
         return self._all(batch_size)
 
@@ -127,7 +127,7 @@ class Aggregate(Generic[M]):
         return Loader(self.model)
 
     def attributes(self, field: str, entities: Iterable[M]) -> list[dict[str, Any]]:
-        """Give what aggregates hold: new ones have nothing to load, and instrumented access costs five times that.
+        """Return what aggregates hold: new ones have nothing to load, and instrumented access costs five times that.
 
         Raises:
             InvalidInputError: One is no aggregate of this kind; names the field.
@@ -168,11 +168,11 @@ class KeyedRepository(Repository[M]):
     """A kind of aggregate with one text as its key."""
 
     def find(self, key: str) -> M | None:
-        """Give the aggregate with this key, or None."""
+        """Return the aggregate with this key, or None."""
         return self._fetch_one(self._aggregate.select, key=self._aggregate.check_key(key))
 
     def get(self, key: str) -> M:
-        """Give the aggregate with this key.
+        """Return the aggregate with this key.
 
         Raises:
             NotFoundError: There is none.
@@ -189,11 +189,11 @@ class KeyedRepository(Repository[M]):
             raise NotFoundError(self._aggregate.name, key)
 
     def page(self, *, after: str | None = None, limit: int = 100) -> Page[M]:
-        """Give up to `limit` (10,000 at most) aggregates in the order of their keys, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
         return self._by_key().page(after, limit)
 
     def stream(self, *, batch_size: int = 1000) -> Generator[M]:
-        """Give all aggregates in the order of their keys, with no more than `batch_size` in memory."""
+        """Yield all aggregates in the order of their keys, with no more than `batch_size` in memory."""
         return self._by_key().stream(batch_size)
 
     def count(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from sqlalchemy import BigInteger, Boolean, Column, DateTime, Integer, LargeBinary, Numeric, String
 
 from mesh_storage.errors import InvalidInputError
-from mesh_storage.jsonb import check_text
+from mesh_storage.postgres.jsonb import check_text
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class Check:
         self._plain = plain
 
     def __call__(self, value: object) -> Any:
-        """Give a value as it is sent.
+        """Return a value as it is sent.
 
         Raises:
             InvalidInputError: It cannot be stored; names the field.
@@ -124,7 +124,7 @@ class Check:
         return self._one(value)
 
     def column(self, values: list[Any]) -> list[Any]:
-        """Give many values as they are sent; raises as for one."""
+        """Return many values as they are sent; raises as for one."""
         if self._plain is not None and values and self._plain(values):
             return values
         return [self._one(value) for value in values]
@@ -190,7 +190,7 @@ def _all_are(kind: type, values: list[Any]) -> bool:
 
 
 def _plain_texts(values: list[Any], limit: int | None, *, empty: bool) -> bool:
-    """Say whether all are ASCII texts within the limits: by what runs in C, so that a thousand cost little."""
+    """Return whether all are ASCII texts within the limits: by what runs in C, so that a thousand cost little."""
     if not _all_are(str, values) or not (empty or all(values)):
         return False
     if limit is not None and max(map(len, values)) > limit:

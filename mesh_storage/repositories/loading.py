@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 
 from sqlalchemy.dialects.postgresql import JSONB
 
-from mesh_storage import jsonb
-from mesh_storage.driver import Row
 from mesh_storage.models.base import Base, attribute_names, table_of
+from mesh_storage.postgres import jsonb
+from mesh_storage.postgres.driver import Row
 
 M = TypeVar("M", bound=Base)
 

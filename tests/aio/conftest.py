@@ -25,13 +25,13 @@ class Run(Protocol):
     """Runs a coroutine on one of the event loops."""
 
     def __call__(self, main: Coroutine[Any, Any, T]) -> T:
-        """Give what it returns."""
+        """Return what it returns."""
         ...
 
 
 @pytest.fixture(params=LOOPS)
 def run(request: pytest.FixtureRequest) -> Run:
-    """Give what runs a coroutine; nothing may be left for the loop to report."""
+    """Return what runs a coroutine; nothing may be left for the loop to report."""
 
     def run_with_care(main: Coroutine[Any, Any, T]) -> T:
         complaints: list[dict[str, Any]] = []
@@ -68,7 +68,7 @@ class Watch:
         self.other.execute("SELECT pg_advisory_unlock_all()")
 
     def busy(self) -> list[tuple[Any, ...]]:
-        """Give the other connections that are in a transaction or execute a statement."""
+        """Return the other connections that are in a transaction or execute a statement."""
         query = (
             "SELECT pid, state, query FROM pg_stat_activity WHERE datname = current_database()"
             " AND backend_type = 'client backend' AND pid <> ALL(%s) AND state <> 'idle'"
@@ -86,7 +86,7 @@ class Watch:
         return int(row[0])
 
     def keys(self) -> list[str]:
-        """Give the keys of the shared state that are committed."""
+        """Return the keys of the shared state that are committed."""
         return [row[0] for row in self.connection.execute('SELECT key FROM mesh_state ORDER BY key COLLATE "C"')]
 
     def connections(self) -> int:
@@ -99,7 +99,7 @@ class Watch:
 
 @pytest.fixture
 def watch(mesh_storage_url: str) -> Iterator[Watch]:
-    """Give a view of the server."""
+    """Yield a view of the server."""
     with (
         psycopg.connect(mesh_storage_url, autocommit=True) as connection,
         psycopg.connect(mesh_storage_url, autocommit=True) as other,
@@ -122,7 +122,7 @@ def opened(url: str, **settings: Any) -> Any:
 
 @asynccontextmanager
 async def storage_at_rest(url: str, watch: Watch, **settings: Any) -> AsyncGenerator[AsyncMeshStorage]:
-    """Give a storage for a block, after which nothing of it may be left: it is as good as new at once."""
+    """Yield a storage for a block, after which nothing of it may be left: it is as good as new at once."""
     async with opened(url, **settings) as storage:
         yield storage
         await assert_at_rest(storage, watch)

@@ -43,7 +43,7 @@ def parameters(function: Any) -> list[tuple[str, Any, Any]]:
 
 
 def annotations(function: Any) -> dict[str, str]:
-    """Give the annotations as they are written, in the words of the asyncio side."""
+    """Return the annotations as they are written, in the words of the asyncio side."""
     function = inspect.unwrap(getattr(function, "__func__", function))
     return {name: in_async_words(str(text)) for name, text in function.__annotations__.items()}
 
@@ -124,7 +124,7 @@ def test_opening_takes_what_the_sync_side_takes() -> None:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Give a copy of the generator that works on a copy of its target."""
+    """Return a copy of the generator that works on a copy of its target."""
     for name in ("pyproject.toml", "tools/generate_aio.py", "mesh_storage/aio/repositories.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -158,7 +158,7 @@ def test_a_stale_or_missing_file_fails_the_check_and_is_mended(copy: Path) -> No
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    """Give the generator as a module."""
+    """Return the generator as a module."""
     spec = importlib.util.spec_from_file_location("generate_aio", GENERATOR)
     assert spec is not None
     assert spec.loader is not None
@@ -228,7 +228,7 @@ def test_the_generator_refuses_what_is_no_plain_method(generator: ModuleType, cl
 
 def test_the_generator_takes_what_can_cross(generator: ModuleType) -> None:
     def fit(self: Any, key: str, *, default: Any = ..., limit: int = 5) -> M | None:  # type: ignore[name-defined]  # noqa: F821
-        """Give it."""
+        """Return it."""
 
     assert isinstance(fit, FunctionType)
     source = generator.twin_of_method(fit, "Mesh")

@@ -14,9 +14,10 @@ from typing import Any
 
 from psycopg import sql
 
-from mesh_storage import MeshStorage, engine
+from mesh_storage import MeshStorage
 from mesh_storage.backup import catalog
-from mesh_storage.server import Server, open_server
+from mesh_storage.postgres import engine
+from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.testing import (
     ConfigEntryFactory,

@@ -9,14 +9,14 @@ from contextlib import ExitStack
 import pytest
 from backup_help import SYSTEM_15, server_of, system_server
 
-from mesh_storage.embedded import EmbeddedServer
-from mesh_storage.server import Server
+from mesh_storage.embedded.server import EmbeddedServer
+from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
 
 @pytest.fixture(scope="session")
 def databases_of(mesh_storage_databases: Databases) -> Iterator[Callable[[str], Databases]]:
-    """Give what makes databases on a server of a version; skip where that is not there."""
+    """Yield what makes databases on a server of a version; skip where that is not there."""
     made: dict[str, Databases] = {}
     with ExitStack() as stack:
 
@@ -44,12 +44,12 @@ def databases_of(mesh_storage_databases: Databases) -> Iterator[Callable[[str], 
 
 @pytest.fixture
 def server(mesh_storage_url: str) -> Server:
-    """Give the server of the database that `storage` is on."""
+    """Return the server of the database that `storage` is on."""
     return server_of(mesh_storage_url)
 
 
 @pytest.fixture
 def bare(mesh_storage_databases: Databases) -> Iterator[Server]:
-    """Give another database, one without the schema."""
+    """Yield another database, one without the schema."""
     with mesh_storage_databases.fresh(with_schema=False) as url:
         yield server_of(url)

@@ -33,7 +33,7 @@ from mesh_storage.aio import AsyncMeshStorage
 from mesh_storage.backup import Progress, catalog, client_tools
 from mesh_storage.backup.manifest import Manifest
 from mesh_storage.models import Base
-from mesh_storage.server import Server
+from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
 

@@ -30,13 +30,13 @@ from mesh_storage import (
 )
 from mesh_storage.backup import Progress, archive
 from mesh_storage.backup.manifest import Manifest, _own_checksum
-from mesh_storage.server import Server
+from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
 
 @pytest.fixture
 def made(storage: MeshStorage, tmp_path: Path) -> Path:
-    """Give a backup of a database that has changed since."""
+    """Return a backup of a database that has changed since."""
     fill(storage)
     storage.backup(tmp_path / "backup")
     with storage.begin() as uow:
@@ -345,7 +345,7 @@ ADOPTED = (
 
 @pytest.fixture
 def adopted(storage: MeshStorage, server: Server) -> Server:
-    """Give a database as the earlier service left it: ids of its own domain, a reference to another system's table."""
+    """Return a database as the earlier service left it: ids of its own domain, a reference to a foreign table."""
     fill(storage)
     run(server, "SET check_function_bodies = off; " + ADOPTED[0], *ADOPTED[1:])
     run(

@@ -27,7 +27,7 @@ from mesh_storage import (
 )
 from mesh_storage.backup import client_tools, portable
 from mesh_storage.backup.client_tools import ClientTools
-from mesh_storage.server import Server
+from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
 
@@ -104,7 +104,7 @@ def test_programs_that_are_broken_are_none(tmp_path: Path) -> None:
 
 @pytest.fixture
 def real(server: Server) -> ClientTools:
-    """Give real programs for the server."""
+    """Return real programs for the server."""
     with engine.connect(server.connect) as connection:
         own = client_tools.server_version(connection)
         return client_tools.suitable(client_tools.server_major(connection), own=own)[0]
@@ -327,7 +327,7 @@ with MeshStorage.open(sys.argv[1]) as storage:
 
 @pytest.fixture
 def locked(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """Give a directory that a process may not use, and what makes it such a process."""
+    """Yield a directory that a process may not use, and what makes it such a process."""
     directory = tmp_path / "locked"
     directory.mkdir(mode=0o500)
     if os.geteuid() == 0:
@@ -372,7 +372,7 @@ def fill_with_noise(storage: MeshStorage) -> None:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """Give a disk of 1 MB."""
+    """Yield a disk of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
@@ -416,7 +416,7 @@ def test_a_disk_that_is_full_only_when_the_manifest_is_written(
 
 
 def certify(data: Path) -> None:
-    """Give a server a certificate."""
+    """Return a server a certificate."""
     subject = ["-subj", "/CN=localhost", "-days", "1", "-nodes"]
     files = ["-keyout", str(data / "server.key"), "-out", str(data / "server.crt")]
     subprocess.run(["openssl", "req", "-new", "-x509", *subject, *files], check=True, capture_output=True)
@@ -450,7 +450,7 @@ def test_an_encrypted_connection_stays_encrypted(
 
 @pytest.fixture
 def unused_port() -> Callable[[], int]:
-    """Give what finds a free port."""
+    """Return what finds a free port."""
     import socket
 
     def find() -> int:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the directory in which a quick run left its results."""
+    """Return the directory in which a quick run left its results."""
     made = tmp_path_factory.mktemp("benchmarks")
     command = [
         sys.executable,
@@ -38,7 +38,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def figures(quick_run: Path) -> dict[str, Any]:
-    """Give the figures of the quick run."""
+    """Return the figures of the quick run."""
     found: dict[str, Any] = json.loads((quick_run / "figures.json").read_text())
     return found
 

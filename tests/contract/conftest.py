@@ -100,7 +100,7 @@ def loop_in_a_thread(factory: Callable[[], asyncio.AbstractEventLoop] | None) ->
 
 @pytest.fixture(params=["sync", *LOOPS, "sync behind PgBouncer", "asyncio behind PgBouncer"])
 def open_storage(request: pytest.FixtureRequest, mesh_storage_url: str) -> Iterator[Open]:
-    """Give what opens a storage: of the sync API, or of the async one behind the same names; both also by a pooler."""
+    """Yield what opens a storage: of the sync API, or of the async one behind the same names; both also by a pooler."""
     api, _, pooled = request.param.partition(" behind ")
     with opener(api) as opens:
         if not pooled:
@@ -113,7 +113,7 @@ def open_storage(request: pytest.FixtureRequest, mesh_storage_url: str) -> Itera
 
 @contextmanager
 def opener(api: str) -> Generator[Open]:
-    """Give what opens a storage of an API."""
+    """Yield what opens a storage of an API."""
     if api == "sync":
         yield lambda url, **settings: MeshStorage.open(settings=Settings(url=SecretStr(url), **settings))
         return
@@ -131,13 +131,13 @@ def opener(api: str) -> Generator[Open]:
 
 @pytest.fixture
 def storage(open_storage: Open, mesh_storage_url: str) -> Iterator[MeshStorage]:
-    """Give a storage that is open on a fresh database."""
+    """Yield a storage that is open on a fresh database."""
     with open_storage(mesh_storage_url) as opened:
         yield opened
 
 
 @pytest.fixture
 def uow(storage: MeshStorage) -> Iterator[UnitOfWork]:
-    """Give an open unit of work that nobody commits."""
+    """Yield an open unit of work that nobody commits."""
     with storage.unit_of_work() as unit:
         yield unit

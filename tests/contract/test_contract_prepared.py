@@ -50,14 +50,14 @@ def warm_up(storage: MeshStorage) -> None:
 
 @pytest.fixture
 def other(mesh_storage_url: str) -> Any:
-    """Give a connection that is none of the library's."""
+    """Yield a connection that is none of the library's."""
     with psycopg.connect(mesh_storage_url, autocommit=True) as connection:
         yield connection
 
 
 @pytest.fixture
 def warm(open_storage: Open, mesh_storage_url: str) -> Any:
-    """Give a storage all of whose connections have prepared their statements."""
+    """Yield a storage all of whose connections have prepared their statements."""
     with open_storage(mesh_storage_url, pool_size=CONNECTIONS) as storage:
         warm_up(storage)
         yield storage

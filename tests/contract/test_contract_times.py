@@ -40,13 +40,13 @@ FACTORIES: dict[str, type[testing.AggregateFactory[Any]]] = {
 
 @pytest.fixture
 def legacy(mesh_storage_url: str) -> Iterator[psycopg.Connection[Any]]:
-    """Give a connection by which an older service writes what it likes."""
+    """Yield a connection by which an older service writes what it likes."""
     with psycopg.connect(mesh_storage_url, autocommit=True) as connection:
         yield connection
 
 
 def times_of(model: type[Base]) -> dict[str, str]:
-    """Give the columns of a model that hold times, by the names of its attributes."""
+    """Return the columns of a model that hold times, by the names of its attributes."""
     names = zip(attribute_names(model), table_of(model).columns, strict=True)
     return {name: column.name for name, column in names if isinstance(column.type, DateTime)}
 

@@ -34,7 +34,7 @@ from tests.contract.conftest import Open
 
 @pytest.fixture
 def other(mesh_storage_url: str) -> Iterator[psycopg.Connection[Any]]:
-    """Give a connection that is none of the library's."""
+    """Yield a connection that is none of the library's."""
     with psycopg.connect(mesh_storage_url, autocommit=True) as connection:
         yield connection
 

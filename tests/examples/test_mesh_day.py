@@ -29,7 +29,7 @@ KEYS = "".join(
 
 @pytest.fixture
 def url(mesh_storage_databases: testing.Databases) -> Iterator[str]:
-    """Give the URL of an empty database: the example deploys the schema itself."""
+    """Yield the URL of an empty database: the example deploys the schema itself."""
     with mesh_storage_databases.fresh(with_schema=False) as made:
         yield made
 
@@ -54,7 +54,7 @@ def rows(url: str, query: str) -> list[tuple[Any, ...]]:
 
 
 def numbers(report: str, words: str) -> list[int]:
-    """Give the numbers in the place of each N of some words of the report."""
+    """Return the numbers in the place of each N of some words of the report."""
     found = re.search(re.escape(words).replace("N", r"(\d+)"), report)
     assert found is not None, (words, report)
     return [int(number) for number in found.groups()]

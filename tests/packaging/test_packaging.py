@@ -129,7 +129,7 @@ def test_the_source_distribution_has_what_it_takes_to_build_and_test(distributio
         "alembic.ini",
         "alembic/env.py",
         "mesh_storage/py.typed",
-        "mesh_storage/schema.py",
+        "mesh_storage/schema/deploy.py",
         "tests/packaging/test_packaging.py",
     } <= names
 

@@ -55,7 +55,7 @@ class Table:
 
 @pytest.fixture(scope="module")
 def own_databases(mesh_storage_databases: Databases) -> Iterator[Databases]:
-    """Give a server of the same version where nothing else runs.
+    """Yield a server of the same version where nothing else runs.
 
     A transaction that writes in any database of a server keeps the old versions of rows in all of them.
     """
@@ -71,14 +71,14 @@ def own_databases(mesh_storage_databases: Databases) -> Iterator[Databases]:
 
 @pytest.fixture
 def mesh_storage_url(own_databases: Databases) -> Iterator[str]:
-    """Give the URL of a fresh database on it."""
+    """Yield the URL of a fresh database on it."""
     with own_databases.fresh() as url:
         yield url
 
 
 @pytest.fixture
 def server(mesh_storage_url: str) -> Iterator[psycopg.Connection[Any]]:
-    """Give a connection that is none of the library's."""
+    """Yield a connection that is none of the library's."""
     with psycopg.connect(mesh_storage_url, autocommit=True) as connection:
         yield connection
 

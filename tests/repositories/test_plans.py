@@ -45,7 +45,7 @@ FILL = (
 
 @pytest.fixture(scope="module")
 def url(mesh_storage_databases: Databases) -> Iterator[str]:
-    """Give the URL of a database whose tables are full."""
+    """Yield the URL of a database whose tables are full."""
     with mesh_storage_databases.fresh() as made:
         with MeshStorage.open(made) as storage, storage.begin() as uow:
             for statement in FILL:
@@ -208,7 +208,7 @@ def execute(url: str, executed: Executed, work: Work) -> list[tuple[bytes, Any]]
 
 
 def plan_of(connection: psycopg.Connection[Any], mode: str, sql: bytes, parameters: Any) -> Any:
-    """Give the plan of a statement: the one for these parameters, or the generic one of a prepared statement."""
+    """Return the plan of a statement: the one for these parameters, or the generic one of a prepared statement."""
     with connection.cursor(binary=True) as cursor:
         if mode == "custom":
             cursor.execute(b"EXPLAIN (FORMAT JSON) " + sql, parameters)

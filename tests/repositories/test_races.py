@@ -161,7 +161,7 @@ same_key = pytest.mark.parametrize(("first", "other", "error"), SAME_KEY.values(
 
 
 def everything(storage: MeshStorage) -> list[Any]:
-    """Give what all the repositories of these races hold, in a form that can be compared."""
+    """Return what all the repositories of these races hold, in a form that can be compared."""
     with storage.unit_of_work() as uow:
         return [
             [mesh.name for mesh in uow.meshes.stream()],

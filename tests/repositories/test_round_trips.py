@@ -49,7 +49,7 @@ class Wire:
         connection.pgconn.trace(self._trace.fileno())
 
     def cost(self) -> Cost:
-        """Give what all has cost so far: the server says ReadyForQuery once a round trip, but asks for rows to copy."""
+        """Return the cost so far: the server says ReadyForQuery once a round trip, but asks for rows to copy."""
         for connection in self._connections:
             connection.pgconn.untrace()  # This is what flushes the trace.
             connection.pgconn.trace(self._trace.fileno())
@@ -273,7 +273,7 @@ POOLED = {"read-only": Cost(3, 3)}
 
 @pytest.fixture(scope="module")
 def url(mesh_storage_databases: Databases) -> Iterator[str]:
-    """Give the URL of a database that holds three of each; what a test does to it is rolled back or harmless."""
+    """Yield the URL of a database that holds three of each; what a test does to it is rolled back or harmless."""
     with mesh_storage_databases.fresh() as made:
         with MeshStorage.open(made) as storage, storage.begin() as uow:
             fill(uow)
@@ -310,7 +310,7 @@ class Opener:
 
     @contextmanager
     def storage(self) -> Generator[MeshStorage]:
-        """Give one that has its connection and has prepared nothing: psycopg does at a statement's sixth time."""
+        """Yield one that has its connection and has prepared nothing: psycopg does at a statement's sixth time."""
         with self._opens(self._url, pool_size=1, transaction_pooling=self.pooled) as storage:
             with storage.begin(read_only=True) as uow:
                 uow.routes.count()
@@ -319,7 +319,7 @@ class Opener:
 
 @pytest.fixture(params=["sync", "asyncio", "sync, pooled", "asyncio, pooled"])
 def opened(request: pytest.FixtureRequest, wire: Wire, url: str) -> Iterator[Opener]:
-    """Give what opens storages on which the wire has an eye."""
+    """Yield what opens storages on which the wire has an eye."""
     del wire  # It must be there before.
     api, _, pooled = request.param.partition(", ")
     with opener(api) as opens:

@@ -62,7 +62,7 @@ class Machine(RuleBasedStateMachine):
         raise NotImplementedError
 
     def stored(self, uow: UnitOfWork) -> Any:
-        """Give everything that a unit of work sees, in the form of the model."""
+        """Return everything that a unit of work sees, in the form of the model."""
         raise NotImplementedError
 
     def teardown(self) -> None:
@@ -268,7 +268,7 @@ class ConsensusLogMachine(Machine):
         return [(entry.term, entry.index, entry.entry) for entry in uow.consensus_log.range(1, LAST)]
 
     def appended(self, given: list[tuple[int, int, Any]]) -> list[tuple[int, int, Any]] | None:
-        """Give the log with these entries appended, or None if Raft's rules are against it."""
+        """Return the log with these entries appended, or None if Raft's rules are against it."""
         log = list(self.model)
         for term, index, entry in given:
             if log and log[0][1] <= index <= log[-1][1]:

@@ -24,7 +24,7 @@ def test_version(mesh_storage_url):
 
 @pytest.fixture
 def one_for_16(tmp_path: Path) -> Path:
-    """Give a file with a test that passes on PostgreSQL 16 alone."""
+    """Return a file with a test that passes on PostgreSQL 16 alone."""
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["mesh_storage.testing"]\n')
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     path = tmp_path / "test_version.py"

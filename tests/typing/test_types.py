@@ -17,7 +17,7 @@ WRONG = HERE / "wrong_calls.py"
 
 
 def mypy(cache: Path) -> dict[str, set[int]]:
-    """Give the lines with errors by file."""
+    """Return the lines with errors by file."""
     output = check("mypy", "--cache-dir", str(cache))
     found: dict[str, set[int]] = {}
     for file, line in re.findall(r"^(\S+):(\d+): error:", output, re.MULTILINE):
@@ -26,7 +26,7 @@ def mypy(cache: Path) -> dict[str, set[int]]:
 
 
 def pyright(_: Path) -> dict[str, set[int]]:
-    """Give the lines with errors by file."""
+    """Return the lines with errors by file."""
     report = json.loads(check("pyright", "--outputjson"))
     assert report["summary"]["filesAnalyzed"] == 3
     found: dict[str, set[int]] = {}

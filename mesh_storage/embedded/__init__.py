@@ -1,0 +1,1 @@
+"""The bundled PostgreSQL behind `embedded:` and `memory:`."""

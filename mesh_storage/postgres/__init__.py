@@ -1,0 +1,1 @@
+"""How a unit of work reaches the server: engine, pool, connection, statements, and what travels over them."""

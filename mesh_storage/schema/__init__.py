@@ -1,0 +1,25 @@
+"""The schema of a database: its revisions, deploying them, and adopting the databases of the earlier Go service."""
+
+from mesh_storage.schema.deploy import (
+    alembic_config,
+    check,
+    current,
+    ensure,
+    head,
+    revisions,
+    script_location,
+    upgrade,
+    upgrade_server,
+)
+
+__all__ = [
+    "alembic_config",
+    "check",
+    "current",
+    "ensure",
+    "head",
+    "revisions",
+    "script_location",
+    "upgrade",
+    "upgrade_server",
+]

@@ -1,0 +1,274 @@
+"""What stands in the way of the migrations in a database of the earlier Go service, found before any change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import sqlalchemy
+
+from mesh_storage.errors import ConflictError
+
+Tables: TypeAlias = Mapping[str, Mapping[str, str]]
+"""The columns of each table with their definitions, as `CREATE TABLE` has them; `PRIMARY KEY` may be among them."""
+Checks: TypeAlias = Mapping[str, Mapping[str, str]]
+"""The checks of each table: the name of a column, and the condition."""
+Indexes: TypeAlias = Mapping[str, tuple[str, str, bool]]
+"""The table of each index, its columns, and whether it is unique."""
+
+LISTED = 10
+"""How many rows are listed for each broken rule; the count is of all."""
+
+_TYPES = {
+    "timestamp": "timestamp without time zone",
+    "timestamptz": "timestamp with time zone",
+    "decimal": "numeric",
+}
+_TEXT = ("text", "character varying", "character")
+
+
+@dataclass(frozen=True)
+class _Column:
+    type: str
+    kind: str
+    not_null: bool
+    filled: bool
+
+
+def check(
+    connection: sqlalchemy.Connection,
+    tables: Tables,
+    checks: Checks,
+    indexes: Indexes,
+    *,
+    new_tables: Sequence[str],
+    shape: bool,
+    times: bool,
+) -> None:
+    """Find everything that would stop the migrations, and change nothing.
+
+    Args:
+        connection: To the database.
+        tables: What the tables of the first revision look like.
+        checks: What a later revision asks of the rows.
+        indexes: Those that are to be made; one that is there already must be the same, but may be half built.
+        new_tables: Those that are to be made.
+        shape: Whether the tables were never migrated, and so must look as given.
+        times: Whether the types of `created` and `updated` are still to be changed.
+
+    Raises:
+        ConflictError: There is something; the message lists it by table, key and reason.
+    """
+    problems: list[str] = []
+    for table, definitions in tables.items():
+        found = _columns(connection, table)
+        if found:
+            if shape:
+                problems += _shape(connection, table, definitions, found)
+            problems += _rows(connection, table, _rules(table, definitions, checks.get(table, {}), found), definitions)
+    if times:
+        problems += _dependents(connection, [name for name in tables if "created" in tables[name]])
+    problems += _indexes(connection, indexes)
+    problems += [f"table {name}: it is there already" for name in new_tables if _columns(connection, name)]
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise ConflictError(
+            "the database holds what the schema of mesh_storage refuses; nothing was changed. "
+            f"Correct this and run the upgrade again:\n{listed}"
+        )
+
+
+def _columns(connection: sqlalchemy.Connection, table: str) -> dict[str, _Column]:
+    # The base type of a domain is what its values have in common with ours.
+    rows = connection.execute(
+        sqlalchemy.text(
+            """
+            SELECT attname, CASE typtype WHEN 'd' THEN format_type(typbasetype, typtypmod)
+                                         ELSE format_type(atttypid, atttypmod) END,
+                   attnotnull OR typnotnull, atthasdef OR attidentity <> '' OR typdefault IS NOT NULL
+            FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+            WHERE attrelid = to_regclass(:name) AND attnum > 0 AND NOT attisdropped
+            """
+        ),
+        {"name": table},
+    )
+    return {name: _Column(kind, kind.split("(")[0], not_null, filled) for name, kind, not_null, filled in rows}
+
+
+def _type(definition: str) -> str:
+    """Return the type of a column's definition by PostgreSQL's own name."""
+    word = definition.split(maxsplit=1)[0]
+    return _TYPES.get(word, word.replace("varchar", "character varying"))
+
+
+def _is_comparable(kind: str, expected: str) -> bool:
+    expected = expected.split("(", maxsplit=1)[0]
+    return kind == expected or {kind, expected} <= {*_TEXT}
+
+
+def _is_not_null(definition: str) -> bool:
+    return "NOT NULL" in definition or "PRIMARY KEY" in definition
+
+
+def _key(definitions: Mapping[str, str]) -> list[str]:
+    if "PRIMARY KEY" in definitions:
+        return [name.strip() for name in definitions["PRIMARY KEY"].strip("()").split(",")]
+    return [name for name, definition in definitions.items() if "PRIMARY KEY" in definition]
+
+
+def _shape(
+    connection: sqlalchemy.Connection, table: str, definitions: Mapping[str, str], found: Mapping[str, _Column]
+) -> list[str]:
+    """Compare the table itself: what the migrations do not bring about must be there."""
+    problems: list[str] = []
+    for name, definition in definitions.items():
+        if name == "PRIMARY KEY":
+            continue
+        expected = _type(definition)
+        if name not in found:
+            problems.append(f"table {table}: there is no column {name} ({expected})")
+        elif found[name].type != expected:
+            problems.append(f"table {table}: column {name} is of type {found[name].type}, not {expected}")
+        elif found[name].not_null != (_is_not_null(definition) or name in _key(definitions)):
+            problems.append(f"table {table}: column {name} is {'' if found[name].not_null else 'not '}NOT NULL")
+    problems += [
+        f"table {table}: column {name} may not be null and has no default, so no row could be added"
+        for name, column in found.items()
+        if name not in definitions and column.not_null and not column.filled
+    ]
+    constraints = connection.execute(
+        sqlalchemy.text("SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = to_regclass(:name)"),
+        {"name": table},
+    )
+    there = {definition for (definition,) in constraints}
+    wanted = [f"PRIMARY KEY ({', '.join(_key(definitions))})"]
+    wanted += [f"UNIQUE ({name})" for name, definition in definitions.items() if "UNIQUE" in definition]
+    wanted += [
+        f"FOREIGN KEY ({name}) REFERENCES nodes(node_id) ON UPDATE CASCADE ON DELETE CASCADE"
+        for name, definition in definitions.items()
+        if "REFERENCES nodes" in definition
+    ]
+    problems += [f"table {table}: there is no constraint {each}" for each in wanted if each not in there]
+    return problems
+
+
+def _rules(
+    table: str, definitions: Mapping[str, str], checks: Mapping[str, str], found: Mapping[str, _Column]
+) -> dict[str, str]:
+    """Return what each row must fulfil, by reason: only what PostgreSQL does not see to already, and can evaluate."""
+    rules = {f"breaks {table}_{name}_check, {rule}": rule for name, rule in checks.items()}
+    for name, definition in definitions.items():
+        if name not in found:
+            continue
+        expected = _type(definition)
+        if _is_not_null(definition) and not found[name].not_null:
+            rules[f"{name} is null"] = f"{name} IS NOT NULL"
+        if expected.startswith("character varying(") and found[name].type != expected and found[name].kind in _TEXT:
+            length = expected.removeprefix("character varying(").removesuffix(")")
+            rules[f"{name} is longer than {length} characters"] = f"char_length({name}) <= {length}"
+    unusable = [
+        name
+        for name, definition in definitions.items()
+        if name != "PRIMARY KEY" and not (name in found and _is_comparable(found[name].kind, _type(definition)))
+    ]
+    return {
+        reason: rule for reason, rule in rules.items() if not any(re.search(rf"\b{name}\b", rule) for name in unusable)
+    }
+
+
+def _rows(
+    connection: sqlalchemy.Connection, table: str, rules: Mapping[str, str], definitions: Mapping[str, str]
+) -> list[str]:
+    """Look for rows that break a rule, in one pass over the table."""
+    if not rules:
+        return []
+    key = " || ', ' || ".join(f"'{name}=' || quote_nullable({name})" for name in _key(definitions))
+    cases = ", ".join(f"CASE WHEN NOT ({rule}) THEN {number} END" for number, rule in enumerate(rules.values()))
+    any_broken = " OR ".join(f"NOT ({rule})" for rule in rules.values())
+    # The names and the rules are our own.
+    query = f"""
+        WITH refused AS MATERIALIZED (
+            SELECT {key} AS key, array_remove(ARRAY[{cases}], NULL) AS rules FROM {table} WHERE {any_broken}
+        ), numbered AS (
+            SELECT rule, key, count(*) OVER (PARTITION BY rule) AS total,
+                   row_number() OVER (PARTITION BY rule ORDER BY key) AS position
+            FROM refused, unnest(rules) AS rule
+        )
+        SELECT rule, total, key FROM numbered WHERE position <= {LISTED} ORDER BY rule, position
+    """  # noqa: S608
+    listed: dict[int, tuple[int, list[str]]] = {}
+    rows: Sequence[Any] = connection.execute(sqlalchemy.text(query.replace(":", r"\:"))).fetchall()
+    for rule, total, row in rows:
+        listed.setdefault(rule, (total, []))[1].append(row)
+    problems: list[str] = []
+    for rule, (total, keys) in listed.items():
+        problems += [f"table {table}, row {row}: {list(rules)[rule]}" for row in keys]
+        if total > len(keys):
+            problems.append(f"table {table}: {total - len(keys)} more rows, {total} in all: {list(rules)[rule]}")
+    return problems
+
+
+def _dependents(connection: sqlalchemy.Connection, tables: list[str]) -> list[str]:
+    """Find what keeps PostgreSQL from changing the type of a time: views, rules, policies, triggers, functions.
+
+    And generated columns, and indexes that compute with it: what they compute would depend on the zone of a session.
+    """
+    rows = connection.execute(
+        sqlalchemy.text(
+            r"""
+            SELECT DISTINCT relname, attname, pg_describe_object(depend.classid, depend.objid, depend.objsubid)
+            FROM pg_depend AS depend
+            JOIN pg_class ON pg_class.oid = depend.refobjid AND depend.refclassid = 'pg_class'::regclass
+            JOIN pg_attribute ON attrelid = pg_class.oid AND attnum = depend.refobjsubid
+            WHERE pg_class.oid IN (SELECT to_regclass(name) FROM unnest(CAST(:names AS text[])) AS name)
+            AND attname IN ('created', 'updated')
+            AND (
+                depend.classid IN ('pg_rewrite'::regclass, 'pg_policy'::regclass, 'pg_trigger'::regclass,
+                                   'pg_proc'::regclass, 'pg_publication_rel'::regclass)
+                OR depend.classid = 'pg_attrdef'::regclass AND depend.objid IN (
+                    SELECT oid FROM pg_attrdef WHERE adrelid = attrelid AND adnum <> attnum
+                )
+                OR depend.classid = 'pg_class'::regclass AND depend.objid IN (
+                    SELECT indexrelid FROM pg_index WHERE indrelid = attrelid
+                    AND concat(pg_get_expr(indexprs, indrelid), ' ', pg_get_expr(indpred, indrelid))
+                        ~ concat('\m', attname, '\M')
+                )
+            )
+            ORDER BY 1, 2, 3
+            """
+        ),
+        {"names": tables},
+    )
+    return [
+        f"table {table}: the type of column {column} cannot change while there is {dependent}"
+        for table, column, dependent in rows
+    ]
+
+
+def _indexes(connection: sqlalchemy.Connection, indexes: Indexes) -> list[str]:
+    """Find what has the name of an index of ours but is another one: the migrations would take it for ours."""
+    rows = connection.execute(
+        sqlalchemy.text(
+            """
+            SELECT name, CASE WHEN indexrelid IS NULL THEN 'no index' ELSE concat(
+                CASE WHEN indisunique THEN 'UNIQUE ' END, 'INDEX ON ', CAST(CAST(indrelid AS regclass) AS text),
+                regexp_replace(pg_get_indexdef(indexrelid), '^.*? USING', ' USING'),
+                CASE WHEN NOT indimmediate THEN ' DEFERRABLE' END
+            ) END
+            FROM unnest(CAST(:names AS text[])) AS name JOIN pg_class ON pg_class.oid = to_regclass(name)
+            LEFT JOIN pg_index ON indexrelid = pg_class.oid
+            ORDER BY name
+            """
+        ),
+        {"names": list(indexes)},
+    )
+    problems: list[str] = []
+    for name, found in rows:
+        table, columns, unique = indexes[name]
+        ours = f"{'UNIQUE ' if unique else ''}INDEX ON {table} USING btree ({columns})"
+        # PostgreSQL puts some names into quotes.
+        if found.replace('"', "") != ours.replace('"', ""):
+            problems.append(f"table {table}: {name} is there already, but it is {found}, not {ours}")
+    return problems

@@ -1,0 +1,233 @@
+"""What the migrations need: one migrator at a time, locks that hold nobody up, indexes built beside the traffic.
+
+Three rules keep the services that use the database going while it is migrated:
+
+- A lock that keeps others waiting is taken by `lock`, which gives up after `HOLD_UP_MS`; then the whole revision is
+  undone, and tried again after a pause by `patiently`.
+- What only needs a lock that nobody else's reading and writing conflicts with is done after `wait_longer`.
+- What cannot be done in a transaction is done in `beside_traffic`, by statements that may be done twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import sqlalchemy
+import sqlalchemy.exc
+from alembic import op
+from sqlalchemy.pool import NullPool
+
+from mesh_storage.errors import StorageTimeoutError
+from mesh_storage.postgres import engine
+
+logger = logging.getLogger("mesh_storage")
+
+HOLD_UP_MS = 300
+"""Milliseconds that others may wait behind a migration that waits for its locks.
+
+Less than PostgreSQL's `deadlock_timeout` of a second, so that in a deadlock with a service it is the migration that
+gives way, before the server chooses.
+"""
+LOCK_TIMEOUT_S = 5
+"""Seconds that a migration waits for a lock where nobody waits behind it.
+
+More than `deadlock_timeout`, after which the server ends an autovacuum that is in the way.
+"""
+LOCK_PATIENCE_S = 300.0
+"""Seconds for which a migration that got no lock is tried again."""
+TURN_TIMEOUT_S = 900.0
+"""Seconds to wait for another process that migrates the same database."""
+_OLD_TRANSACTION_S = 5
+_REPAIRS = 100
+
+# "mesh_sto" as a number: the advisory lock of all migrators of a database.
+_ADVISORY_LOCK = int.from_bytes(b"mesh_sto")
+# The server learns within half a minute that the machine of a migrator is gone, however idle the connection is, and
+# within a second that its process is, however busy the connection is; it ends neither session for any other reason.
+_OPTIONS = (
+    f"-c lock_timeout={HOLD_UP_MS} -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 "
+    "-c idle_session_timeout=0 -c client_connection_check_interval=1s "
+    "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
+)
+
+
+class InUseError(StorageTimeoutError):
+    """The tables are in use; the migration was undone and may be tried again."""
+
+
+def create_engine(connect: dict[str, Any]) -> sqlalchemy.Engine:
+    """Make the engine for migrations; its limits come with the connection, so nothing runs before Alembic begins."""
+    arguments = {**connect, "options": f"{connect.get('options', '')} {_OPTIONS}".strip()}
+    return sqlalchemy.create_engine(
+        "postgresql+psycopg://", connect_args=arguments, poolclass=NullPool, hide_parameters=True
+    )
+
+
+@contextmanager
+def turn(connect: dict[str, Any]) -> Generator[Callable[[], None]]:
+    """Wait until no other process migrates this database, and keep others waiting meanwhile.
+
+    The lock belongs to a connection of its own that is in no transaction, so that it neither ends with one nor keeps a
+    concurrent index waiting; the server frees it when this process dies. Gives a function that fails when the
+    connection, and so the turn, was lost.
+
+    Raises:
+        StorageTimeoutError: Another process migrates for longer than `TURN_TIMEOUT_S`.
+    """
+    arguments = {**connect, "options": f"{connect.get('options', '')} {_OPTIONS}".strip()}
+    with engine.connect(arguments) as connection:
+        deadline = time.monotonic() + TURN_TIMEOUT_S
+        while not _try_lock(connection):
+            if time.monotonic() > deadline:
+                raise StorageTimeoutError(f"another process migrates this database for over {TURN_TIMEOUT_S:.0f} s")
+            time.sleep(0.2)
+
+        def check() -> None:
+            connection.execute("SELECT")
+
+        yield check
+
+
+def _try_lock(connection: psycopg.Connection[tuple[Any, ...]]) -> bool:
+    row = connection.execute("SELECT pg_try_advisory_lock(%s)", [_ADVISORY_LOCK]).fetchone()
+    return row is not None and bool(row[0])
+
+
+def patiently(work: Callable[[], None]) -> None:
+    """Do work until it gets its locks; in between, those who had to wait for it have their turn.
+
+    Raises:
+        InUseError: It got none for `LOCK_PATIENCE_S`.
+        sqlalchemy.exc.DBAPIError: The same, or another failure.
+    """
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    pause = 0.2
+    while True:
+        try:
+            return work()
+        except (InUseError, sqlalchemy.exc.DBAPIError) as error:
+            if not _is_in_use(error) or time.monotonic() > deadline:
+                raise
+        logger.info("the migration waits for locks", extra={"event": "retry", "pause": pause})
+        time.sleep(random.uniform(0.5, 1.0) * pause)  # noqa: S311 - no secret
+        pause = min(5.0, pause * 1.5)
+
+
+def _is_in_use(error: Exception) -> bool:
+    if isinstance(error, sqlalchemy.exc.DBAPIError):
+        return isinstance(error.orig, (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected))
+    return isinstance(error, InUseError)
+
+
+def lock(*tables: str) -> None:
+    """Lock tables against all use, for the rest of a revision that has little left to do; must be its first act.
+
+    First they are locked against other migrations and vacuuming only, which may take a while and holds nobody up. Then
+    only transactions of services are in the way, and these all together get `HOLD_UP_MS` to end.
+
+    Raises:
+        InUseError: They did not.
+    """
+    names = ", ".join(tables)
+    wait_longer()
+    op.execute(f"LOCK TABLE {names} IN SHARE UPDATE EXCLUSIVE MODE")
+    # For the statement as a whole: lock_timeout is for each of the tables, and those before it are locked already.
+    op.execute(f"SET LOCAL statement_timeout TO '{HOLD_UP_MS}ms'")
+    try:
+        op.execute(f"LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE")
+    except sqlalchemy.exc.DBAPIError as error:
+        if isinstance(error.orig, psycopg.errors.QueryCanceled):
+            raise InUseError(f"transactions that use {names} did not end for {LOCK_PATIENCE_S:.0f} s") from error
+        raise
+    op.execute("SET LOCAL statement_timeout TO 0")
+    op.execute(f"SET LOCAL lock_timeout TO '{HOLD_UP_MS}ms'")
+
+
+def hold_nobody_up() -> None:
+    """Say for the SQL that is written instead of run what comes with the connection otherwise; for any statement."""
+    op.execute(f"SET LOCAL lock_timeout TO '{HOLD_UP_MS}ms'")
+    op.execute("SET LOCAL statement_timeout TO 0")
+
+
+def wait_longer() -> None:
+    """Let the statements of a revision wait for locks that nobody queues up behind: no stronger than SHARE UPDATE."""
+    op.execute(f"SET LOCAL lock_timeout TO '{LOCK_TIMEOUT_S}s'")
+    op.execute("SET LOCAL statement_timeout TO 0")
+
+
+@contextmanager
+def beside_traffic() -> Generator[None]:
+    """Run statements outside of transactions, with time to wait for those of others: nobody queues up behind them."""
+    if _in_callers_transaction():
+        yield
+        return
+    with op.get_context().autocommit_block():
+        op.execute(f"SET lock_timeout TO '{LOCK_TIMEOUT_S}s'")
+        op.execute("SET statement_timeout TO 0")
+        yield
+        op.execute("RESET statement_timeout")
+        op.execute("RESET lock_timeout")
+
+
+def create_index(name: str, table: str, columns: str, *, unique: bool = False, repair: str = "") -> None:
+    """Create an index beside the traffic; one that a killed migrator left half built is built anew.
+
+    Must run in `beside_traffic()`. For a unique index, `repair` is a statement that takes doubles away; it is done
+    again when a service has added another meanwhile.
+
+    Raises:
+        InUseError: A transaction of a service goes on for so long that the index would not be finished.
+    """
+    online = not op.get_context().as_sql
+    if online and _is_valid(name):
+        return
+    concurrently = "" if _in_callers_transaction() else "CONCURRENTLY "
+    if online and concurrently:
+        _await_old_transactions()
+    statement = f"CREATE {'UNIQUE ' if unique else ''}INDEX {concurrently}IF NOT EXISTS {name} ON {table} ({columns})"
+    for repairs_left in reversed(range(_REPAIRS if online and repair else 1)):
+        drop_index(name)
+        if repair:
+            op.execute(repair)
+        try:
+            op.execute(statement)
+        except sqlalchemy.exc.IntegrityError:
+            if not repairs_left:
+                raise
+        else:
+            return
+
+
+def drop_index(name: str) -> None:
+    """Drop an index beside the traffic; must run in `beside_traffic()`."""
+    op.execute(f"DROP INDEX {'' if _in_callers_transaction() else 'CONCURRENTLY '}IF EXISTS {name}")
+
+
+def _in_callers_transaction() -> bool:
+    return bool(op.get_context().opts.get("in_callers_transaction"))
+
+
+def _is_valid(name: str) -> bool:
+    valid = f"SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('{name}')"  # noqa: S608 - a name of ours
+    return bool(op.get_bind().exec_driver_sql(valid).scalar())
+
+
+def _await_old_transactions() -> None:
+    """Refuse to begin what must wait for a long transaction in the end: it would run into the timeout, for nothing."""
+    old = op.get_bind().exec_driver_sql(
+        f"""
+        SELECT pid, application_name FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+        AND xact_start < now() - interval '{_OLD_TRANSACTION_S} s'
+        AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
+        ORDER BY xact_start LIMIT 1
+        """  # noqa: S608 - a number of ours
+    )
+    if (first := old.fetchone()) is not None:
+        raise InUseError(f"a transaction does not end: that of process {first[0]} of the server ({first[1]!r})")

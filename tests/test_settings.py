@@ -1,0 +1,388 @@
+"""Settings: where they come from, what is refused by name, and that a password never shows."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import SecretStr
+
+from mesh_storage import ConfigurationError, MeshStorage, MeshStorageError, Settings, UnavailableError, schema
+from mesh_storage.embedded.server import EmbeddedServer
+from mesh_storage.postgres.engine import connect_arguments
+
+CANARY = "c4n4ry-s3cr3t"
+ROOT = Path(__file__).parent.parent
+HOST = {"host": "127.0.0.1", "port": 1}
+
+
+def url_of(settings: Settings) -> dict[str, Any]:
+    return connect_arguments(settings)
+
+
+def everything_said(error: BaseException) -> str:
+    """Return all that a log or a debugger would show of an error and of all that led to it."""
+    seen: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        each = todo.pop()
+        if each is not None and each not in seen:
+            seen.append(each)
+            todo += [each.__cause__, each.__context__]
+    said = [f"{each!r} {each} {each.args!r} {vars(each)!r}" for each in seen]
+    return "\n".join([*said, *traceback.format_exception(error)])
+
+
+def refused(**values: Any) -> str:
+    """Return what is said when a storage is opened with these settings, which must be refused."""
+    with pytest.raises(ConfigurationError) as error:
+        MeshStorage.open(settings=Settings(**values))
+    assert CANARY not in everything_said(error.value)
+    return str(error.value)
+
+
+SETTINGS: dict[str, tuple[object, object]] = {
+    "host": ("db", "other"),
+    "port": (5433, 5434),
+    "user": ("me", "other"),
+    "database": ("mesh", "other"),
+    "sslmode": ("require", "disable"),
+    "application_name": ("service", "other"),
+    "transaction_pooling": (True, False),
+    "pool_size": (3, 4),
+    "pool_timeout": (1.5, 2),
+    "connect_timeout": (2.5, 3),
+    "statement_timeout": (3.5, 4),
+    "lock_timeout": (4.5, 5),
+    "idle_in_transaction_timeout": (5.5, 6),
+    "slow_unit_of_work": (6.5, 7),
+}
+
+
+def test_these_are_all_settings() -> None:
+    assert {*SETTINGS, "url", "password"} == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_has_three_sources_in_their_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, other = SETTINGS[name]
+    Path(".env").write_text(f"MESH_STORAGE_{name.upper()}={value}\nOTHER=1\n")
+    assert str(getattr(Settings(), name)) == str(value)
+    monkeypatch.setenv(f"MESH_STORAGE_{name.upper()}", str(other))
+    assert float(getattr(Settings(), name)) == other if isinstance(other, int) else getattr(Settings(), name) == other
+    assert getattr(Settings(**{name: value}), name) == value
+
+
+def test_the_limits_reach_the_server(mesh_storage_url: str) -> None:
+    limits = {"statement_timeout": 1.5, "lock_timeout": 2, "idle_in_transaction_timeout": 3}
+    settings = Settings(url=SecretStr(mesh_storage_url), application_name="my service", **limits)
+    with psycopg.connect(**connect_arguments(settings)) as connection:
+        shown = [
+            connection.execute(f"SHOW {name}").fetchone()
+            for name in (
+                "statement_timeout",
+                "lock_timeout",
+                "idle_in_transaction_session_timeout",
+                "application_name",
+                "timezone",
+            )
+        ]
+    assert shown == [("1500ms",), ("2s",), ("3s",), ("my service",), ("UTC",)]
+
+
+def test_of_several_hosts_the_one_that_answers_is_used(mesh_storage_url: str, tmp_path: Path) -> None:
+    there = conninfo_to_dict(mesh_storage_url)
+    hosts = f"{tmp_path},{there['host']}"
+    url = f"postgresql+psycopg://{there['user']}@/{there['dbname']}?host={quote(hosts, '')}&port=1,{there['port']}"
+    with MeshStorage.open(url) as storage:
+        assert storage.health().ok
+
+
+@pytest.mark.parametrize("port", ["abc", "70000", "0", -1, 0, "1,2", "1,x", "٣", "9" * 5000])
+def test_a_port_that_is_none_is_refused_by_name(port: object) -> None:
+    assert "port" in refused(host="127.0.0.1", port=port, password=CANARY)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        f"me:{CANARY}@127.0.0.1:99999/mesh",
+        f"me:{CANARY}@127.0.0.1/mesh?port=1,2",
+        f"me:{CANARY}@127.0.0.1:1/mesh?sslmode=maybe",
+        f"me:{CANARY}@127.0.0.1:1/mesh?connect_timeout=soon",
+        f"me:12/{CANARY}@127.0.0.1:1/mesh",
+        f"me/you:{CANARY}@127.0.0.1:1/mesh",
+        f"me:{CANARY}\0@127.0.0.1:1/mesh",
+        f"me:{CANARY}%00@127.0.0.1:1/mesh",
+    ],
+)
+def test_a_url_with_a_bad_part_is_refused_before_anybody_connects(rest: str) -> None:
+    assert refused(url=f"postgresql://{rest}").startswith("bad setting")
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({**HOST, "password": f"{CANARY}\ud800"}, "password"),
+        ({**HOST, "password": f"{CANARY}\0"}, "password"),
+        ({**HOST, "user": "\ud800", "password": CANARY}, "user"),
+        ({**HOST, "user": "me\0", "password": CANARY}, "user"),
+        ({**HOST, "database": "mesh\0", "password": CANARY}, "database"),
+        ({**HOST, "application_name": "a\0", "password": CANARY}, "application_name"),
+        ({"host": f"postgresql://me:{CANARY}@db/mesh"}, "host"),
+        ({"url": f"postgresql://me:{CANARY}\ud800@127.0.0.1:1/mesh"}, "url"),
+        ({"url": "embedded:/a\0b"}, "url"),
+        ({"url": "embedded:~no_such_user/mesh"}, "url"),
+        ({"url": f"memory:{CANARY}"}, "url"),
+    ],
+    ids=str,
+)
+def test_a_text_that_cannot_be_sent_is_refused_by_name(values: dict[str, Any], name: str) -> None:
+    assert name in refused(**values)
+
+
+def test_bytes_of_another_encoding_in_the_environment_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_STORAGE_PASSWORD", os.fsdecode(f"{CANARY}é".encode("latin-1")))
+    assert "password" in refused(**HOST)
+
+
+def test_bytes_of_another_encoding_in_the_file_are_refused() -> None:
+    Path(".env").write_bytes(f"MESH_STORAGE_USER=é\nMESH_STORAGE_PASSWORD={CANARY}\n".encode("latin-1"))
+    assert ".env" in refused(**HOST)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pool_size", 0),
+        ("pool_size", "many"),
+        ("pool_timeout", -1),
+        ("connect_timeout", float("inf")),
+        ("statement_timeout", "soon"),
+        ("lock_timeout", float("nan")),
+        ("sslmode", "maybe"),
+        ("idle_in_transaction_timeout", -0.1),
+        ("slow_unit_of_work", "x"),
+        ("transaction_pooling", "x"),
+    ],
+)
+def test_a_bad_setting_is_named_and_its_value_is_not_shown(name: str, value: object, monkeypatch: Any) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        Settings(**{name: value})
+    monkeypatch.setenv(f"MESH_STORAGE_{name.upper()}", str(value))
+    with pytest.raises(ConfigurationError, match=name):
+        MeshStorage.open()
+
+
+def test_an_unknown_setting_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="pool_sise"):
+        Settings(pool_sise=1)
+
+
+def test_a_url_and_settings_together_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="not both"):
+        MeshStorage.open("memory:", settings=Settings())
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
+def test_a_url_may_have_several_hosts_and_the_parameters_of_libpq(scheme: str) -> None:
+    arguments = url_of(
+        Settings(
+            url=f"{scheme}://me:p%40ss@one:5433,two:5434/mesh?target_session_attrs=read-write&options=-csearch_path%3Dm"
+        )
+    )
+    assert (arguments["host"], arguments["port"], arguments["dbname"]) == ("one,two", "5433,5434", "mesh")
+    assert (arguments["user"], arguments["password"]) == ("me", "p@ss")
+    assert arguments["target_session_attrs"] == "read-write"
+    assert arguments["options"].endswith("-csearch_path=m")
+
+
+def test_separate_fields_fill_in_what_the_url_leaves_out() -> None:
+    arguments = url_of(Settings(url="postgresql://me@one/mesh", password=CANARY, user="other", sslmode="require"))
+    assert (arguments["user"], arguments["password"], arguments["sslmode"]) == ("me", CANARY, "require")
+
+
+def test_separate_fields_are_enough() -> None:
+    arguments = url_of(Settings(host="/run/pg", port=5433, user="me", database="mesh", application_name="svc"))
+    wanted = {"host": "/run/pg", "port": 5433, "user": "me", "dbname": "mesh", "application_name": "svc"}
+    assert wanted.items() <= arguments.items()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["mysql://db/mesh", "db/mesh", "", "postgresql:db", "postgresql://h:port/mesh", "postgresql://h/mesh?nonsense=1"],
+)
+def test_a_url_that_is_none_is_refused_by_name(url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"url|port"):
+        MeshStorage.open(url)
+
+
+LEAKS: dict[str, dict[str, Any]] = {
+    "url": {"url": f"postgresql://me:{CANARY}@127.0.0.1:1/mesh"},
+    "url parameter": {"url": f"postgresql://127.0.0.1:1/mesh?password={CANARY}"},
+    "url, encoded": {"url": f"postgresql://me:%63{CANARY[1:]}@127.0.0.1:1/mesh"},
+    "url, malformed port": {"url": f"postgresql://me:{CANARY}@127.0.0.1:port/mesh"},
+    "url, malformed query": {"url": f"postgresql://127.0.0.1:1/mesh?passwort={CANARY}"},
+    "url, two @": {"url": f"postgresql://me:x@{CANARY}@127.0.0.1:1/mesh"},
+    "url, unknown scheme": {"url": f"mysql://me:{CANARY}@127.0.0.1/mesh"},
+    "url, not encoded": {"url": f"postgresql://me:%zz{CANARY}@127.0.0.1/mesh"},
+    "password": {"host": "127.0.0.1", "port": 1, "password": CANARY},
+    "password of another type": {"host": "127.0.0.1", "password": {"x": CANARY}},
+    "url of another type": {"url": [CANARY]},
+    "beside a bad setting": {"url": f"postgresql://me:{CANARY}@h/mesh", "pool_size": 0},
+    "as an unknown setting's value": {"secret": CANARY},
+    "sslpassword": {"url": f"postgresql://127.0.0.1:1/mesh?sslpassword={CANARY}"},
+}
+
+
+@pytest.mark.parametrize("source", ["arguments", "environment", ".env"])
+@pytest.mark.parametrize("values", LEAKS.values(), ids=LEAKS)
+def test_a_password_shows_nowhere(values: dict[str, Any], source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    logging.getLogger().addHandler(handler)
+    monkeypatch.setattr(logging.getLogger(), "level", logging.DEBUG)
+    said = ""
+    try:
+        if source == "arguments":
+            settings = Settings(**values)
+        else:
+            lines = {f"MESH_STORAGE_{name.upper()}": str(value) for name, value in values.items()}
+            if source == "environment":
+                for name, value in lines.items():
+                    monkeypatch.setenv(name, value)
+            else:
+                Path(".env").write_text("".join(f"{name}='{value}'\n" for name, value in lines.items()))
+            settings = Settings()
+        said += f"{settings!r} {settings} {settings.model_dump()!r} {settings.model_dump_json()}"
+        if settings.url or settings.host:
+            with MeshStorage.open(settings=settings) as storage:
+                said += repr(vars(storage))
+    except MeshStorageError as error:
+        said += everything_said(error)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert said
+    assert CANARY not in said + log.getvalue()
+
+
+def test_a_password_that_the_server_refuses_shows_nowhere(
+    mesh_storage_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    url = mesh_storage_url.replace("postgres@", f"no_such_role:{CANARY}@")
+    with pytest.raises(UnavailableError, match="no_such_role") as refused:
+        MeshStorage.open(url)
+    assert CANARY not in everything_said(refused.value) + caplog.text
+
+
+def test_an_open_storage_shows_no_password(mesh_storage_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    url = mesh_storage_url.replace("postgres@", f"postgres:{CANARY}@")
+    with MeshStorage.open(url) as storage:
+        with storage.begin() as uow:
+            uow.state.put("k", CANARY.encode())
+        said = f"{storage!r} {vars(storage)!r} {storage.health()!r} {SecretStr(CANARY)!r}"
+    assert CANARY not in said + caplog.text
+
+
+@pytest.fixture(scope="module")
+def with_password() -> Iterator[str]:
+    """Yield the host of a server on which the role `mesh` must give the canary as its password."""
+    server = EmbeddedServer.throw_away()
+    admin = {**server.connect_arguments, "dbname": "postgres"}
+    with psycopg.connect(**admin, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE mesh LOGIN PASSWORD '{CANARY}'".encode())
+        connection.execute("CREATE DATABASE mesh OWNER mesh")
+        row = connection.execute("SHOW hba_file").fetchone()
+        assert row is not None
+        rules = Path(row[0])
+        rules.write_text(f"local all mesh scram-sha-256\n{rules.read_text()}")
+        connection.execute("SELECT pg_reload_conf()")
+    yield quote(str(admin["host"]), "")
+    server.close()
+
+
+def test_a_right_password_is_taken_from_every_place_and_a_wrong_one_shown_in_none(
+    with_password: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    address = f"/mesh?host={with_password}"
+    schema.upgrade(f"postgresql://mesh:{CANARY}@{address}")
+    said = ""
+    for values in (
+        {"url": f"postgresql://mesh:%63{CANARY[1:]}@{address}"},
+        {"url": f"postgresql://mesh@{address}&password={CANARY}"},
+        {"url": f"postgres://mesh@{address}", "password": CANARY},
+    ):
+        with MeshStorage.open(settings=Settings(**values)) as storage:
+            assert storage.health().ok
+            said += repr(vars(storage))
+    for wrong in (f"mesh:{CANARY}-wrong@{address}", f"mesh@{address}&password=wrong-{CANARY}"):
+        with pytest.raises(UnavailableError) as error:
+            MeshStorage.open(f"postgresql://{wrong}")
+        said += everything_said(error.value)
+        with pytest.raises(MeshStorageError) as error:
+            schema.upgrade(f"postgresql://{wrong}")
+        said += everything_said(error.value)
+    monkeypatch.setenv("MESH_STORAGE_PASSWORD", CANARY)
+    with MeshStorage.open(f"postgresql://mesh@{address}") as storage:
+        assert storage.health().ok
+    assert CANARY not in said + caplog.text
+
+
+def test_a_password_that_is_changed_under_an_open_storage_shows_nowhere(
+    with_password: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    address = f"/mesh?host={with_password}"
+    schema.upgrade(f"postgresql://mesh:{CANARY}@{address}")
+    with (
+        MeshStorage.open(f"postgresql://mesh:{CANARY}@{address}") as storage,
+        psycopg.connect(f"postgresql://postgres@{address}", autocommit=True) as admin,
+    ):
+        admin.execute("ALTER ROLE mesh PASSWORD 'another'")
+        try:
+            with pytest.raises(UnavailableError) as error, storage.begin() as one, storage.begin() as two:
+                two.state.put("k", one.state.get("k").value)
+            health = storage.health()
+        finally:
+            admin.execute(f"ALTER ROLE mesh PASSWORD '{CANARY}'".encode())
+        said = everything_said(error.value) + repr(health)
+        assert health.error is None or CANARY not in everything_said(health.error)
+    assert CANARY not in said + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("command", "rest"),
+    [
+        ("alembic upgrade head", f"me:{CANARY}@127.0.0.1:1/mesh?sslpassword={CANARY}"),
+        ("alembic check", f"127.0.0.1:1/mesh?password={CANARY}"),
+        ("alembic upgrade head", f"me:{CANARY}@127.0.0.1:x/mesh"),
+        ("mesh_storage health", f"me:{CANARY}@127.0.0.1:1/mesh"),
+        ("mesh_storage upgrade", f"me:{CANARY}@127.0.0.1:x/mesh"),
+    ],
+)
+def test_no_command_shows_a_password(command: str, rest: str) -> None:
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=ROOT,
+        env=environment | {"MESH_STORAGE_URL": f"postgresql://{rest}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode not in (0, 2)
+    assert CANARY not in done.stdout + done.stderr
