@@ -22,11 +22,17 @@ from psycopg import sql
 from pydantic import SecretStr
 
 from mesh_storage import schema
-from mesh_storage.backup import archive, catalog, client_tools
+from mesh_storage.backup import archive, catalog, client_tools, portable
 from mesh_storage.backup.catalog import Connection
 from mesh_storage.backup.client_tools import ClientTools, path_error
 from mesh_storage.backup.manifest import Manifest
-from mesh_storage.errors import AlreadyExistsError, ConfigurationError, InvalidInputError, SchemaMismatchError
+from mesh_storage.errors import (
+    AlreadyExistsError,
+    ConfigurationError,
+    InvalidInputError,
+    MeshStorageError,
+    SchemaMismatchError,
+)
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.schema import migration
 from mesh_storage.settings import Settings
@@ -76,8 +82,8 @@ def backup(
     Raises:
         AlreadyExistsError: There is something at the path.
         InvalidInputError: The path cannot be written.
-        ConfigurationError: pg_dump is missing or too old, this user may not read the tables, or the connection is one
-            of `transaction_pooling`.
+        ConfigurationError: pg_dump is missing or too old, or none that is there makes a backup that restores on other
+            servers, this user may not read the tables, or the connection is one of `transaction_pooling`.
         SchemaMismatchError: The database has no schema of mesh_storage, or a newer one.
         StorageTimeoutError: A table is locked for longer than `lock_timeout`.
         UnavailableError: The disk is full, or the database cannot be reached.
@@ -164,7 +170,8 @@ def verify(path: str | os.PathLike[str], *, jobs: int = JOBS, progress: Report |
 
 
 def _dump(connection: Connection, directory: Path, jobs: int, report: Report) -> Manifest:
-    tools = client_tools.find(client_tools.server_major(connection), tls=client_tools.uses_tls(connection))
+    major, own = client_tools.server_major(connection), client_tools.server_version(connection)
+    suitable = client_tools.suitable(major, own=own, tls=client_tools.uses_tls(connection))
     environment, public = client_tools.same_server(connection)
     namespace = catalog.namespace_of(connection)
     there = catalog.tables(connection, namespace)
@@ -177,21 +184,61 @@ def _dump(connection: Connection, directory: Path, jobs: int, report: Report) ->
         there = catalog.tables(connection, namespace)
         snapshot: str = catalog.value(connection, "SELECT pg_export_snapshot()")
         lock_timeout: str = catalog.value(connection, "SHOW lock_timeout")
+        options = [f"--dbname={public}", "--no-password", f"--lock-wait-timeout={lock_timeout}"]
+        options += [f"--snapshot={snapshot}", "--no-owner", "--no-privileges", "--no-tablespaces"]
+        options += ["--no-publications", "--no-security-labels"]
+        options += [f"--table={sql.Identifier(namespace, table).as_string()}" for table in there]
+        tools = _choose(connection, suitable, options, environment, directory)
         manifest = _describe(connection, namespace, there, tools)
-        arguments: list[str | Path] = [tools.directory / "pg_dump", f"--dbname={public}", "--no-password"]
-        arguments += ["--format=directory", f"--file={directory / _DUMP}", f"--jobs={jobs}", f"--snapshot={snapshot}"]
-        arguments += [f"--lock-wait-timeout={lock_timeout}", "--no-owner", "--no-privileges", "--no-tablespaces"]
-        arguments += ["--no-publications", "--no-security-labels"]
-        arguments += [f"--table={sql.Identifier(namespace, table).as_string()}" for table in there]
+        output = ["--format=directory", f"--file={directory / _DUMP}", f"--jobs={jobs}"]
         copied, total = catalog.copied(connection, there, manifest.rows), sum(manifest.rows.values())
         client_tools.run(
-            arguments,
+            [tools.directory / "pg_dump", *options, *output],
             environment=environment,
             path=directory,
             tick=lambda: report(Progress("dump", copied(), total)),
         )
     report(Progress("dump", total, total))
     return manifest
+
+
+def _choose(
+    connection: Connection,
+    suitable: list[ClientTools],
+    options: list[str],
+    environment: dict[str, str],
+    directory: Path,
+) -> ClientTools:
+    """Choose the first tools whose dump of the schema has nothing in it that other servers do not know.
+
+    Raises:
+        ConfigurationError: There are none; the message says what to install.
+        MeshStorageError: pg_dump failed, and there is no other that does better.
+    """
+    failure: MeshStorageError | None = None
+    refused: dict[str, list[str]] = {}
+    for tools in suitable:
+        program = tools.directory / "pg_dump"
+        try:
+            with client_tools.output(
+                [program, *options, "--schema-only"], path=directory, environment=environment
+            ) as script:
+                unknown = portable.unknown_options(script.read().decode(errors="replace"))
+        except MeshStorageError as error:
+            failure = failure or error
+        else:
+            if not unknown:
+                return tools
+            refused[tools.version] = unknown
+    if failure and not refused:
+        raise failure
+    major, own = client_tools.server_major(connection), client_tools.server_version(connection)
+    said = sorted({option for unknown in refused.values() for option in unknown})
+    raise ConfigurationError(
+        f"a backup by pg_dump {' or '.join(refused)} would not restore on other servers, since it would set "
+        f"{', '.join(said)}, which they do not know; install postgresql-client-{major} of the server's version {own}, "
+        "or reset what was set by hand"
+    )
 
 
 def _describe(connection: Connection, namespace: str, there: dict[str, int], tools: ClientTools) -> Manifest:
@@ -205,7 +252,7 @@ def _describe(connection: Connection, namespace: str, there: dict[str, int], too
         created=catalog.value(connection, "SELECT now()"),
         revision=str(revision),
         namespace=namespace,
-        server_version=str(catalog.value(connection, "SHOW server_version")).split()[0],
+        server_version=client_tools.server_version(connection),
         tool_version=tools.version,
         size=catalog.size(connection, there),
         rows={table: catalog.count(connection, namespace, table) for table in there},

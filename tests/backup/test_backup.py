@@ -117,7 +117,7 @@ def test_it_is_a_directory_of_pg_dump_and_a_manifest(storage: MeshStorage, serve
     assert said["rows"] == {table: len(rows) for table, rows in contents(server).items()}
     assert Manifest.read(tmp_path / "backup") == made
     listing = subprocess.run(
-        [client_tools.find(1).directory / "pg_restore", "--list", tmp_path / "backup" / "dump"],
+        [client_tools.find(made.tool_major).directory / "pg_restore", "--list", tmp_path / "backup" / "dump"],
         capture_output=True,
         text=True,
         check=True,

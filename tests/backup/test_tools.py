@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from backup_help import SYSTEM_15, contents, system_server
+from backup_help import SYSTEM_15, contents, server_of, shape, system_server
 
 from mesh_storage import (
     AlreadyExistsError,
@@ -25,9 +25,10 @@ from mesh_storage import (
     engine,
     schema,
 )
-from mesh_storage.backup import client_tools
+from mesh_storage.backup import client_tools, portable
 from mesh_storage.backup.client_tools import ClientTools
 from mesh_storage.postgres.server import Server
+from mesh_storage.testing import Databases
 
 
 def program(directory: Path, name: str, version: str, then: str = "exit 0") -> None:
@@ -58,6 +59,153 @@ def test_the_newest_is_chosen_of_the_system_the_path_and_the_bundled(
     monkeypatch.setattr(client_tools, "_PLACES", (str(tmp_path / "usr/lib/postgresql/*/bin").lstrip("/"),))
     assert client_tools.find(18) == ClientTools(tmp_path / "usr/lib/postgresql/98/bin", "98.2")
     assert client_tools.find(98).major == 98
+
+
+@pytest.mark.parametrize(
+    ("server", "there", "best"),
+    [
+        ("15.20", "18.4 15.20 16.14", "15.20"),  # 18.4 came out with 15.18
+        ("15.18", "15.17 18.4 15.18", "18.4"),
+        ("15.20", "15.20 18.6 17.11", "18.6"),
+        ("15.20", "15.21 15.20 15.19 18.4", "15.20"),
+        ("15.20", "15.18 15.21 15.19", "15.21"),
+        ("18.4", "15.20 18.4", "18.4"),
+        ("15.19", "15.19 19.0", "19.0"),
+        ("15.20", "15.20 19.0", "15.20"),
+        ("15.20", "19.1 20.0 18.6", "20.0"),
+        ("15.20", "20.9 21.0", "20.9"),
+        ("15.20", "18.4 19devel 19beta2 20rc1", "18.4"),
+        ("19beta2", "18.4 19devel 19beta2", "19beta2"),
+    ],
+)
+def test_the_newest_release_is_the_best_and_of_its_major_version_the_servers_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str, there: str, best: str
+) -> None:
+    for version in there.split():
+        for name in ("pg_dump", "pg_restore"):
+            program(tmp_path / version, name, f"{version} (Debian {version}-0+deb12u1)")
+    only(monkeypatch, *(tmp_path / version for version in there.split()))
+    chosen = client_tools.suitable(client_tools.major(server), own=server)[0]
+    assert chosen == ClientTools(tmp_path / best, best)
+
+
+def test_the_major_version_of_a_version_that_is_not_released() -> None:
+    assert [client_tools.major(version) for version in ("15.20", "19devel", "19beta1")] == [15, 19, 19]
+
+
+def test_programs_that_are_broken_are_none(tmp_path: Path) -> None:
+    for name in ("pg_dump", "pg_restore"):
+        program(tmp_path, name, "\\0377\\0376")
+    assert client_tools._examine(tmp_path) is None
+    for name in ("pg_dump", "pg_restore"):
+        (tmp_path / name).write_bytes(b"\x7fELF")
+    assert client_tools._examine(tmp_path) is None
+
+
+@pytest.fixture
+def real(server: Server) -> ClientTools:
+    """Return real programs for the server."""
+    with engine.connect(server.connect) as connection:
+        own = client_tools.server_version(connection)
+        return client_tools.suitable(client_tools.server_major(connection), own=own)[0]
+
+
+def wrapped(directory: Path, real: ClientTools, **then: str) -> Path:
+    """Make programs that do as real ones, and something more."""
+    for name in ("pg_dump", "pg_restore"):
+        program(directory, name, "99.0", f'"{real.directory / name}" "$@" {then.get(name, "")}')
+    return directory
+
+
+FUTURE = "&& case \"$*\" in *--schema-only*) echo 'ALTER TABLE ONLY t ALTER COLUMN c SET (pg_future=1);';; esac"
+
+
+def test_a_dump_that_other_servers_would_not_know_is_refused(
+    storage: MeshStorage, real: ClientTools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, wrapped(tmp_path / "tools", real, pg_dump=FUTURE))
+    words = r"by pg_dump 99\.0 would not restore .* set pg_future, .* install postgresql-client-\d+ of "
+    with pytest.raises(ConfigurationError, match=words):
+        storage.backup(tmp_path / "backup")
+    assert [path.name for path in tmp_path.iterdir()] == ["tools"]
+
+
+@pytest.mark.parametrize("then", [FUTURE, "&& exit 1"])
+def test_where_the_best_makes_no_good_dump_the_next_does(
+    storage: MeshStorage, real: ClientTools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    only(monkeypatch, real.directory, wrapped(tmp_path / "tools", real, pg_dump=then))
+    assert storage.backup(tmp_path / "backup").tool_version == real.version
+    assert storage.restore(tmp_path / "backup", overwrite=True).tool_version == real.version
+
+
+def test_programs_older_than_the_marks_of_a_server_are_refused(
+    databases_of: Callable[[str], Databases], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Since 15.20 a server marks every column, and only a pg_dump that is as new leaves that out."""
+    with databases_of("15").fresh() as url, MeshStorage.open(url) as storage:
+        if not marks(server_of(url)):
+            pytest.skip("this PostgreSQL 15 does not mark columns")
+        only(monkeypatch, embedded.programs("18"), embedded.programs("16"))
+        with pytest.raises(ConfigurationError, match=r"by pg_dump 18\.\d+ or 16\.\d+ .*postgresql-client-15 "):
+            storage.backup(tmp_path / "backup", verify=True)
+        assert list(tmp_path.iterdir()) == []
+        only(monkeypatch, embedded.programs("18"), SYSTEM_15)
+        assert storage.backup(tmp_path / "backup", verify=True).tool_version.startswith("15.")
+
+
+def marks(server: Server) -> list[tuple[str]]:
+    with engine.connect(server.connect) as connection:
+        query = "SELECT attname FROM pg_attribute WHERE attrelid = 'mesh_state'::regclass AND attoptions IS NOT NULL"
+        return connection.execute(query).fetchall()
+
+
+def test_what_users_may_set_is_in_a_backup(storage: MeshStorage, server: Server, tmp_path: Path) -> None:
+    with engine.connect(server.connect) as connection:
+        connection.execute(
+            "ALTER TABLE mesh_state ALTER key SET (n_distinct = -0.5),"
+            " SET (fillfactor = 70, toast.autovacuum_enabled = false);"
+            'CREATE INDEX "it\'s; WITH (none=1)" ON mesh_state USING brin (updated_at) WITH (pages_per_range = 8);'
+            "COMMENT ON COLUMN mesh_state.key IS 'a\nWITH (none=1)'"
+        )
+    storage.backup(tmp_path / "backup", verify=True)
+    storage.restore(tmp_path / "backup", overwrite=True)
+    with engine.connect(server.connect) as connection:
+        query = (
+            "SELECT reloptions FROM pg_class WHERE relname IN ('mesh_state', 'it''s; WITH (none=1)') ORDER BY relkind"
+        )
+        assert connection.execute(query).fetchall() == [(["pages_per_range=8"],), (["fillfactor=70"],)]
+
+
+@pytest.mark.parametrize(
+    ("statement", "unknown"),
+    [
+        ("ALTER TABLE ONLY public.t ALTER COLUMN \"a 'b' (c)\" SET (n_distinct=5, mark=1);", ["mark"]),
+        ("ALTER TABLE public.t SET (toast.mark='1');", ["mark"]),
+        ("CREATE TABLE public.t (\n    c text DEFAULT 'it''s'::text\n)\nWITH (fillfactor='70', mark='1');", ["mark"]),
+        ("CREATE INDEX i ON public.t USING btree (lower(c)) WITH (mark='1') WHERE (c > ''::text);", ["mark"]),
+        (
+            "ALTER TABLE ONLY public.t\n    ADD CONSTRAINT c UNIQUE (a) WITH (\"mark b\"='(', mark=on);",
+            ['"mark b"', "mark"],
+        ),
+        ("-- Name: it's; WITH (mark=1)\nCREATE TABLE t (c text DEFAULT '\nWITH (mark=1)'::text);", []),
+    ],
+)
+def test_options_that_not_every_server_knows_are_found(statement: str, unknown: list[str]) -> None:
+    assert portable.unknown_options(statement) == unknown
+
+
+def test_settings_that_the_server_has_not_are_left_out(
+    storage: MeshStorage, server: Server, real: ClientTools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine.connect(server.connect) as connection:
+        connection.execute("ALTER TABLE mesh_state ALTER key SET DEFAULT E'\\nSET future_timeout = 0;\\n'")
+    before = contents(server), shape(server)
+    set_more = "| sed '0,/^SET /s//SET future_timeout = 0;\\nSET /'"
+    only(monkeypatch, wrapped(tmp_path / "tools", real, pg_restore=set_more))
+    storage.backup(tmp_path / "backup")
+    storage.restore(tmp_path / "backup", overwrite=True)
+    assert (contents(server), shape(server)) == before
 
 
 def test_a_directory_with_half_of_them_or_two_versions_is_none(tmp_path: Path) -> None:
