@@ -32,7 +32,7 @@ LIGHT = {
     "map": "#f3f5f8",
     "ink": "#1f2328",
     "faint": "#57606a",
-    "link": "#8c959f",
+    "link": "#7d8590",
     "route": "#0969da",
     "failed": "#cf222e",
 }

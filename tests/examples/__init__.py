@@ -1,0 +1,1 @@
+"""Tests of the examples, which are run as programs of their own."""
