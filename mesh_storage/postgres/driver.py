@@ -29,6 +29,13 @@ _LIMITS = """
 """
 
 
+# What DISCARD ALL does (PostgreSQL manual), but for the prepared statements, which are psycopg's.
+_RESET = b"""
+    CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_advisory_unlock_all();
+    DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES
+"""
+
+
 class Driver:
     """A connection to the server that units of work use one after the other."""
 
@@ -86,7 +93,7 @@ class Driver:
     def execute_script(self, sql: bytes, /) -> None:
         """Execute several statements without parameters or rows, in one round trip."""
         # Not by our cursor, whose binary results PostgreSQL has for single statements only.
-        self.connection.execute(sql)
+        self.connection.execute(sql, prepare=False)
 
     def commit(self) -> None:
         """Commit the transaction."""
@@ -115,10 +122,9 @@ class Driver:
         return self._limits
 
     def reset(self) -> None:
-        """Bring the session back to where it began: what a caller has SET, locked, prepared or listened to goes."""
-        self.connection.set_autocommit(True)
-        self.connection.execute("DISCARD ALL")
-        self.connection.set_autocommit(self.mode.autocommit)
+        """Bring the session back to where it began: what a caller has set, locked, listened to or kept aside goes."""
+        self.switch(Mode(autocommit=True))
+        self.execute_script(_RESET)
 
     def cut(self) -> None:
         """End the connection, which is lost, but let its transaction be rolled back as if it were there."""

@@ -27,6 +27,13 @@ _LIMITS = """
 """
 
 
+# What DISCARD ALL does (PostgreSQL manual), but for the prepared statements, which are psycopg's.
+_RESET = b"""
+    CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_advisory_unlock_all();
+    DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES
+"""
+
+
 class AsyncDriver:
     """A connection to the server that units of work use one after the other."""
 
@@ -84,7 +91,7 @@ class AsyncDriver:
     async def execute_script(self, sql: bytes, /) -> None:
         """Execute several statements without parameters or rows, in one round trip."""
         # Not by our cursor, whose binary results PostgreSQL has for single statements only.
-        await self.connection.execute(sql)
+        await self.connection.execute(sql, prepare=False)
 
     async def commit(self) -> None:
         """Commit the transaction."""
@@ -113,10 +120,9 @@ class AsyncDriver:
         return self._limits
 
     async def reset(self) -> None:
-        """Bring the session back to where it began: what a caller has SET, locked, prepared or listened to goes."""
-        await self.connection.set_autocommit(True)
-        await self.connection.execute("DISCARD ALL")
-        await self.connection.set_autocommit(self.mode.autocommit)
+        """Bring the session back to where it began: what a caller has set, locked, listened to or kept aside goes."""
+        await self.switch(Mode(autocommit=True))
+        await self.execute_script(_RESET)
 
     async def cut(self) -> None:
         """End the connection, which is lost, but let its transaction be rolled back as if it were there."""
