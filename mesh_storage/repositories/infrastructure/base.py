@@ -8,12 +8,12 @@ from typing import Any
 
 from sqlalchemy import Column, ColumnElement, bindparam, func, select, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm.attributes import set_attribute
+from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
 from mesh_storage.errors import InvalidInputError, NotFoundError
-from mesh_storage.models.base import new_id
+from mesh_storage.models.base import deferred_names, mark_stored, new_id
 from mesh_storage.postgres.batch import parameter_type
 from mesh_storage.postgres.connection import Connection
 from mesh_storage.postgres.statement import Statement
@@ -28,8 +28,8 @@ _NOW = Statement(lambda: select(func.now()), writes=True)  # It is asked for wha
 class Infrastructure(Aggregate[M]):
     """How one kind of infrastructure is added and updated: all its columns at once."""
 
-    def __init__(self, model: type[M], *, prefix: str, kept: tuple[str, ...] = ()) -> None:
-        """Build the statements; `prefix` begins new ids, and an update leaves the attributes `kept` alone."""
+    def __init__(self, model: type[M], *, prefix: str) -> None:
+        """Build the statements; `prefix` begins new ids, and an update leaves deferred attributes alone."""
         super().__init__(model)
         self.prefix = prefix
         self.columns: dict[str, Column[Any]] = dict(zip(self.names, self.table.columns, strict=True))
@@ -44,7 +44,8 @@ class Infrastructure(Aggregate[M]):
             if isinstance(column.default, ScalarElementColumnDefault)
         }
         self.others = [name for name in self.columns if name != "id"]
-        self._changed = [name for name in self.columns if name not in ("id", *_TIMES, *kept)]
+        self.deferred = deferred_names(model)
+        self.changed = [name for name in self.columns if name not in ("id", *_TIMES, *self.deferred)]
         self.add = Statement(self._add)
         self.update = Statement(self._update)
 
@@ -57,7 +58,7 @@ class Infrastructure(Aggregate[M]):
         return added.returning(*(self.columns[name] for name in _TIMES))
 
     def _update(self) -> ReturningUpdate[Any]:
-        values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in self._changed}
+        values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in self.changed}
         values[self.columns["updated"]] = func.now()
         changed = update(self.table).where(self.columns["id"] == bindparam("id")).values(values)
         return changed.returning(self.columns["updated"])
@@ -97,6 +98,9 @@ class InfrastructureRepository(KeyedRepository[M]):
         assert times is not None, "a row was added"
         values.update(zip(_TIMES, times, strict=True))
         instance.update((name, value) for name, value in values.items() if instance.get(name) is None)
+        for name in kind.deferred:
+            del instance[name]
+        mark_stored(entity)
         return entity
 
     def add_many(self, entities: Iterable[M]) -> list[M]:
@@ -134,8 +138,11 @@ class InfrastructureRepository(KeyedRepository[M]):
             for instance, value in zip(instances, values, strict=True):
                 if instance.get(name) is None:
                     instance[name] = value
-        for instance in instances:
+        for instance, entity in zip(instances, given, strict=True):
             instance.update(shared)
+            for name in kind.deferred:
+                del instance[name]
+            mark_stored(entity)
         return given
 
     def update(self, entity: M) -> M:
@@ -149,14 +156,16 @@ class InfrastructureRepository(KeyedRepository[M]):
         """
         kind = self._infrastructure
         kind.attributes(kind.name, [entity])
-        values = kind.values({name: getattr(entity, name) for name in kind.columns})
+        values = kind.values({name: getattr(entity, name) for name in kind.columns if name not in kind.deferred})
         row = self._connection.fetch_one(kind.update, values)
         if row is None:
             raise NotFoundError(kind.name, values["id"])
-        for name, value in values.items():
-            if value is not None and getattr(entity, name) is None:
-                set_attribute(entity, name, value)
-        set_attribute(entity, "updated", row[0])
+        # To a session there is nothing left to store.
+        for name in kind.changed:
+            given = getattr(entity, name)
+            set_committed_value(entity, name, values[name] if given is None else given)
+        set_committed_value(entity, "updated", row[0])
+        mark_stored(entity)
         return entity
 
 
