@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from datetime import timedelta
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -104,8 +105,8 @@ async def configure_routes(uow: AsyncUnitOfWork, network: Network, nodes: dict[s
                     source_node_id=ends[0],
                     target_node_id=ends[1],
                     bidirectional=True,
-                    latency_ms=link.latency_ms,
-                    bandwidth_mbps=10_000,
+                    latency_ms=Decimal(link.latency_ms),
+                    bandwidth_mbps=Decimal(10_000),
                     status="STATUS_CONNECTED",
                 )
             )
