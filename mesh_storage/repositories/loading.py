@@ -4,7 +4,7 @@ An aggregate is *detached* in SQLAlchemy's terms: it is readable for ever, and `
 It is made without the events of the ORM's own loading, and its `InstanceState` when something asks for it (see
 models/base.py). With states made at once a page takes 2.2 times the CPU, a stream 2.1, storing 1,000 new messages 3.5,
 and one `get` 1.04. The code that is written for each model is a part of that: with `dict(zip(names, row))` in its place
-a page takes 1.3 times, a stream 1.4. All of it can go when SQLAlchemy itself makes its states late, or when listings may
+a page takes 1.3 times, a stream 1.4. It can all go when SQLAlchemy itself makes its states late, or when a listing may
 take twice as long: then `mapper.class_manager.new_instance()` and a loop are enough.
 """
 
