@@ -118,7 +118,8 @@ class _Late:
         listeners, nobody = self._set, self._nobody
         try:
             for name in values:
-                if listeners[name].set is not nobody[name]:
+                # Those who have left make a collection that is empty.
+                if (heard := listeners[name].set) is not nobody[name] and heard:
                     return False
         except KeyError:
             # A relationship, say, or the backref of a service's: those are known when the mappers are configured.
