@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from functools import cache
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast, dataclass_transform
+from weakref import ref
 
 from sqlalchemy import MetaData, Table, inspect
-from sqlalchemy.orm import DeclarativeBase, InstanceState, Mapper, make_transient_to_detached, mapped_column
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    InstanceState,
+    Mapper,
+    make_transient,
+    make_transient_to_detached,
+    mapped_column,
+)
 
 JSON: TypeAlias = Any
 """A JSON value (RFC 8259): dict with str keys, list, str, int, float, bool or None, nested at will."""
@@ -22,7 +30,38 @@ NAMING_CONVENTION = {
 }
 
 
-_IS_NEW = "_is_new"
+_WRITTEN = "_written"
+
+
+class Writes:
+    """What a transaction, or a savepoint in one, writes of the aggregates that were made in code."""
+
+    def __init__(self, outer: Writes | None = None) -> None:
+        self.stand = True
+        """Whether they were not rolled back."""
+        self.states: list[ref[InstanceState[Any]]] = []
+        """Those that say that the row is there."""
+        self.inner: list[Writes] = []
+        if outer is not None:
+            outer.inner.append(self)
+
+    def __reduce__(self) -> str:
+        return "_NEVER"  # No other is in a pickle.
+
+    def undo(self) -> None:
+        """Let them be new again, as a rollback makes them."""
+        self.stand = False
+        for each in self.states:
+            state = each()
+            entity = None if state is None else state.obj()
+            if entity is not None:
+                make_transient(entity)
+        for inner in self.inner:
+            inner.undo()
+
+
+_NEVER = Writes()
+_NEVER.stand = False
 
 
 class Base(DeclarativeBase):
@@ -51,6 +90,9 @@ class _LateState:
         state = InstanceState(entity, mapper.class_manager)
         if not _is_new(entity):
             state.key = mapper.identity_key_from_primary_key(tuple(values[name] for name in _key_names(mapper)))
+            written = getattr(entity, _WRITTEN, None)
+            if written is not None:
+                written.states.append(ref(state))
         made: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
         return made
 
@@ -67,15 +109,15 @@ class Entity(Base):
     # The times that the database sets come back with the INSERT or UPDATE: later there may be no way to load them.
     __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 - SQLAlchemy declares it so
     # Beside `__dict__`, which is for the attributes alone.
-    __slots__ = (_IS_NEW,)
+    __slots__ = (_WRITTEN,)
     if TYPE_CHECKING:
-        _is_new: bool
+        _written: Writes | None
     _sa_instance_state = _LateState()
 
     def __init__(self, **values: Any) -> None:
         late = _LATE.get(type(self))
         if late is not None and late.may_wait(values):
-            self._is_new = True  # What came out of the database has no such mark.
+            self._written = _NEVER  # What came out of the database has no such mark.
             entity: Any = self  # whose attributes pyright takes for those of its class
             entity.__dict__ = values
         elif late is not None and "_sa_instance_state" not in self.__dict__:
@@ -83,15 +125,17 @@ class Entity(Base):
         else:
             self.registry.constructor(self, **values)
 
-    def __getstate__(self) -> object:
-        # As ever; but where there are slots, the oldest protocols of pickle want it said.
-        return super().__getstate__()
+    def __getstate__(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return vars(self), {_WRITTEN: _NEVER if _is_new(self) else None}
 
     def __copy__(self) -> Self:
-        # With a record of changes of its own.
         copied = type(self).__new__(type(self))
-        setattr(copied, _IS_NEW, _is_new(self))
-        vars(copied).update((name, value) for name, value in vars(self).items() if name != "_sa_instance_state")
+        vars(copied).update(vars(self))
+        setattr(copied, _WRITTEN, _NEVER if _is_new(self) else None)
+        if (state := vars(self).get("_sa_instance_state")) is not None:
+            # SQLAlchemy's would go on to speak of the original.
+            own = vars(copied)["_sa_instance_state"] = InstanceState(copied, state.manager)
+            own.key, own.expired_attributes = state.key, set(state.expired_attributes)
         return copied
 
 
@@ -140,16 +184,19 @@ def make_late(model: type[Entity]) -> None:
 
 
 def _is_new(entity: Entity) -> bool:
-    return getattr(entity, _IS_NEW, False)
+    written: Writes | None = getattr(entity, _WRITTEN, None)
+    return written is not None and not written.stand
 
 
-def mark_stored(entity: Entity) -> None:
-    """Let a session that takes up an aggregate know that its row is there."""
-    setattr(entity, _IS_NEW, False)
+def mark_written(entity: Entity, writes: Writes) -> None:
+    """Let a session that takes up an aggregate know that its row is there, unless that is rolled back."""
     if "_sa_instance_state" not in vars(entity):
+        if _is_new(entity):
+            setattr(entity, _WRITTEN, writes)
         return
     state = inspect(entity)
     if state.key is None:
+        writes.states.append(ref(state))
         session = state.session
         if session is not None:  # It was to be added by its next flush.
             session.expunge(entity)

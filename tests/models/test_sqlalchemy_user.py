@@ -202,6 +202,47 @@ def test_what_a_repository_returned_is_stored_to_a_session(storage: MeshStorage,
         assert uow.meshes.get(mesh.id).description == "changed"
 
 
+class Undo(Exception):  # noqa: N818 - nothing went wrong
+    """Ends a block without a commit."""
+
+
+@pytest.mark.parametrize("taken", ["", "touched", "in the session", "changed in the session"])
+@pytest.mark.parametrize("in_savepoint", [False, True])
+def test_what_was_rolled_back_is_new_again(storage: MeshStorage, taken: str, in_savepoint: bool) -> None:
+    made, kept = [node("a"), node("b"), message()], node("kept")
+
+    def store(uow: UnitOfWork) -> None:
+        uow.nodes.add(made[0])
+        with uow.savepoint():
+            uow.nodes.add_many([made[1]])
+        uow.messages.store(made[2])
+        for each in made if taken else []:
+            assert inspect(each).detached
+            if taken != "touched":
+                uow.session.add(each)
+        if taken.startswith("changed"):
+            made[0].port = 5
+        raise Undo
+
+    with storage.begin() as uow:
+        uow.nodes.add(kept)
+    with pytest.raises(Undo), storage.begin() as uow:
+        kept.port = 5
+        uow.nodes.update(kept)
+        store(uow)
+    if in_savepoint:
+        with storage.begin() as uow:
+            with pytest.raises(Undo), uow.savepoint():
+                store(uow)
+            assert uow.nodes.count() == 1
+    assert inspect(kept).detached
+    assert all(inspect(each).transient for each in made)
+    with storage.begin() as uow:
+        uow.session.add_all(made)
+    with storage.begin(read_only=True) as uow:
+        assert (uow.nodes.count(), uow.messages.count()) == (3, 1)
+
+
 def test_a_node_that_waits_for_a_flush_may_be_added_at_once(uow: UnitOfWork, statements: list[str]) -> None:
     waiting = node()
     uow.session.add(waiting)
@@ -470,6 +511,16 @@ def test_an_aggregate_holds_its_attributes_and_nothing_else(uow: UnitOfWork) -> 
     for each in entities:
         assert sorted(vars(each)) == sorted(attribute_names(type(each)))
     assert list(vars(LogEntry(term=1, index=1, entry={}))) == ["term", "index", "entry"]
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])  # noqa: S301
+def test_so_is_a_copy_of_a_subclass(how: Any) -> None:
+    gateway = Gateway(name="gateway", ip_address="10.0.0.2")
+    copied = how(gateway)
+    assert inspect(copied).transient
+    assert inspect(copied) is not inspect(gateway)
+    copied.name = "other"
+    assert gateway.name == "gateway"
 
 
 @pytest.mark.parametrize("touched", [False, True])
