@@ -187,6 +187,9 @@ class UnitOfWork:
             try:
                 yield
                 self._flush(session)
+            except BaseException:
+                self._connection.writes.undo()  # Before SQLAlchemy forgets the values of what was changed.
+                raise
             finally:
                 if self._connection.inherited:  # To leave it in a forked child would end it for the parent.
                     nested.pop_all()

@@ -30,6 +30,7 @@ from mesh_storage.errors import (
     prepared_in_vain,
     translate,
 )
+from mesh_storage.models.base import Writes
 from mesh_storage.postgres.driver import GRACE_S, Driver, Isolation, Mode, Parameters, Row, TimeLimit
 from mesh_storage.postgres.statement import Statement
 
@@ -145,6 +146,7 @@ class Connection:
         self._doubtful = False
         self._lost = False
         self._savepoints = 0
+        self._writes: Writes | None = None
         self.joined: Joined | None = None
         """The ORM session, if there is one."""
         self._limit = None if deadline is None else TimeLimit(driver, deadline + GRACE_S)
@@ -160,6 +162,13 @@ class Connection:
     def has_failed(self) -> bool:
         """Whether a call failed before, so that there is only a rollback."""
         return self._failure is not None or self.driver.status() == TransactionStatus.INERROR
+
+    @property
+    def writes(self) -> Writes:
+        """Whether what was stored since the last commit, rollback or beginning of a savepoint stands."""
+        if self._writes is None:
+            self._writes = Writes()
+        return self._writes
 
     def fetch_all(self, statement: Statement, parameters: Parameters | None = None) -> list[Row]:
         """Execute a statement and give all its rows."""
@@ -232,6 +241,8 @@ class Connection:
         self._check_writable()
         savepoint = self.perform(self._begin_nested)
         self._savepoints += 1
+        outer = self.writes
+        self._writes = Writes(outer)
         try:
             yield
         except BaseException:
@@ -247,6 +258,7 @@ class Connection:
             raise
         finally:
             self._savepoints -= 1
+            self._writes = outer
         self.perform(savepoint.commit)
 
     def check_whole(self) -> None:
@@ -268,6 +280,7 @@ class Connection:
         """
         if not self.has_failed:
             self.perform(self._commit)
+            self._writes = None
             if self.joined is not None:
                 self.joined.settle()
             return
@@ -293,6 +306,9 @@ class Connection:
 
     def _rollback(self) -> None:
         self._failure = None
+        if self._writes is not None:
+            self._writes.undo()
+            self._writes = None
         try:
             if self.joined is not None:
                 self.joined.undo()

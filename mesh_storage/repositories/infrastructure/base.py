@@ -13,7 +13,7 @@ from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
 from mesh_storage.errors import InvalidInputError, NotFoundError
-from mesh_storage.models.base import deferred_names, mark_stored, new_id
+from mesh_storage.models.base import deferred_names, mark_written, new_id
 from mesh_storage.postgres.batch import parameter_type
 from mesh_storage.postgres.connection import Connection
 from mesh_storage.postgres.statement import Statement
@@ -100,7 +100,7 @@ class InfrastructureRepository(KeyedRepository[M]):
         instance.update((name, value) for name, value in values.items() if instance.get(name) is None)
         for name in kind.deferred:
             del instance[name]
-        mark_stored(entity)
+        mark_written(entity, self._connection.writes)
         return entity
 
     def add_many(self, entities: Iterable[M]) -> list[M]:
@@ -142,7 +142,7 @@ class InfrastructureRepository(KeyedRepository[M]):
             instance.update(shared)
             for name in kind.deferred:
                 del instance[name]
-            mark_stored(entity)
+            mark_written(entity, self._connection.writes)
         return given
 
     def update(self, entity: M) -> M:
@@ -165,7 +165,7 @@ class InfrastructureRepository(KeyedRepository[M]):
             given = getattr(entity, name)
             set_committed_value(entity, name, values[name] if given is None else given)
         set_committed_value(entity, "updated", row[0])
-        mark_stored(entity)
+        mark_written(entity, self._connection.writes)
         return entity
 
 
