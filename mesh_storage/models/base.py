@@ -116,14 +116,24 @@ class Entity(Base):
 
     def __init__(self, **values: Any) -> None:
         late = _LATE.get(type(self))
-        if late is not None and late.may_wait(values):
-            self._written = _NEVER  # What came out of the database has no such mark.
-            entity: Any = self  # whose attributes pyright takes for those of its class
-            entity.__dict__ = values
-        elif late is not None and "_sa_instance_state" not in self.__dict__:
-            late.construct(self, **values)  # It comes back here, with the state made.
-        else:
-            self.registry.constructor(self, **values)
+        if late is not None:
+            listeners, nobody = late.listeners, late.nobody
+            try:
+                for name in values:
+                    if (heard := listeners[name].set) is not nobody and heard:
+                        break
+                else:
+                    if len(late.init_listeners) == late.of_sqlalchemy:
+                        self._written = _NEVER  # What came out of the database has no such mark.
+                        entity: Any = self  # whose attributes pyright takes for those of its class
+                        entity.__dict__ = values
+                        return
+            except KeyError:
+                late.check_names(values)
+            if "_sa_instance_state" not in self.__dict__:
+                late.construct(self, **values)  # It comes back here, with the state made.
+                return
+        self.registry.constructor(self, **values)
 
     def __getstate__(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return vars(self), {_WRITTEN: _NEVER if _is_new(self) else None}
@@ -140,38 +150,29 @@ class Entity(Base):
 
 
 class _Late:
-    """What the constructor of a class whose states are late goes by."""
+    """What the constructor of a class whose states are late goes by: whether anybody is to hear of a new instance."""
 
     def __init__(self, model: type[Entity]) -> None:
         manager = model.__mapper__.class_manager
         self._model = model
-        self._set = {name: manager[name].dispatch for name in attribute_names(model)}
-        self._nobody = {name: listeners.set for name, listeners in self._set.items()}
-        self._init = manager.dispatch.init.listeners
-        self._init_of_sqlalchemy = len(self._init)
+        self.listeners = {name: manager[name].dispatch for name in attribute_names(model)}
+        self.nobody = self.listeners[attribute_names(model)[0]].set
+        """What SQLAlchemy has in the place of an attribute's listeners before there are any; after them it is empty."""
+        self.init_listeners = manager.dispatch.init.listeners
+        self.of_sqlalchemy = len(self.init_listeners)
         self.construct = model.__init__
         """The constructor as SQLAlchemy has instrumented it: it makes the state at once, and its listeners hear of it.
         """
 
-    def may_wait(self, values: dict[str, Any]) -> bool:
-        """Return whether a new instance can do without a state: it has columns alone, and nobody listens.
+    def check_names(self, values: dict[str, Any]) -> None:
+        """Refuse what is not mapped; a service's backrefs are when the mappers are configured.
 
         Raises:
             TypeError: There is no such attribute.
         """
-        listeners, nobody = self._set, self._nobody
-        try:
-            for name in values:
-                # Those who have left make a collection that is empty.
-                if (heard := listeners[name].set) is not nobody[name] and heard:
-                    return False
-        except KeyError:
-            # A relationship, say, or the backref of a service's: those are known when the mappers are configured.
-            unknown = values.keys() - inspect(self._model).all_orm_descriptors.keys()
-            if unknown:
-                raise TypeError(f"{self._model.__name__} has no attribute {', '.join(sorted(unknown))}") from None
-            return False
-        return len(self._init) == self._init_of_sqlalchemy
+        unknown = values.keys() - inspect(self._model).all_orm_descriptors.keys()
+        if unknown:
+            raise TypeError(f"{self._model.__name__} has no attribute {', '.join(sorted(unknown))}") from None
 
 
 _LATE: dict[type[Entity], _Late] = {}

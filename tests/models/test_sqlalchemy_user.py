@@ -401,6 +401,7 @@ def test_attribute_events_are_heard_in_the_constructor_too() -> None:
         made = node(port=2)
         made.port = 3
         node()
+    assert vars(node(port=4))["port"] == 4
     assert "_sa_instance_state" not in vars(node(port=4))
     assert heard == [2, 3]
 
