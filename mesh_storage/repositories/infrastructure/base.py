@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Mapping
 from itertools import chain, repeat
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, bindparam, func, select, update
+from sqlalchemy import Column, ColumnElement, bindparam, func, inspect, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
@@ -161,9 +161,11 @@ class InfrastructureRepository(KeyedRepository[M]):
         if row is None:
             raise NotFoundError(kind.name, values["id"])
         # To a session there is nothing left to store.
+        history = inspect(entity).committed_state
         for name in kind.changed:
             given = getattr(entity, name)
-            set_committed_value(entity, name, values[name] if given is None else given)
+            if name in history or (given is None and values[name] is not None):
+                set_committed_value(entity, name, values[name] if given is None else given)
         set_committed_value(entity, "updated", row[0])
         mark_written(entity, self._connection.writes)
         return entity
