@@ -12,6 +12,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
+from decimal import Decimal
 from functools import partial
 
 from network import LinkFailure, Network, read_network
@@ -106,8 +107,8 @@ def configure_routes(uow: UnitOfWork, network: Network, nodes: dict[str, Node]) 
                     source_node_id=ends[0],
                     target_node_id=ends[1],
                     bidirectional=True,
-                    latency_ms=link.latency_ms,
-                    bandwidth_mbps=10_000,
+                    latency_ms=Decimal(link.latency_ms),
+                    bandwidth_mbps=Decimal(10_000),
                     status="STATUS_CONNECTED",
                 )
             )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from datetime import timedelta
+from decimal import Decimal
 from functools import partial
 
 from mesh_day import BATCH, JOIN_KEY, all_pairs, batches
@@ -104,8 +105,8 @@ async def configure_routes(uow: AsyncUnitOfWork, network: Network, nodes: dict[s
                     source_node_id=ends[0],
                     target_node_id=ends[1],
                     bidirectional=True,
-                    latency_ms=link.latency_ms,
-                    bandwidth_mbps=10_000,
+                    latency_ms=Decimal(link.latency_ms),
+                    bandwidth_mbps=Decimal(10_000),
                     status="STATUS_CONNECTED",
                 )
             )

@@ -16,7 +16,32 @@ SSL_MODES: tuple[SslMode, ...] = get_args(SslMode)
 ENV_PREFIX = "MESH_STORAGE_"
 
 
-class Settings(BaseSettings):
+class _Checked(BaseSettings):
+    """Settings whose problems are told as one error that names them.
+
+    Apart from `Settings`, which so has for type checkers the constructor that its fields make.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        problem = _unknown(values, set(type(self).model_fields))
+        if problem is None:
+            try:
+                super().__init__(**values)
+            except UnicodeError:
+                problem = ".env: it is no UTF-8"
+            except ValidationError as error:
+                problem = "; ".join(
+                    f"{'.'.join(str(part) for part in detail['loc'][:1])}: {detail['msg']}"
+                    for detail in error.errors(include_input=False, include_context=False, include_url=False)
+                )
+        if problem is not None:
+            # Outside of the handler: the validation error carries the values, passwords among them.
+            raise ConfigurationError(
+                f"bad setting {problem} (in code by this name, in the environment as {ENV_PREFIX}...)"
+            )
+
+
+class Settings(_Checked):
     """The settings of a storage, from arguments, the environment (prefix `MESH_STORAGE_`) and a file `.env`.
 
     An argument goes before the environment, which goes before `.env`. What the URL says goes before the separate
@@ -66,24 +91,6 @@ class Settings(BaseSettings):
     transaction mode; without effect on the bundled PostgreSQL, which has no pooler before it."""
     slow_unit_of_work: Seconds = 1.0
     """Seconds from which a unit of work is logged as slow; 0 to log none."""
-
-    def __init__(self, **values: Any) -> None:
-        problem = _unknown(values, set(type(self).model_fields))
-        if problem is None:
-            try:
-                super().__init__(**values)
-            except UnicodeError:
-                problem = ".env: it is no UTF-8"
-            except ValidationError as error:
-                problem = "; ".join(
-                    f"{'.'.join(str(part) for part in detail['loc'][:1])}: {detail['msg']}"
-                    for detail in error.errors(include_input=False, include_context=False, include_url=False)
-                )
-        if problem is not None:
-            # Outside of the handler: the validation error carries the values, passwords among them.
-            raise ConfigurationError(
-                f"bad setting {problem} (in code by this name, in the environment as {ENV_PREFIX}...)"
-            )
 
 
 def _unknown(values: dict[str, Any], known: set[str]) -> str | None:

@@ -7,12 +7,13 @@ the server of `MESH_STORAGE_TEST_URL` (as a role that may create databases).
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import secrets
-from collections.abc import Generator, Iterator
+from collections.abc import Coroutine, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 from urllib.parse import quote, urlencode
 
 import factory
@@ -37,6 +38,11 @@ from mesh_storage.models.base import new_id
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
 from mesh_storage.unit_of_work import UnitOfWork
+
+if TYPE_CHECKING:  # The asyncio side is an extra of its own.
+    from typing_extensions import TypeIs
+
+    from mesh_storage.aio import AsyncUnitOfWork
 
 M = TypeVar("M")
 
@@ -123,22 +129,86 @@ def mesh_storage(mesh_storage_url: str) -> Iterator[MeshStorage]:
         yield storage
 
 
+Steps: TypeAlias = Generator[Any, Any, Any]
+"""Calls of repositories, of either side: each is yielded, and what it returns comes back."""
+
+
 class AggregateFactory(factory.Factory[M]):
-    """Makes aggregates: `build()` in memory, `create(uow=uow)` stored through the unit of work."""
+    """Makes aggregates: `build()` in memory, `create(uow=uow)` stored through the unit of work.
+
+    With a unit of work of the asyncio side, `create` and `create_batch` are to be awaited.
+    """
+
+    @overload
+    @classmethod
+    def create(cls, *, uow: UnitOfWork, **attributes: Any) -> M: ...
+    @overload
+    @classmethod
+    def create(cls, *, uow: AsyncUnitOfWork, **attributes: Any) -> Coroutine[Any, Any, M]: ...
+    @classmethod
+    def create(cls, *, uow: UnitOfWork | AsyncUnitOfWork, **attributes: Any) -> M | Coroutine[Any, Any, M]:
+        """Make one and store it."""
+        made: M | Coroutine[Any, Any, M] = super().create(uow=uow, **attributes)
+        return made
+
+    @overload
+    @classmethod
+    def create_batch(cls, size: int, *, uow: UnitOfWork, **attributes: Any) -> list[M]: ...
+    @overload
+    @classmethod
+    def create_batch(cls, size: int, *, uow: AsyncUnitOfWork, **attributes: Any) -> Coroutine[Any, Any, list[M]]: ...
+    @classmethod
+    def create_batch(
+        cls, size: int, *, uow: UnitOfWork | AsyncUnitOfWork, **attributes: Any
+    ) -> list[M] | Coroutine[Any, Any, list[M]]:
+        """Make many and store them."""
+        if _is_async(uow):
+            return cls._create_in_turn(size, uow, attributes)
+        return [cls.create(uow=uow, **attributes) for _ in range(size)]
 
     @classmethod
-    def _create(cls, model_class: type[M], *args: Any, uow: UnitOfWork, **kwargs: Any) -> M:
-        return cls.store(uow, model_class(*args, **kwargs))
+    async def _create_in_turn(cls, size: int, uow: AsyncUnitOfWork, attributes: dict[str, Any]) -> list[M]:
+        return [await cls.create(uow=uow, **attributes) for _ in range(size)]
 
     @classmethod
-    def _build(cls, model_class: type[M], *args: Any, uow: UnitOfWork | None = None, **kwargs: Any) -> M:
+    def _create(
+        cls, model_class: type[M], *args: Any, uow: UnitOfWork | AsyncUnitOfWork, **kwargs: Any
+    ) -> M | Coroutine[Any, Any, M]:
+        steps = cls.store(uow, model_class(*args, **kwargs))
+        made: M | Coroutine[Any, Any, M] = _take_async(steps) if _is_async(uow) else _take(steps)
+        return made
+
+    @classmethod
+    def _build(cls, model_class: type[M], *args: Any, uow: object = None, **kwargs: Any) -> M:
         del uow
         return model_class(*args, **kwargs)
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: M) -> M:
+    def store(cls, uow: Any, entity: M) -> Steps:
         """Store an aggregate by the repository of its kind."""
         raise NotImplementedError
+
+
+def _is_async(uow: UnitOfWork | AsyncUnitOfWork) -> TypeIs[AsyncUnitOfWork]:
+    return inspect.iscoroutinefunction(uow.commit)
+
+
+def _take(steps: Steps) -> Any:
+    result = None
+    try:
+        while True:
+            result = steps.send(result)
+    except StopIteration as end:
+        return end.value
+
+
+async def _take_async(steps: Steps) -> Any:
+    result = None
+    try:
+        while True:
+            result = await steps.send(result)
+    except StopIteration as end:
+        return end.value
 
 
 class MeshFactory(AggregateFactory[Mesh]):
@@ -152,9 +222,9 @@ class MeshFactory(AggregateFactory[Mesh]):
     allow_join = True
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: Mesh) -> Mesh:
+    def store(cls, uow: Any, entity: Mesh) -> Steps:
         """Add the mesh."""
-        return uow.meshes.add(entity)
+        return (yield uow.meshes.add(entity))
 
 
 class NodeFactory(AggregateFactory[Node]):
@@ -168,9 +238,9 @@ class NodeFactory(AggregateFactory[Node]):
     port = 8443
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: Node) -> Node:
+    def store(cls, uow: Any, entity: Node) -> Steps:
         """Add the node."""
-        return uow.nodes.add(entity)
+        return (yield uow.nodes.add(entity))
 
 
 class RouteFactory(AggregateFactory[Route]):
@@ -187,12 +257,12 @@ class RouteFactory(AggregateFactory[Route]):
     cost = 100
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: Route) -> Route:
+    def store(cls, uow: Any, entity: Route) -> Steps:
         """Add the route, and its nodes where they are not there."""
         for node_id in (entity.source_node_id, entity.target_node_id):
-            if uow.nodes.find(node_id) is None:
-                NodeFactory.create(uow=uow, id=node_id)
-        return uow.routes.add(entity)
+            if (yield uow.nodes.find(node_id)) is None:
+                yield uow.nodes.add(NodeFactory.build(id=node_id))
+        return (yield uow.routes.add(entity))
 
 
 class MessageFactory(AggregateFactory[Message]):
@@ -208,9 +278,9 @@ class MessageFactory(AggregateFactory[Message]):
     timestamp = factory.Sequence(lambda n: 1_700_000_000 + n)
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: Message) -> Message:
+    def store(cls, uow: Any, entity: Message) -> Steps:
         """Store the message."""
-        return uow.messages.store(entity)
+        return (yield uow.messages.store(entity))
 
 
 class StateEntryFactory(AggregateFactory[StateEntry]):
@@ -223,9 +293,9 @@ class StateEntryFactory(AggregateFactory[StateEntry]):
     value = factory.Sequence(lambda n: f"value {n}".encode())
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: StateEntry) -> StateEntry:
+    def store(cls, uow: Any, entity: StateEntry) -> Steps:
         """Put the entry."""
-        return uow.state.put(entity.key, entity.value)
+        return (yield uow.state.put(entity.key, entity.value))
 
 
 class NodeStateFactory(AggregateFactory[NodeState]):
@@ -238,9 +308,9 @@ class NodeStateFactory(AggregateFactory[NodeState]):
     state = factory.Sequence(lambda n: {"status": "active", "connections": n})
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: NodeState) -> NodeState:
+    def store(cls, uow: Any, entity: NodeState) -> Steps:
         """Put the state."""
-        return uow.node_states.put(entity.node_id, entity.state)
+        return (yield uow.node_states.put(entity.node_id, entity.state))
 
 
 class LogEntryFactory(AggregateFactory[LogEntry]):
@@ -254,9 +324,10 @@ class LogEntryFactory(AggregateFactory[LogEntry]):
     entry = factory.LazyAttribute(lambda made: {"command": "set", "key": f"key-{made.index}"})
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: LogEntry) -> LogEntry:
+    def store(cls, uow: Any, entity: LogEntry) -> Steps:
         """Append the entry behind the last one, whatever its index was."""
-        return uow.consensus_log.append(entity.term, uow.consensus_log.last_index() + 1, entity.entry)
+        last_index = yield uow.consensus_log.last_index()
+        return (yield uow.consensus_log.append(entity.term, last_index + 1, entity.entry))
 
 
 class RoutingEntryFactory(AggregateFactory[RoutingEntry]):
@@ -269,9 +340,9 @@ class RoutingEntryFactory(AggregateFactory[RoutingEntry]):
     route = factory.LazyFunction(lambda: {"next_hop": "node-a", "latency_ms": 10})
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: RoutingEntry) -> RoutingEntry:
+    def store(cls, uow: Any, entity: RoutingEntry) -> Steps:
         """Put the route."""
-        return uow.routing_table.put(entity.destination, entity.route)
+        return (yield uow.routing_table.put(entity.destination, entity.route))
 
 
 class ConfigEntryFactory(AggregateFactory[ConfigEntry]):
@@ -284,6 +355,6 @@ class ConfigEntryFactory(AggregateFactory[ConfigEntry]):
     value = factory.Sequence(lambda n: n)
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: ConfigEntry) -> ConfigEntry:
+    def store(cls, uow: Any, entity: ConfigEntry) -> Steps:
         """Put the setting."""
-        return uow.runtime_config.put(entity.key, entity.value)
+        return (yield uow.runtime_config.put(entity.key, entity.value))

@@ -140,6 +140,7 @@ class UnitOfWork:
             self._flush()
             nested.__exit__(None, None, None)
         except BaseException as error:
+            self._connection.writes.undo()  # Before SQLAlchemy forgets the values of what was changed.
             undisturbed(self._connection.owner, self._undo, savepoint, nested, error)
             raise
         self._connection.release(savepoint)

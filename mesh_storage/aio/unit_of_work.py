@@ -137,6 +137,7 @@ class AsyncUnitOfWork:
             await self._flush()
             await nested.__aexit__(None, None, None)
         except BaseException as error:
+            self._connection.writes.undo()  # Before SQLAlchemy forgets the values of what was changed.
             await uninterrupted(self._connection.owner, self._undo, savepoint, nested, error)
             raise
         await self._connection.release(savepoint)

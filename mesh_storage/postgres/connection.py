@@ -16,6 +16,7 @@ from psycopg.pq import TransactionStatus
 from sqlalchemy import Transaction
 
 from mesh_storage.errors import InvalidInputError, MeshStorageError, UnavailableError
+from mesh_storage.models.base import Writes
 from mesh_storage.postgres.characteristics import Characteristics, Deadline
 from mesh_storage.postgres.concurrency import at_once, itself
 from mesh_storage.postgres.driver import Driver
@@ -55,7 +56,8 @@ class UnitOfWorkConnection:
         self._deadline = deadline
         self._transaction = UnitOfWorkTransaction(driver, characteristics, deadline, pooling)
         self._failure: MeshStorageError | None = None
-        self._savepoints = 0
+        self._savepoints: list[Writes] = []
+        self._writes: Writes | None = None
         self._pooled = pooling is not None
 
     def prepare(self) -> None:
@@ -67,6 +69,13 @@ class UnitOfWorkConnection:
     def has_failed(self) -> bool:
         """Whether a call failed before, so that there is only a rollback."""
         return self._failure is not None or self.driver.status() == TransactionStatus.INERROR
+
+    @property
+    def writes(self) -> Writes:
+        """Whether what was stored since the last commit, rollback or beginning of a savepoint stands."""
+        if self._writes is None:
+            self._writes = Writes()
+        return self._writes
 
     @property
     def has_snapshot(self) -> bool:
@@ -178,17 +187,18 @@ class UnitOfWorkConnection:
         """Set a savepoint, which `release` or `roll_back_to` must end."""
         self.check_writable()
         savepoint = self.perform(self._transaction.begin_nested)
-        self._savepoints += 1
+        self._savepoints.append(self.writes)
+        self._writes = Writes(self.writes)
         return savepoint
 
     def release(self, savepoint: Transaction) -> None:
         """Keep what was done since a savepoint."""
-        self._savepoints -= 1
+        self._writes = self._savepoints.pop()
         self.perform(savepoint.commit)
 
     def roll_back_to(self, savepoint: Transaction) -> None:
         """Undo what was done since a savepoint, so that the transaction can go on."""
-        self._savepoints -= 1
+        self._writes = self._savepoints.pop()
         if self.driver.status() != TransactionStatus.UNKNOWN and not self.owner.closed:
             self._failure = None
             deadline = self._deadline
@@ -218,6 +228,7 @@ class UnitOfWorkConnection:
             if self.driver.status() == TransactionStatus.UNKNOWN:
                 error.committed = "unknown"
             raise
+        self._writes = None
         if self.joined is not None:
             at_once(self.joined.settle)
         if self.driver.unreplicated:
@@ -286,6 +297,9 @@ class UnitOfWorkConnection:
 
     def _rollback(self) -> None:
         self._failure = None
+        if self._writes is not None:
+            self._writes.undo()
+            self._writes = None
         deadline = self._deadline
         self._extend_for_undoing()
         try:

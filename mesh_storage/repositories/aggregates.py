@@ -27,7 +27,7 @@ from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.models import JSON
-from mesh_storage.models.base import attribute_names, table_of
+from mesh_storage.models.base import attribute_names, deferred_names, table_of
 from mesh_storage.postgres import jsonb
 from mesh_storage.postgres.batch import Batch, parameter_type
 from mesh_storage.postgres.statement import Row, Statement
@@ -79,8 +79,8 @@ class Aggregate(Generic[M]):
 class Infrastructure(Aggregate[M]):
     """How one kind of infrastructure is added and updated: all its columns at once."""
 
-    def __init__(self, model: type[M], *, prefix: str, kept: tuple[str, ...] = ()) -> None:
-        """Build the statements; `prefix` begins new ids, and an update leaves the attributes `kept` alone."""
+    def __init__(self, model: type[M], *, prefix: str) -> None:
+        """Build the statements; `prefix` begins new ids, and an update leaves deferred attributes alone."""
         super().__init__(model)
         self.prefix = prefix
         self.columns: dict[str, Column[Any]] = dict(zip(self.names, self.table.columns, strict=True))
@@ -95,7 +95,8 @@ class Infrastructure(Aggregate[M]):
             if isinstance(column.default, ScalarElementColumnDefault)
         }
         self.others = [name for name in self.columns if name != "id"]
-        self._changed = [name for name in self.columns if name not in ("id", *TIMES, *kept)]
+        self.deferred = deferred_names(model)
+        self.changed = [name for name in self.columns if name not in ("id", *TIMES, *self.deferred)]
         self.add = Statement(self._add)
         self.update = Statement(self._update)
 
@@ -108,7 +109,7 @@ class Infrastructure(Aggregate[M]):
         return added.returning(*(self.columns[name] for name in TIMES))
 
     def _update(self) -> ReturningUpdate[Any]:
-        values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in self._changed}
+        values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in self.changed}
         values[self.columns["updated"]] = func.now()
         changed = update(self.table).where(self.columns["id"] == bindparam("id")).values(values)
         return changed.returning(self.columns["updated"])

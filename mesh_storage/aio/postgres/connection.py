@@ -17,6 +17,7 @@ from mesh_storage.aio.postgres.concurrency import in_greenlet, sync_connection
 from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.aio.postgres.transaction import AsyncUnitOfWorkTransaction
 from mesh_storage.errors import InvalidInputError, MeshStorageError, UnavailableError
+from mesh_storage.models.base import Writes
 from mesh_storage.postgres.characteristics import Characteristics, Deadline
 from mesh_storage.postgres.failure import committed_locally, failed_before, judge, not_committed
 from mesh_storage.postgres.liveness import GRACE_S
@@ -53,7 +54,8 @@ class AsyncUnitOfWorkConnection:
         self._deadline = deadline
         self._transaction = AsyncUnitOfWorkTransaction(driver, characteristics, deadline, pooling)
         self._failure: MeshStorageError | None = None
-        self._savepoints = 0
+        self._savepoints: list[Writes] = []
+        self._writes: Writes | None = None
         self._pooled = pooling is not None
 
     async def prepare(self) -> None:
@@ -65,6 +67,13 @@ class AsyncUnitOfWorkConnection:
     def has_failed(self) -> bool:
         """Whether a call failed before, so that there is only a rollback."""
         return self._failure is not None or self.driver.status() == TransactionStatus.INERROR
+
+    @property
+    def writes(self) -> Writes:
+        """Whether what was stored since the last commit, rollback or beginning of a savepoint stands."""
+        if self._writes is None:
+            self._writes = Writes()
+        return self._writes
 
     @property
     def has_snapshot(self) -> bool:
@@ -176,17 +185,18 @@ class AsyncUnitOfWorkConnection:
         """Set a savepoint, which `release` or `roll_back_to` must end."""
         self.check_writable()
         savepoint = await self.perform(self._transaction.begin_nested)
-        self._savepoints += 1
+        self._savepoints.append(self.writes)
+        self._writes = Writes(self.writes)
         return savepoint
 
     async def release(self, savepoint: AsyncTransaction) -> None:
         """Keep what was done since a savepoint."""
-        self._savepoints -= 1
+        self._writes = self._savepoints.pop()
         await self.perform(savepoint.commit)
 
     async def roll_back_to(self, savepoint: AsyncTransaction) -> None:
         """Undo what was done since a savepoint, so that the transaction can go on."""
-        self._savepoints -= 1
+        self._writes = self._savepoints.pop()
         if self.driver.status() != TransactionStatus.UNKNOWN and not self.owner.closed:
             self._failure = None
             deadline = self._deadline
@@ -216,6 +226,7 @@ class AsyncUnitOfWorkConnection:
             if self.driver.status() == TransactionStatus.UNKNOWN:
                 error.committed = "unknown"
             raise
+        self._writes = None
         if self.joined is not None:
             await in_greenlet(self.joined.settle)
         if self.driver.unreplicated:
@@ -284,6 +295,9 @@ class AsyncUnitOfWorkConnection:
 
     async def _rollback(self) -> None:
         self._failure = None
+        if self._writes is not None:
+            self._writes.undo()
+            self._writes = None
         deadline = self._deadline
         self._extend_for_undoing()
         try:

@@ -14,6 +14,7 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from mesh_storage.errors import AlreadyExistsError, ConflictError
 from mesh_storage.models import Message
+from mesh_storage.models.base import mark_written
 from mesh_storage.postgres.batch import Batch
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.statement import Row, Statement
@@ -103,6 +104,7 @@ class MessageRepository(KeyedRepository[Message]):
                     raise AlreadyExistsError(f"another message is stored under {message.id!r}")
                 row = (found.timestamp, found.created_at)
             given.update(timestamp=row[0], created_at=row[1])
+            mark_written(message, self._connection.writes)
             return message
         raise ConflictError(f"others store and delete {message.id!r} at this moment", retryable=True)
 

@@ -70,9 +70,9 @@ class NodeStateRepository(EntryRepository[NodeState]):
             ConflictError: The stored state is no JSON object.
         """
         if not isinstance(patch, Mapping):
-            raise InvalidInputError("NodeState.patch must be a mapping", field="NodeState.patch")
+            raise InvalidInputError("patch must be a mapping", field="patch")
         key = self._aggregate.check_key(node_id)
-        merged = self._fetch_one(_MERGE, key=key, patch=jsonb.dumps(dict(patch), "NodeState.patch"))
+        merged = self._fetch_one(_MERGE, key=key, patch=jsonb.dumps(dict(patch), "patch"))
         if merged is None:
             raise ConflictError(
                 "the stored state is no JSON object, so nothing can be merged into it; put() it instead"

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
 from typing import Any
 
-from sqlalchemy import func, select
-from sqlalchemy.orm.attributes import set_attribute
+from sqlalchemy import func, inspect, select
+from sqlalchemy.orm.attributes import set_committed_value
 
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.repositories.base import AsyncKeyedRepository
 from mesh_storage.errors import InvalidInputError, NotFoundError
-from mesh_storage.models.base import new_id
+from mesh_storage.models.base import mark_written, new_id
 from mesh_storage.postgres.statement import Statement
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.aggregates import TIMES, Infrastructure
@@ -44,6 +44,9 @@ class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
         assert times is not None, "a row was added"
         values.update(zip(TIMES, times, strict=True))
         instance.update((name, value) for name, value in values.items() if instance.get(name) is None)
+        for name in kind.deferred:
+            del instance[name]
+        mark_written(entity, self._connection.writes)
         return entity
 
     async def add_many(self, entities: Iterable[M]) -> list[M]:
@@ -81,8 +84,11 @@ class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
             for instance, value in zip(instances, values, strict=True):
                 if instance.get(name) is None:
                     instance[name] = value
-        for instance in instances:
+        for instance, entity in zip(instances, given, strict=True):
             instance.update(shared)
+            for name in kind.deferred:
+                del instance[name]
+            mark_written(entity, self._connection.writes)
         return given
 
     async def update(self, entity: M) -> M:
@@ -96,14 +102,18 @@ class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
         """
         kind = self._infrastructure
         kind.attributes(kind.name, [entity])
-        values = kind.values({name: getattr(entity, name) for name in kind.columns})
+        values = kind.values({name: getattr(entity, name) for name in kind.columns if name not in kind.deferred})
         row = await self._connection.fetch_one(kind.update, values)
         if row is None:
             raise NotFoundError(kind.name, values["id"])
-        for name, value in values.items():
-            if value is not None and getattr(entity, name) is None:
-                set_attribute(entity, name, value)
-        set_attribute(entity, "updated", row[0])
+        # To a session there is nothing left to store.
+        history = inspect(entity).committed_state
+        for name in kind.changed:
+            given = getattr(entity, name)
+            if name in history or (given is None and values[name] is not None):
+                set_committed_value(entity, name, values[name] if given is None else given)
+        set_committed_value(entity, "updated", row[0])
+        mark_written(entity, self._connection.writes)
         return entity
 
 

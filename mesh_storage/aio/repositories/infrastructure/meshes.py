@@ -27,10 +27,13 @@ def _check_hash(value: object) -> str:
 
 
 _HASH = re.compile(r"scrypt(\$\d+){3}(\$[0-9a-f]+){2}\Z")
-_MESHES = Infrastructure(Mesh, prefix="mesh", kept=("join_key_hash",))
+_MESHES = Infrastructure(Mesh, prefix="mesh")
 _MESHES.checks["join_key_hash"] = checks.Check(_check_hash).optional()
 _TABLE = _MESHES.table
 _BY_NAME = Statement(lambda: select(_TABLE).where(_TABLE.c.mesh_name == bindparam("name")))
+_ADMISSION = Statement(
+    lambda: select(_TABLE.c.allow_join, _TABLE.c.mesh_join_key_hash).where(_TABLE.c.mesh_id == bindparam("id"))
+)
 _SET_JOIN_KEY_HASH = Statement(
     lambda: (
         update(_TABLE)
@@ -77,12 +80,13 @@ class AsyncMeshRepository(AsyncInfrastructureRepository[Mesh]):
         """
         if key is not None:
             checks.text("key", key, empty=True)
-        mesh = await self.get(mesh_id)
-        if not mesh.allow_join:
-            return False
-        if mesh.join_key_hash is None:
-            return True
-        return key is not None and await in_thread(_matches, key, mesh.join_key_hash)
+        row = await self._connection.fetch_one(_ADMISSION, {"id": self._aggregate.check_key(mesh_id)})
+        if row is None:
+            raise NotFoundError(Mesh.__name__, mesh_id)
+        allow_join, hashed = row
+        if not allow_join or hashed is None:
+            return bool(allow_join)
+        return key is not None and await in_thread(_matches, key, hashed)
 
 
 def _hash(

@@ -14,6 +14,7 @@ from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.repositories.base import AsyncKeyedRepository, AsyncListing
 from mesh_storage.errors import AlreadyExistsError, ConflictError
 from mesh_storage.models import Message
+from mesh_storage.models.base import mark_written
 from mesh_storage.postgres.batch import Batch
 from mesh_storage.postgres.statement import Row, Statement
 from mesh_storage.repositories import checks
@@ -101,6 +102,7 @@ class AsyncMessageRepository(AsyncKeyedRepository[Message]):
                     raise AlreadyExistsError(f"another message is stored under {message.id!r}")
                 row = (found.timestamp, found.created_at)
             given.update(timestamp=row[0], created_at=row[1])
+            mark_written(message, self._connection.writes)
             return message
         raise ConflictError(f"others store and delete {message.id!r} at this moment", retryable=True)
 
