@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from mesh_storage.aio import greenlets
 from mesh_storage.aio.bridge import BridgedDriver, in_background
 from mesh_storage.errors import MeshStorageError
+from mesh_storage.postgres import environment
 from mesh_storage.postgres.connection import Characteristics, Connection
 from mesh_storage.postgres.engine import connect_before, engine_arguments, limit_connecting
 from mesh_storage.postgres.pool import check_open, exhausted, keep_for_parent, renew_after_fork, unreachable, wait_limit
@@ -33,6 +34,7 @@ class AsyncPool:
         self._server = server
         self._engine = create_async_engine(**engine_arguments(server.connect))
         limit_connecting(self._engine.sync_engine)
+        environment.keep_out(self._engine.sync_engine)
         self._idle: deque[BridgedDriver] = deque()
         self._free = asyncio.Semaphore(self.size)
         renew_after_fork(self)
