@@ -32,14 +32,15 @@ _WHOLE_NUMBER = re.compile("[0-9]{1,9}")
 _PASSWORD_END = re.compile("[:/].*@|@.*[:/]")
 """What the path of a URL holds that begins inside of a password; the name of a database may hold "@" alone."""
 _SERVER_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
-# A peer that vanished without a word is noticed within about half a minute (PostgreSQL manual, 34.1.2).
 _LIMITS = {
     "statement_timeout": "statement_timeout",
     "lock_timeout": "lock_timeout",
     "idle_in_transaction_session_timeout": "idle_in_transaction_timeout",
 }
 """The parameters of a session that settings limit it by, and these settings."""
+# What a URL of `mesh_storage.testing` leaves to the settings and to the environment.
 _OF_A_SESSION = ("application_name", "client_encoding", "connect_timeout", "options")
+# A peer that vanished without a word is noticed within about half a minute (PostgreSQL manual, 34.1.2).
 _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 
 
@@ -204,7 +205,7 @@ def _surroundings(arguments: Mapping[str, Any]) -> dict[str, str]:
         ConfigurationError: The service is not defined, or its file cannot be read.
     """
     nowhere = {**arguments, "host": os.devnull, "hostaddr": "", "port": "1", "password": "-"}
-    bundled = environment.leaves_nothing_out(arguments, besides=_OF_A_SESSION)  # By a URL of `mesh_storage.testing`.
+    bundled = environment.leaves_nothing_out(arguments, besides=_OF_A_SESSION)
     with environment.hidden() if bundled else nullcontext():
         probe = pq.PGconn.connect_start(make_conninfo("", **nowhere).encode())
     found = {option.keyword.decode(): os.fsdecode(option.val) for option in probe.info if option.val}

@@ -39,12 +39,13 @@ _NEUTRAL = {
 def neutral_parameters() -> Mapping[str, str]:
     """Return every parameter that has a variable in this libpq, with a value that leaves all as libpq was built.
 
-    What is given goes before its variable. A service cannot be given away: the name of none is an error.
+    What is given goes before its variable. Left out are the service, which has no name for none, and the password,
+    for which the bundled server does not ask.
     """
     return {
         name: _NEUTRAL.get(name, (option.compiled or b"").decode())
         for option in pq.Conninfo.get_defaults()
-        if option.envvar and (name := option.keyword.decode()) != "service"
+        if option.envvar and (name := option.keyword.decode()) not in ("service", "password")
     }
 
 
