@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -309,37 +310,50 @@ def test_a_root_that_is_nobody_else_is_told_what_to_do(url: str, tmp_path: Path)
     assert done.stdout.startswith("refused: PostgreSQL does not run as root"), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("whose", ["thread", "process"])
+@contextmanager
+def somebody(kind: str, owner: os.stat_result, data: Path) -> Iterator[int]:
+    """Let something of the server's account live for a block, and give its number."""
+    if kind != "thread":
+        # The one has the data on its command line, and yet is no server.
+        command = ["sh", "-c", "sleep 60; exit", *([str(data)] if kind == "process that names the data" else [])]
+        with subprocess.Popen(command, user=owner.st_uid, group=owner.st_gid, extra_groups=[]) as process:
+            yield process.pid
+            assert process.poll() is None
+            process.kill()
+        return
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+        thread = threading.Thread(target=signal.pause)
+        thread.start()
+        os.write(write, str(thread.native_id).encode())
+        signal.pause()
+    yield int(os.read(read, 20))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("kind", ["thread", "process", "process that names the data"])
 def test_a_stale_lock_that_names_something_alive_does_not_keep_the_server_from_starting(
-    whose: str, tmp_path: Path
+    kind: str, tmp_path: Path
 ) -> None:
     home = tmp_path / "mesh"
     with MeshStorage.open(f"embedded:{home}") as storage:
         put_and_get(storage)
         lines = (home / "data" / "postmaster.pid").read_text().split("\n")
+    assert "ready   " in lines
     owner = (home / "data").stat()
-    release = threading.Event()
-    thread = threading.Thread(target=release.wait)
-    thread.start()
-    # It has the data on its command line and yet is no server.
-    other = subprocess.Popen(["sleep", "60"], executable=shutil.which("sleep"), user=owner.st_uid, group=owner.st_gid)
-    try:
-        lines[0] = str(thread.native_id if whose == "thread" else other.pid)
-        assert "ready   " in lines
-        (home / "data" / "postmaster.pid").write_text("\n".join(lines))
-        os.chown(home / "data" / "postmaster.pid", owner.st_uid, owner.st_gid)
-        (home / "run").mkdir()
-        os.chown(home / "run", owner.st_uid, owner.st_gid)
-        (home / "run" / ".s.PGSQL.5432.lock").write_text("\n".join(lines))
+    (home / "run").mkdir()
+    with somebody(kind, owner, home / "data") as number:
+        for place in (home / "data" / "postmaster.pid", home / "run" / ".s.PGSQL.5432.lock"):
+            place.write_text("\n".join([str(number), *lines[1:]]))
+        for place in (home / "run", home / "data" / "postmaster.pid"):
+            os.chown(place, owner.st_uid, owner.st_gid)
         with MeshStorage.open(f"embedded:{home}") as storage:
             assert storage.health().ok
             put_and_get(storage)
-        assert other.poll() is None
-    finally:
-        release.set()
-        thread.join()
-        other.kill()
-        other.wait()
 
 
 @as_root
