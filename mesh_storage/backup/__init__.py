@@ -318,16 +318,13 @@ def _load(
 
 def _prove(source: Path, jobs: int, report: Report) -> Manifest:
     manifest = Manifest.read(source)
-    ram = Path("/dev/shm")  # noqa: S108 - only asked how much is free
-    fits = not ram.exists() or manifest.size * 2 < shutil.disk_usage(ram).free
-    with tempfile.TemporaryDirectory(prefix="mesh_storage-") as home:
-        server = open_server(Settings(url=SecretStr("memory:" if fits else f"embedded:{home}")))
-        try:
-            if manifest.namespace != "public":
-                server = catalog.with_namespace(server, manifest.namespace)
-            return restore(server, source, jobs=jobs, progress=report)
-        finally:
-            server.close()
+    server = open_server(Settings(url=SecretStr("memory:")), space=2 * manifest.size)
+    try:
+        if manifest.namespace != "public":
+            server = catalog.with_namespace(server, manifest.namespace)
+        return restore(server, source, jobs=jobs, progress=report)
+    finally:
+        server.close()
 
 
 def _path(path: str | os.PathLike[str]) -> Path:

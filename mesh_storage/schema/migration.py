@@ -24,7 +24,7 @@ from alembic import op
 from sqlalchemy.pool import NullPool
 
 from mesh_storage.errors import StorageTimeoutError
-from mesh_storage.postgres import engine
+from mesh_storage.postgres import engine, environment
 
 logger = logging.getLogger("mesh_storage")
 
@@ -64,9 +64,11 @@ class InUseError(StorageTimeoutError):
 def create_engine(connect: dict[str, Any]) -> sqlalchemy.Engine:
     """Make the engine for migrations; its limits come with the connection, so nothing runs before Alembic begins."""
     arguments = {**connect, "options": f"{connect.get('options', '')} {_OPTIONS}".strip()}
-    return sqlalchemy.create_engine(
+    made = sqlalchemy.create_engine(
         "postgresql+psycopg://", connect_args=arguments, poolclass=NullPool, hide_parameters=True
     )
+    environment.keep_out(made)
+    return made
 
 
 @contextmanager
