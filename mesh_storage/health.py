@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, literal_column, or_, select
 
 from mesh_storage import schema
-from mesh_storage.errors import MeshStorageError
+from mesh_storage.errors import ConfigurationError, MeshStorageError, SchemaMismatchError
 from mesh_storage.postgres.connection import Connection
 from mesh_storage.postgres.statement import Statement
 
@@ -44,7 +44,7 @@ class Health:
     pool_in_use: int
     """Connections that units of work had when the check began."""
     error: MeshStorageError | None = None
-    """Why it is not connected."""
+    """Why it is not connected, or why the revision is not known."""
 
     @property
     def ok(self) -> bool:
@@ -57,7 +57,11 @@ def examine(connection: Connection, *, pool_size: int, pool_in_use: int) -> Heal
     begun = time.perf_counter()
     row = connection.fetch_one(_READ_ONLY)
     round_trip_ms = (time.perf_counter() - begun) * 1000
-    revision = connection.perform(schema.current, connection.driver.sqlalchemy)
+    revision, unclear = None, None
+    try:
+        revision = connection.perform(schema.current, connection.driver.sqlalchemy)
+    except (ConfigurationError, SchemaMismatchError) as error:
+        unclear = error
     return Health(
         connected=True,
         writable=row is not None and not row[0],
@@ -66,6 +70,7 @@ def examine(connection: Connection, *, pool_size: int, pool_in_use: int) -> Heal
         head=schema.head(),
         pool_size=pool_size,
         pool_in_use=pool_in_use,
+        error=unclear,
     )
 
 

@@ -166,7 +166,7 @@ def test_upgrade(bare: str, call: Call) -> None:
 
 
 def test_a_schema_that_is_ahead(url: str, call: Call, tmp_path: Path) -> None:
-    execute(url, "UPDATE alembic_version SET version_num = '9999'")
+    execute(url, "UPDATE mesh_alembic_version SET version_num = '9999'")
     for arguments in (("health",), ("schema",), ("upgrade",), ("backup", tmp_path / "backup")):
         assert call(*arguments)[0] == Exit.SCHEMA_MISMATCH
     assert json.loads(call("schema", "--json")[1])["pending"] == []

@@ -29,12 +29,14 @@ from mesh_storage.backup.manifest import Manifest
 from mesh_storage.errors import (
     AlreadyExistsError,
     ConfigurationError,
+    ConflictError,
     InvalidInputError,
     MeshStorageError,
     SchemaMismatchError,
 )
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.schema import migration
+from mesh_storage.schema import migration, tables
+from mesh_storage.schema.tables import Location
 from mesh_storage.settings import Settings
 
 logger = logging.getLogger("mesh_storage")
@@ -152,7 +154,7 @@ def restore(
         with migration.turn(server.connect), connection.transaction():
             _load(connection, manifest, tools, source / _DUMP, report, overwrite=overwrite, jobs=jobs)
         connection.execute(sql.SQL("ANALYZE {}").format(catalog.names(manifest.namespace, manifest.rows)))
-    if manifest.revision != schema.head():
+    if manifest.revision != schema.head() or _version_table(manifest) != tables.VERSION_TABLE:
         schema.upgrade_server(server)
     logger.info("backup restored", extra={"event": "restore", "revision": manifest.revision, "rows": manifest.rows})
     return manifest
@@ -173,15 +175,16 @@ def _dump(connection: Connection, directory: Path, jobs: int, report: Report) ->
     major, own = client_tools.server_major(connection), client_tools.server_version(connection)
     suitable = client_tools.suitable(major, own=own, tls=client_tools.uses_tls(connection))
     environment, public = client_tools.same_server(connection)
-    namespace = catalog.namespace_of(connection)
-    there = catalog.tables(connection, namespace)
-    if "alembic_version" not in there:
+    location = catalog.locate(connection)
+    if location.version_table is None:
         schema.check(None)
     with connection.transaction():
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         # Before the snapshot, which the statement after it takes: no table changes its shape between that and the dump.
-        connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(catalog.names(namespace, there)))
-        there = catalog.tables(connection, namespace)
+        listed = catalog.names(location.namespace, location.tables)
+        connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(listed))
+        location = catalog.locate(connection)
+        namespace, there = location.namespace, location.tables
         snapshot: str = catalog.value(connection, "SELECT pg_export_snapshot()")
         lock_timeout: str = catalog.value(connection, "SHOW lock_timeout")
         options = [f"--dbname={public}", "--no-password", f"--lock-wait-timeout={lock_timeout}"]
@@ -189,7 +192,7 @@ def _dump(connection: Connection, directory: Path, jobs: int, report: Report) ->
         options += ["--no-publications", "--no-security-labels"]
         options += [f"--table={sql.Identifier(namespace, table).as_string()}" for table in there]
         tools = _choose(connection, suitable, options, environment, directory)
-        manifest = _describe(connection, namespace, there, tools)
+        manifest = _describe(connection, location, tools)
         output = ["--format=directory", f"--file={directory / _DUMP}", f"--jobs={jobs}"]
         copied, total = catalog.copied(connection, there, manifest.rows), sum(manifest.rows.values())
         client_tools.run(
@@ -241,21 +244,26 @@ def _choose(
     )
 
 
-def _describe(connection: Connection, namespace: str, there: dict[str, int], tools: ClientTools) -> Manifest:
+def _describe(connection: Connection, location: Location, tools: ClientTools) -> Manifest:
     """Say what the snapshot of this transaction holds."""
-    revision = catalog.revision(connection, namespace)
+    revision, there = location.revision, location.tables
     if revision is None or revision not in schema.revisions():
         schema.check(revision)
+    if location.missing:
+        raise SchemaMismatchError(
+            f"the database is at revision {revision}, but lacks the tables {', '.join(location.missing)} in the schema "
+            f"{location.namespace}; no backup of what is left would be whole"
+        )
     # So that every name is written with its schema.
     connection.execute("SET LOCAL search_path = ''")
     return Manifest(
         created=catalog.value(connection, "SELECT now()"),
         revision=str(revision),
-        namespace=namespace,
+        namespace=location.namespace,
         server_version=client_tools.server_version(connection),
         tool_version=tools.version,
         size=catalog.size(connection, there),
-        rows={table: catalog.count(connection, namespace, table) for table in there},
+        rows={table: catalog.count(connection, location.namespace, table) for table in there},
         definitions=catalog.definitions(connection, there),
         references=catalog.references(connection, there),
     )
@@ -268,8 +276,20 @@ def _check(source: Path, report: Report) -> Manifest:
             f"the backup has the schema revision {manifest.revision}, which this mesh_storage (at {schema.head()}) "
             "does not know; restore it with a newer mesh_storage"
         )
+    lacking = tables.missing(manifest.revision, manifest.rows)
+    if _version_table(manifest) not in manifest.rows:
+        lacking.append(tables.VERSION_TABLE)
+    if lacking:
+        raise InvalidInputError(
+            f"the backup cannot be used: it lacks the tables {', '.join(lacking)}; take another one", field="path"
+        )
     manifest.verify_files(source, lambda done, total: report(Progress("check", done, total)))
     return manifest
+
+
+def _version_table(manifest: Manifest) -> str:
+    former = tables.FORMER_VERSION_TABLE
+    return former if former in manifest.rows else tables.VERSION_TABLE
 
 
 def _load(
@@ -283,13 +303,21 @@ def _load(
     jobs: int,
 ) -> None:
     """Do what is in the transaction of a restore."""
-    namespace = catalog.namespace_of(connection)
+    location = catalog.locate(connection)
+    namespace = location.namespace
     if namespace != manifest.namespace:
         raise ConfigurationError(
             f"the tables of the backup are in the schema {manifest.namespace}, the connection leads to {namespace}; "
             f"change it by the URL's parameter options=-csearch_path={manifest.namespace}"
         )
-    keep = catalog.make_room(connection, namespace, overwrite=overwrite)
+    former = sql.Identifier(namespace, tables.FORMER_VERSION_TABLE).as_string()
+    keep = catalog.make_room(connection, location, overwrite=overwrite)
+    version_table = _version_table(manifest)
+    if version_table != tables.VERSION_TABLE and catalog.value(connection, "SELECT to_regclass(%s)", former):
+        raise ConflictError(
+            f"the backup has its version table under the name {former}, which another service has here; restore it "
+            "into a database of its own, and take a backup there"
+        )
     catalog.define(connection, manifest.definitions)
     missing = catalog.missing(connection, manifest.references)
     if missing:
@@ -312,7 +340,7 @@ def _load(
         if table in manifest.rows:
             connection.execute(statement.encode())
     found = {table: catalog.count(connection, namespace, table) for table in manifest.rows}
-    if found != manifest.rows or catalog.revision(connection, namespace) != manifest.revision:
+    if found != manifest.rows or catalog.revision(connection, namespace, version_table) != manifest.revision:
         raise InvalidInputError("the dump is not what its manifest says; nothing was restored", field="path")
 
 

@@ -10,13 +10,11 @@ import psycopg
 from psycopg import sql
 
 from mesh_storage import schema
-from mesh_storage.errors import ConfigurationError, ConflictError, translate
-from mesh_storage.models import Base
+from mesh_storage.errors import ConflictError, translate
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
-
-TABLES = (*sorted(Base.metadata.tables), "mesh_consensus_log_stale", "alembic_version")
-"""What is backed up, as far as it is there."""
+from mesh_storage.schema import tables
+from mesh_storage.schema.tables import Location
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
@@ -56,29 +54,20 @@ def value(connection: Connection, query: LiteralString | sql.Composed, *paramete
     return None if row is None else row[0]
 
 
-def namespace_of(connection: Connection) -> str:
-    """Find the PostgreSQL schema that the tables are in, or would be created in.
+def locate(connection: Connection) -> Location:
+    """Find the tables, and refuse what no backup could be told apart from.
 
     Raises:
-        ConfigurationError: The search_path leads nowhere.
+        ConfigurationError: It is not clear which tables are ours.
+        ConflictError: Others keep their revision in our version table.
     """
-    found: str | None = value(
-        connection,
-        "SELECT coalesce((SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
-        " WHERE pg_class.oid = to_regclass('alembic_version')), current_schema())",
-    )
-    if found is None:
-        raise ConfigurationError("the search_path of the connection leads to no schema that exists")
-    return found
-
-
-def tables(connection: Connection, namespace: str) -> dict[str, int]:
-    """Find those of our tables that are there, with their object ids."""
-    query = (
-        "SELECT relname, pg_class.oid FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
-        " WHERE nspname = %s AND relname = ANY(%s) AND relkind IN ('r', 'p') ORDER BY relname"
-    )
-    return dict(rows(connection, query, namespace, list(TABLES)))
+    location = tables.locate(tables.by_psycopg(connection))
+    if location.shared:
+        raise ConflictError(
+            f"{location.namespace}.{location.version_table} holds the revisions of others as well; run: mesh-storage "
+            "upgrade, which gives mesh_storage a version table of its own"
+        )
+    return location
 
 
 def names(namespace: str, listed: Iterable[str]) -> sql.Composed:
@@ -92,9 +81,9 @@ def count(connection: Connection, namespace: str, table: str) -> int:
     return number
 
 
-def revision(connection: Connection, namespace: str) -> str | None:
-    """Return the revision of the schema, or None where the table that says it is empty."""
-    query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(namespace, "alembic_version"))
+def revision(connection: Connection, namespace: str, table: str = tables.VERSION_TABLE) -> str | None:
+    """Return the revision in a version table, or None where that is empty."""
+    query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(namespace, table))
     found: str | None = value(connection, query)
     return found
 
@@ -147,26 +136,24 @@ def copied(connection: Connection, there: Mapping[str, int], expected: Mapping[s
     return ask
 
 
-def make_room(connection: Connection, namespace: str, *, overwrite: bool) -> list[tuple[str, str]]:
+def make_room(connection: Connection, location: Location, *, overwrite: bool) -> list[tuple[str, str]]:
     """Drop the tables that are there, and give each one's statements that restore its owner and grants.
 
     Raises:
         ConflictError: They hold rows and `overwrite` was not given, or other systems depend on them.
         SchemaMismatchError: Their schema is newer than this code, which may not know all tables.
     """
-    there = tables(connection, namespace)
+    there = location.tables
     if not there:
         return []
-    listed, oids = names(namespace, there), list(there.values())
+    listed, oids = names(location.namespace, there), list(there.values())
     connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(listed))
-    if "alembic_version" in there:
-        known = revision(connection, namespace)
-        if known is not None and known not in schema.revisions():
-            schema.check(known)
+    if location.revision is not None and location.revision not in schema.revisions():
+        schema.check(location.revision)
     if not overwrite:
         exists = sql.SQL("SELECT EXISTS (SELECT FROM {})")
-        for table in there.keys() - {"alembic_version"}:
-            if value(connection, exists.format(sql.Identifier(namespace, table))):
+        for table in there.keys() - {location.version_table}:
+            if value(connection, exists.format(sql.Identifier(location.namespace, table))):
                 raise ConflictError(f"the database has rows in {table}; restore with overwrite to replace them all")
     attached = [name for (name,) in rows(connection, _ATTACHED, oids, oids, oids, oids)]
     if attached:

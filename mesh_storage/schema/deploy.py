@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, LiteralString
+from typing import TYPE_CHECKING
 
 import psycopg
 import sqlalchemy
@@ -16,6 +15,7 @@ from pydantic import SecretStr
 from mesh_storage.errors import SchemaMismatchError, translate
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.schema import tables
 from mesh_storage.settings import Settings
 
 if TYPE_CHECKING:
@@ -49,13 +49,7 @@ def head() -> str:
 
 def current(connection: sqlalchemy.Connection) -> str | None:
     """Return the revision of a database, or None where mesh_storage's schema was never deployed."""
-    return _current(lambda query: connection.exec_driver_sql(query).fetchone())
-
-
-def _current(fetch: Callable[[LiteralString], Sequence[Any] | None]) -> str | None:
-    exists = fetch("SELECT to_regclass('alembic_version')")
-    row = fetch("SELECT version_num FROM alembic_version") if exists and exists[0] else None
-    return None if row is None else row[0]
+    return tables.revision_in(tables.by_sqlalchemy(connection))
 
 
 def check(revision: str | None) -> None:
@@ -90,7 +84,7 @@ def ensure(server: Server) -> None:
         with engine.connect(server.connect) as connection:
             if server.local_parameters is not None:
                 connection.execute(f"BEGIN READ ONLY; {server.local_parameters}".encode())
-            revision = _current(lambda query: connection.execute(query).fetchone())
+            revision = tables.revision_in(tables.by_psycopg(connection))
     except psycopg.Error as error:
         raise translate(error) from error
     if server.embedded is not None and (revision is None or revision in revisions()[:-1]):

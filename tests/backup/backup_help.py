@@ -15,9 +15,9 @@ from typing import Any
 from psycopg import sql
 
 from mesh_storage import MeshStorage
-from mesh_storage.backup import catalog
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.schema import tables
 from mesh_storage.settings import Settings
 from mesh_storage.testing import (
     ConfigEntryFactory,
@@ -98,10 +98,10 @@ def fill(storage: MeshStorage, *, messages: int = 50) -> None:
 def contents(server: Server) -> Contents:
     """Read everything that the tables of a database hold."""
     with engine.connect(server.connect) as connection:
-        namespace = catalog.namespace_of(connection)
+        location = tables.locate(tables.by_psycopg(connection))
         found: Contents = {}
-        for table in catalog.tables(connection, namespace):
-            query = sql.SQL("SELECT * FROM {} AS t ORDER BY t::text").format(sql.Identifier(namespace, table))
+        for table in location.tables:
+            query = sql.SQL("SELECT * FROM {} AS t ORDER BY t::text").format(sql.Identifier(location.namespace, table))
             found[table] = connection.execute(query).fetchall()
         return found
 

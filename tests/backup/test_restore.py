@@ -25,11 +25,11 @@ from mesh_storage import (
     Settings,
     StorageTimeoutError,
     backup,
-    engine,
     schema,
 )
 from mesh_storage.backup import Progress, archive
 from mesh_storage.backup.manifest import Manifest, _own_checksum
+from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
@@ -245,7 +245,7 @@ def test_a_backup_of_a_newer_schema_is_refused(storage: MeshStorage, server: Ser
 
 
 def test_a_database_of_a_newer_schema_is_left_alone(server: Server, made: Path) -> None:
-    run(server, "UPDATE alembic_version SET version_num = '9999'")
+    run(server, "UPDATE mesh_alembic_version SET version_num = '9999'")
     before = contents(server)
     with pytest.raises(SchemaMismatchError, match="9999"):
         backup.restore(server, made, overwrite=True)
