@@ -106,7 +106,7 @@ def run_online(connect: dict[str, Any]) -> None:
             options = OPTIONS | {"connection": connection, "on_version_apply": lambda **_: check_turn()}
             context.configure(**options)
             location = migration.settle(connection, changes=changes_revision())
-            if location.version_table == tables.FORMER_VERSION_TABLE:
+            if location.version_table == tables.FORMER_VERSION_TABLE and not location.shared:
                 context.configure(**options | {"version_table": location.version_table})
             check_before_upgrade(connection)
             try:

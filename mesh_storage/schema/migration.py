@@ -66,7 +66,7 @@ _COPY_GRANTS = """
         FOR granted IN SELECT privilege_type, is_grantable, grantee
                        FROM pg_class, aclexplode(relacl) WHERE pg_class.oid = {former} LOOP
             EXECUTE format(
-                'GRANT %s ON {ours} TO %s%s', granted.privilege_type,
+                'GRANT %%s ON {ours} TO %%s%%s', granted.privilege_type,
                 CASE granted.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(granted.grantee)) END,
                 CASE WHEN granted.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END
             );
