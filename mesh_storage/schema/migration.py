@@ -195,6 +195,14 @@ def patiently(work: Callable[[], None]) -> None:
         pause = min(5.0, pause * 1.5)
 
 
+def what_ended(error: sqlalchemy.exc.PendingRollbackError) -> BaseException:
+    """Return what broke a transaction off, which SQLAlchemy's words about the transaction itself hide."""
+    found: BaseException = error
+    while isinstance(found, sqlalchemy.exc.PendingRollbackError) and found.__context__ is not None:
+        found = found.__context__
+    return found
+
+
 def _is_in_use(error: Exception) -> bool:
     if isinstance(error, sqlalchemy.exc.DBAPIError):
         return isinstance(error.orig, (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected))
