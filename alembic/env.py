@@ -13,6 +13,7 @@ from alembic import context
 from alembic.util import CommandError
 from sqlalchemy.dialects.postgresql import DOMAIN
 
+from mesh_storage import schema
 from mesh_storage.errors import MeshStorageError
 from mesh_storage.models import Base
 from mesh_storage.postgres.server import open_server
@@ -101,22 +102,30 @@ def run_online(connect: dict[str, Any]) -> None:
     """Run the migrations; one that gets no lock in time is undone and tried again, so that the traffic goes on."""
     engine = migration.create_engine(connect)
 
+    def migrate(connection: sqlalchemy.Connection, check_turn: Callable[[], None]) -> None:
+        options = OPTIONS | {"connection": connection, "on_version_apply": lambda **_: check_turn()}
+        context.configure(**options)
+        location = migration.settle(connection, changes=changes_revision())
+        if changes_revision() and location.revision not in (None, *schema.revisions()):
+            schema.check(location.revision)
+        if location.version_table == tables.FORMER_VERSION_TABLE and not location.shared:
+            context.configure(**options | {"version_table": location.version_table})
+        check_before_upgrade(connection)
+        try:
+            with context.begin_transaction():
+                context.run_migrations()
+        except sqlalchemy.exc.IntegrityError:
+            # A service added such a row since the check, which says which one it is.
+            connection.rollback()
+            check_before_upgrade(connection)
+            raise
+
     def run(check_turn: Callable[[], None]) -> None:
         with engine.connect() as connection:
-            options = OPTIONS | {"connection": connection, "on_version_apply": lambda **_: check_turn()}
-            context.configure(**options)
-            location = migration.settle(connection, changes=changes_revision())
-            if location.version_table == tables.FORMER_VERSION_TABLE:
-                context.configure(**options | {"version_table": location.version_table})
-            check_before_upgrade(connection)
             try:
-                with context.begin_transaction():
-                    context.run_migrations()
-            except sqlalchemy.exc.IntegrityError:
-                # A service added such a row since the check, which says which one it is.
-                connection.rollback()
-                check_before_upgrade(connection)
-                raise
+                migrate(connection, check_turn)
+            except sqlalchemy.exc.PendingRollbackError as error:
+                raise migration.what_ended(error) from error
 
     with migration.turn(connect) as check_turn:
         migration.patiently(lambda: run(check_turn))

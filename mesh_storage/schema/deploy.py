@@ -12,7 +12,7 @@ import psycopg
 import sqlalchemy
 from pydantic import SecretStr
 
-from mesh_storage.errors import SchemaMismatchError, translate
+from mesh_storage.errors import MeshStorageError, SchemaMismatchError, translate
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.schema import tables
@@ -115,6 +115,7 @@ def upgrade(url: str | None = None, revision: str = "head") -> None:
         ConfigurationError: The URL or another setting is wrong, `transaction_pooling` among them.
         UnavailableError: The database cannot be reached.
         StorageTimeoutError: A lock was not to be had, or another process migrates for too long.
+        SchemaMismatchError: The schema is ahead of this code.
     """
     server = open_server(Settings() if url is None else Settings(url=SecretStr(url)))
     try:
@@ -126,12 +127,15 @@ def upgrade(url: str | None = None, revision: str = "head") -> None:
 def upgrade_server(server: Server, revision: str = "head") -> None:
     """Bring the schema up to date on a server that is open already."""
     from alembic import command
+    from alembic.util import CommandError
 
     server.require_session()
     logger.info("deploying the schema", extra={"event": "deploy", "server": server.kind, "revision": revision})
     try:
         with _alembic:
             command.upgrade(alembic_config(server.connect), revision)
+    except CommandError as error:
+        raise MeshStorageError(f"the schema cannot be brought to {revision}: {error}") from error
     except Exception as error:
         translated = translate(error)
         if translated is error:

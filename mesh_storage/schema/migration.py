@@ -66,7 +66,7 @@ _COPY_GRANTS = """
         FOR granted IN SELECT privilege_type, is_grantable, grantee
                        FROM pg_class, aclexplode(relacl) WHERE pg_class.oid = {former} LOOP
             EXECUTE format(
-                'GRANT %s ON {ours} TO %s%s', granted.privilege_type,
+                'GRANT %%s ON {ours} TO %%s%%s', granted.privilege_type,
                 CASE granted.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(granted.grantee)) END,
                 CASE WHEN granted.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END
             );
@@ -193,6 +193,14 @@ def patiently(work: Callable[[], None]) -> None:
         logger.info("the migration waits for locks", extra={"event": "retry", "pause": pause})
         time.sleep(random.uniform(0.5, 1.0) * pause)  # noqa: S311 - no secret
         pause = min(5.0, pause * 1.5)
+
+
+def what_ended(error: sqlalchemy.exc.PendingRollbackError) -> BaseException:
+    """Return what broke a transaction off, which SQLAlchemy's words about the transaction itself hide."""
+    found: BaseException = error
+    while isinstance(found, sqlalchemy.exc.PendingRollbackError) and found.__context__ is not None:
+        found = found.__context__
+    return found
 
 
 def _is_in_use(error: Exception) -> bool:
