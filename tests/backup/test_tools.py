@@ -21,12 +21,12 @@ from mesh_storage import (
     MeshStorageError,
     UnavailableError,
     backup,
-    embedded,
     schema,
 )
 from mesh_storage.backup import client_tools, portable
 from mesh_storage.backup.client_tools import ClientTools
 from mesh_storage.postgres import engine
+from mesh_storage.embedded.server import programs
 from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
@@ -53,7 +53,7 @@ def test_the_newest_is_chosen_of_the_system_the_path_and_the_bundled(
         program(tmp_path / "usr/lib/postgresql/98/bin", name, "98.2 (Debian 98.2-1)")
     monkeypatch.setattr(client_tools, "_PLACES", ())
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert client_tools.find(16).directory == embedded.programs("18")
+    assert client_tools.find(16).directory == programs("18")
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     assert client_tools.find(18) == ClientTools(tmp_path / "path", "97.1")
     monkeypatch.setattr(client_tools, "_PLACES", (str(tmp_path / "usr/lib/postgresql/*/bin").lstrip("/"),))
@@ -146,11 +146,11 @@ def test_programs_older_than_the_marks_of_a_server_are_refused(
     with databases_of("15").fresh() as url, MeshStorage.open(url) as storage:
         if not marks(server_of(url)):
             pytest.skip("this PostgreSQL 15 does not mark columns")
-        only(monkeypatch, embedded.programs("18"), embedded.programs("16"))
+        only(monkeypatch, programs("18"), programs("16"))
         with pytest.raises(ConfigurationError, match=r"by pg_dump 18\.\d+ or 16\.\d+ .*postgresql-client-15 "):
             storage.backup(tmp_path / "backup", verify=True)
         assert list(tmp_path.iterdir()) == []
-        only(monkeypatch, embedded.programs("18"), SYSTEM_15)
+        only(monkeypatch, programs("18"), SYSTEM_15)
         assert storage.backup(tmp_path / "backup", verify=True).tool_version.startswith("15.")
 
 
@@ -439,7 +439,7 @@ def test_an_encrypted_connection_stays_encrypted(
         server = Server({**connect, "host": "127.0.0.1", "port": port, "sslmode": "require", "options": ""})
         schema.upgrade_server(server)
         assert backup.backup(server, tmp_path / "backup").tool_version.startswith("15.")
-        bundled = [embedded.programs("18"), embedded.programs("16")]
+        bundled = [programs("18"), programs("16")]
         monkeypatch.setattr(client_tools, "_PLACES", ())
         monkeypatch.setenv("PATH", str(tmp_path))
         assert client_tools.find(15).directory in bundled
