@@ -25,8 +25,8 @@ from mesh_storage import (
 )
 from mesh_storage.backup import client_tools, portable
 from mesh_storage.backup.client_tools import ClientTools
-from mesh_storage.postgres import engine
 from mesh_storage.embedded.server import programs
+from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
