@@ -141,3 +141,14 @@ def upgrade_server(server: Server, revision: str = "head") -> None:
         if translated is error:
             raise
         raise translated from error
+
+
+def migrate(connection: sqlalchemy.Connection, revision: str) -> None:
+    """Bring the schema to a revision, a newer or an older one, in the transaction of a connection."""
+    from alembic import command
+
+    config = alembic_config()
+    config.attributes["connection"] = connection
+    at = current(connection) or ""
+    with _alembic:
+        (command.upgrade if at < revision else command.downgrade)(config, revision)

@@ -107,7 +107,8 @@ def settle(connection: sqlalchemy.Connection, *, changes: bool) -> Location:
     """
     location = tables.locate(tables.by_sqlalchemy(connection))
     if changes and location.version_table == tables.FORMER_VERSION_TABLE:
-        _take_over(connection, location)
+        take_over(connection, location)
+        connection.commit()
         location = tables.locate(tables.by_sqlalchemy(connection))
     path: list[str] = connection.exec_driver_sql("SELECT current_schemas(false)").scalar_one()
     connection.exec_driver_sql(f"SET search_path TO {tables.leading_to(location.namespace, path)}")
@@ -115,7 +116,7 @@ def settle(connection: sqlalchemy.Connection, *, changes: bool) -> Location:
     return location
 
 
-def _take_over(connection: sqlalchemy.Connection, location: Location) -> None:
+def take_over(connection: sqlalchemy.Connection, location: Location) -> None:
     """Give the version table its own name; where it has rows of others, give our row a table of its own.
 
     A service that may read the one may read the other: grants and the owner stay.
@@ -137,7 +138,6 @@ def _take_over(connection: sqlalchemy.Connection, location: Location) -> None:
         connection.exec_driver_sql(
             f"ALTER TABLE {ours} RENAME CONSTRAINT {tables.FORMER_VERSION_TABLE}_pkc TO {_VERSION_KEY}"
         )
-    connection.commit()
     logger.info(
         "the version table is %s from now on",
         ours,
