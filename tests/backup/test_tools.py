@@ -7,6 +7,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -257,12 +258,7 @@ def test_rows_that_end_too_early_are_an_error(
     storage: MeshStorage, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = "case \"$1\" in --list) ;; *) echo 'COPY public.mesh_state (key, value) FROM stdin;'; exit 0;; esac"
-    program(
-        tmp_path / "tools",
-        "pg_restore",
-        "99.0",
-        script.replace("COPY", "CREATE TABLE public.mesh_state (key text, value bytea);\nCOPY"),
-    )
+    program(tmp_path / "tools", "pg_restore", "99.0", script)
     program(tmp_path / "tools", "pg_dump", "99.0")
     storage.backup(tmp_path / "backup")
     before = contents(server)
@@ -351,6 +347,24 @@ def test_no_permission(mesh_storage_url: str, locked: tuple[Path, str], storage:
     (directory / "backup").chmod(0o700)
     assert words.startswith("InvalidInputError the path")
     assert "Permission denied" in words
+
+
+def test_a_directory_that_may_not_be_read_makes_no_failure_of_a_backup_that_is_there(
+    databases_of: Callable[[str], Databases], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may make files in it, but not open it, and so not sync it."""
+    with tempfile.TemporaryDirectory() as name, databases_of("15").fresh() as url:
+        directory, prelude = Path(name), ""
+        monkeypatch.setenv("TMPDIR", "/tmp")  # noqa: S108 - where anybody may write
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            os.chown(directory, nobody.pw_uid, -1)
+            prelude = f"import os; os.seteuid({nobody.pw_uid})"
+        directory.chmod(0o300)
+        words = in_child(url, directory / "backup", "backup", prelude)
+        directory.chmod(0o700)
+        assert words == ""
+        assert backup.verify(directory / "backup").revision == schema.head()
 
 
 LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))"
