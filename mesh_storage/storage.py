@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from pydantic import SecretStr
 
 from mesh_storage import health, schema
-from mesh_storage.errors import ClosedError, ConfigurationError, InvalidInputError, MeshStorageError
+from mesh_storage.errors import (
+    ClosedError,
+    ConfigurationError,
+    InvalidInputError,
+    MeshStorageError,
+    SchemaMismatchError,
+)
 from mesh_storage.health import Health
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
 from mesh_storage.postgres.pool import Pool, check_open
@@ -165,10 +171,14 @@ class MeshStorage:
                 begun = time.perf_counter()
                 row = connection.fetch_one(health.READ_ONLY)
                 round_trip_ms = (time.perf_counter() - begun) * 1000
-                revision = connection.perform(schema.current, connection.driver.sqlalchemy)
+                revision, unclear = None, None
+                try:
+                    revision = connection.perform(schema.current, connection.driver.sqlalchemy)
+                except (ConfigurationError, SchemaMismatchError) as error:
+                    unclear = error
             finally:
                 self._pool.release(connection)
-            return health.answered(row, revision, round_trip_ms=round_trip_ms, **pool)
+            return health.answered(row, revision, unclear, round_trip_ms=round_trip_ms, **pool)
         except ClosedError:
             raise
         except MeshStorageError as error:

@@ -167,7 +167,7 @@ def test_upgrade(bare: str, call: Call) -> None:
 
 
 def test_a_schema_that_is_ahead(url: str, call: Call, tmp_path: Path) -> None:
-    execute(url, "UPDATE alembic_version SET version_num = '9999'")
+    execute(url, "UPDATE mesh_alembic_version SET version_num = '9999'")
     for arguments in (("health",), ("schema",), ("upgrade",), ("backup", tmp_path / "backup")):
         assert call(*arguments)[0] == Exit.SCHEMA_MISMATCH
     assert json.loads(call("schema", "--json")[1])["pending"] == []
@@ -211,7 +211,7 @@ def test_an_older_schema_is_backed_up_and_its_restore_upgraded(url: str, bare: s
         (["schema", "--url", NOWHERE], Exit.UNAVAILABLE, "UnavailableError"),
         (["upgrade", "--url", NOWHERE], Exit.UNAVAILABLE, "UnavailableError"),
         (["restore", "nowhere", "--url", NOWHERE], Exit.FAILED, "NotFoundError"),
-        (["backup", "x", "--jobs", "0"], Exit.FAILED, "InvalidInputError"),
+        (["verify", "nowhere"], Exit.FAILED, "NotFoundError"),
     ],
 )
 def test_an_error_is_one_json_object_and_an_exit_code(
@@ -237,7 +237,19 @@ def test_missing_tools_are_a_matter_of_configuration(
     assert "install postgresql-client-" in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["backup"], ["restore", "x", "--jobs", "many"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["backup"],
+        ["verify"],
+        *(
+            [command, "x", "--jobs", jobs]
+            for command, jobs in [("restore", "many"), ("backup", "0"), ("restore", "-1"), ("verify", "65")]
+        ),
+    ],
+)
 def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -251,7 +263,7 @@ def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0
     words = capsys.readouterr().out
     assert "Exit codes" in words
-    assert all(name in words for name in ("health", "schema", "upgrade", "backup", "restore"))
+    assert all(name in words for name in ("health", "schema", "upgrade", "backup", "restore", "verify"))
 
 
 def test_ctrl_c(url: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

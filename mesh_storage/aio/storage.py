@@ -19,7 +19,13 @@ from mesh_storage.aio.postgres.concurrency import in_background, in_greenlet, sy
 from mesh_storage.aio.postgres.pool import AsyncPool
 from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
-from mesh_storage.errors import ClosedError, InvalidInputError, MeshStorageError
+from mesh_storage.errors import (
+    ClosedError,
+    ConfigurationError,
+    InvalidInputError,
+    MeshStorageError,
+    SchemaMismatchError,
+)
 from mesh_storage.health import Health
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
 from mesh_storage.postgres.pool import check_open
@@ -180,10 +186,14 @@ class AsyncMeshStorage:
                 row = await connection.fetch_one(health.READ_ONLY)
                 round_trip_ms = (time.perf_counter() - begun) * 1000
                 database = sync_connection(connection.driver.sqlalchemy)
-                revision = await connection.perform(in_greenlet, schema.current, database)
+                revision, unclear = None, None
+                try:
+                    revision = await connection.perform(in_greenlet, schema.current, database)
+                except (ConfigurationError, SchemaMismatchError) as error:
+                    unclear = error
             finally:
                 await self._pool.release(connection)
-            return health.answered(row, revision, round_trip_ms=round_trip_ms, **pool)
+            return health.answered(row, revision, unclear, round_trip_ms=round_trip_ms, **pool)
         except ClosedError:
             raise
         except MeshStorageError as error:

@@ -19,12 +19,15 @@ from typing import Any
 
 import psycopg
 import sqlalchemy
+import sqlalchemy.event
 import sqlalchemy.exc
 from alembic import op
 from sqlalchemy.pool import NullPool
 
 from mesh_storage.errors import StorageTimeoutError
 from mesh_storage.postgres import engine, environment
+from mesh_storage.schema import tables
+from mesh_storage.schema.tables import Location
 
 logger = logging.getLogger("mesh_storage")
 
@@ -55,6 +58,21 @@ _OPTIONS = (
     "-c idle_session_timeout=0 -c client_connection_check_interval=1s "
     "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
 )
+_VERSION_KEY = f"{tables.VERSION_TABLE}_pkc"
+_COPY_GRANTS = """
+    DO $$
+    DECLARE granted record;
+    BEGIN
+        FOR granted IN SELECT privilege_type, is_grantable, grantee
+                       FROM pg_class, aclexplode(relacl) WHERE pg_class.oid = {former} LOOP
+            EXECUTE format(
+                'GRANT %%s ON {ours} TO %%s%%s', granted.privilege_type,
+                CASE granted.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(granted.grantee)) END,
+                CASE WHEN granted.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END
+            );
+        END LOOP;
+    END $$
+"""
 
 
 class InUseError(StorageTimeoutError):
@@ -68,7 +86,64 @@ def create_engine(connect: dict[str, Any]) -> sqlalchemy.Engine:
         "postgresql+psycopg://", connect_args=arguments, poolclass=NullPool, hide_parameters=True
     )
     environment.keep_out(made)
+
+    @sqlalchemy.event.listens_for(made, "connect")
+    def lift(connection: Any, _record: Any) -> None:
+        # Only PostgreSQL 17 and later knows it, and an option that a server does not know is refused.
+        connection.execute("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'")
+        connection.commit()
+
     return made
+
+
+def settle(connection: sqlalchemy.Connection, *, changes: bool) -> Location:
+    """Find the tables, and let unqualified names lead to their schema for the rest of the session.
+
+    Args:
+        connection: In no transaction.
+        changes: Whether a revision is to be done or undone, for which the version table gets its own name first.
+
+    Raises:
+        ConfigurationError: It is not clear which tables are ours.
+    """
+    location = tables.locate(tables.by_sqlalchemy(connection))
+    if changes and location.version_table == tables.FORMER_VERSION_TABLE:
+        take_over(connection, location)
+        connection.commit()
+        location = tables.locate(tables.by_sqlalchemy(connection))
+    path: list[str] = connection.exec_driver_sql("SELECT current_schemas(false)").scalar_one()
+    connection.exec_driver_sql(f"SET search_path TO {tables.leading_to(location.namespace, path)}")
+    connection.commit()
+    return location
+
+
+def take_over(connection: sqlalchemy.Connection, location: Location) -> None:
+    """Give the version table its own name; where it has rows of others, give our row a table of its own.
+
+    A service that may read the one may read the other: grants and the owner stay.
+    """
+    former = tables.qualified(location.namespace, tables.FORMER_VERSION_TABLE)
+    ours = tables.qualified(location.namespace, tables.VERSION_TABLE)
+    connection.exec_driver_sql(f"LOCK TABLE {former} IN ACCESS EXCLUSIVE MODE")
+    if location.shared:
+        connection.exec_driver_sql(f"CREATE TABLE {ours} (LIKE {former})")
+        connection.exec_driver_sql(f"ALTER TABLE {ours} ADD CONSTRAINT {_VERSION_KEY} PRIMARY KEY (version_num)")
+        row = f"'{location.revision}'"
+        connection.exec_driver_sql(f"DELETE FROM {former} WHERE version_num = {row}")  # noqa: S608 - names of ours
+        connection.exec_driver_sql(f"INSERT INTO {ours} VALUES ({row})")  # noqa: S608 - names of ours
+        connection.exec_driver_sql(
+            _COPY_GRANTS.format(former=location.tables[tables.FORMER_VERSION_TABLE], ours=ours.replace("'", "''"))
+        )
+    else:
+        connection.exec_driver_sql(f"ALTER TABLE {former} RENAME TO {tables.VERSION_TABLE}")
+        connection.exec_driver_sql(
+            f"ALTER TABLE {ours} RENAME CONSTRAINT {tables.FORMER_VERSION_TABLE}_pkc TO {_VERSION_KEY}"
+        )
+    logger.info(
+        "the version table is %s from now on",
+        ours,
+        extra={"event": "deploy", "version_table": tables.VERSION_TABLE, "revision": location.revision},
+    )
 
 
 @contextmanager
@@ -119,6 +194,14 @@ def patiently(work: Callable[[], None]) -> None:
         logger.info("the migration waits for locks", extra={"event": "retry", "pause": pause})
         time.sleep(random.uniform(0.5, 1.0) * pause)  # noqa: S311 - no secret
         pause = min(5.0, pause * 1.5)
+
+
+def what_ended(error: sqlalchemy.exc.PendingRollbackError) -> BaseException:
+    """Return what broke a transaction off, which SQLAlchemy's words about the transaction itself hide."""
+    found: BaseException = error
+    while isinstance(found, sqlalchemy.exc.PendingRollbackError) and found.__context__ is not None:
+        found = found.__context__
+    return found
 
 
 def _is_in_use(error: Exception) -> bool:

@@ -107,7 +107,7 @@ def insert(connection: legacy.Connection, constraint: str) -> tuple[str, str]:
 def unchanged(connection: legacy.Connection) -> Iterator[None]:
     """See that a test that is refused has changed nothing, and left nothing."""
     yield
-    assert not legacy.exists(connection, "alembic_version")
+    assert not legacy.exists(connection, "mesh_alembic_version")
     names = {row[1] for row in legacy.structure(connection) if row[1] != "-"}  # a domain has constraints too
     assert names == {*legacy.TABLES, *legacy.OTHER_TABLES}
 
@@ -332,7 +332,7 @@ def test_an_index_that_is_not_ours_is_reported_at_a_later_revision_as_well(
     connection.execute("CREATE INDEX nodes_status_node_id_idx ON nodes (port)")
     with pytest.raises(ConflictError, match="table nodes: nodes_status_node_id_idx is there already"):
         schema.upgrade(legacy_url)
-    assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("0006",)
+    assert connection.execute("SELECT version_num FROM mesh_alembic_version").fetchone() == ("0006",)
     connection.execute("DROP INDEX nodes_status_node_id_idx")
     schema.upgrade(legacy_url)
 
@@ -353,7 +353,7 @@ def test_a_row_that_comes_while_the_migrations_run_is_reported_and_the_next_run_
         schema.upgrade(legacy_url)
     assert [options["shape"] for options in checked] == [True]
     with psycopg.connect(legacy_url) as other:
-        assert other.execute("SELECT version_num FROM alembic_version").fetchone() == ("0004",)
+        assert other.execute("SELECT version_num FROM mesh_alembic_version").fetchone() == ("0004",)
     with pytest.raises(MeshStorageError, match="row key=''"):
         schema.upgrade(legacy_url)
     monkeypatch.undo()

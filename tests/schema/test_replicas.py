@@ -35,7 +35,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = 60) -> No
 
 
 def at_head(connection: legacy.Connection) -> None:
-    assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == (schema.head(),)
+    assert connection.execute("SELECT version_num FROM mesh_alembic_version").fetchone() == (schema.head(),)
     assert not [row for row in legacy.structure(connection) if row[-1] is False and row[0] != "column"]
 
 
@@ -163,8 +163,8 @@ def test_a_migrator_that_is_killed_at_any_point_leaves_what_the_next_one_complet
             copy(name, url)
             assert run(url, statement, when) == -signal.SIGKILL, statement
             with psycopg.connect(url, autocommit=True) as connection:
-                if legacy.exists(connection, "alembic_version"):
-                    stopped_at.add(connection.execute("SELECT max(version_num) FROM alembic_version").fetchone())
+                if legacy.exists(connection, "mesh_alembic_version"):
+                    stopped_at.add(connection.execute("SELECT max(version_num) FROM mesh_alembic_version").fetchone())
                 schema.upgrade(url)
                 at_head(connection)
                 assert legacy.rows(connection) == before
