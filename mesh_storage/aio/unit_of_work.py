@@ -95,7 +95,7 @@ class AsyncUnitOfWork:
         Session-level state of the server (SET, advisory locks, temporary tables, LISTEN) is discarded at the end of the
         unit of work.
         """
-        self._connection.exposed = True
+        self._connection.joined.exposed = True
         return self._session
 
     async def commit(self) -> None:
@@ -108,7 +108,7 @@ class AsyncUnitOfWork:
             StorageTimeoutError: The timeout expired; if `.committed` is `locally`, the synchronous standby may lack the
                 transaction.
         """
-        self._connection.check_whole()
+        self._connection.savepoints.check_none_open()
         if "_session" in vars(self) and not self._connection.has_failed:
             await self._flush()
             while (nested := self._session.get_nested_transaction()) is not None and nested.is_active:
@@ -117,13 +117,13 @@ class AsyncUnitOfWork:
 
     async def rollback(self) -> None:
         """Roll back everything since the last commit."""
-        self._connection.check_whole()
+        self._connection.savepoints.check_none_open()
         await uninterrupted(self._connection.owner, self._connection.rollback)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[None, None]:
         """Roll back only the changes of the block if it raises, so that the unit of work can continue."""
-        self._connection.check_writable()
+        self._connection.characteristics.check_writable()
         # SQLAlchemy restores the objects to their state at this point, even if the session is first used in the block.
         # The session must join the transaction first, else it would join the savepoint and end with it.
         await self._flush()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Literal, NamedTuple
 
 from psycopg import IsolationLevel
 
-from mesh_storage.errors import InvalidInputError, StorageTimeoutError
+from mesh_storage.errors import InvalidInputError
 
 Isolation = Literal["read committed", "repeatable read", "serializable"]
 Durability = Literal["strict", "relaxed"]
@@ -20,8 +19,6 @@ _LEVELS: dict[Isolation | None, IsolationLevel | None] = {
     "serializable": IsolationLevel.SERIALIZABLE,
 }
 _LONGEST_TIMEOUT_S = 365 * 86_400
-LONGEST_LIMIT_MS = 2**31 - 1
-"""About 24 days: PostgreSQL stores its timeouts as 32-bit milliseconds."""
 
 
 class Mode(NamedTuple):
@@ -66,6 +63,15 @@ class Characteristics(NamedTuple):
                     f"timeout must be more than 0 and at most {_LONGEST_TIMEOUT_S} seconds (a year)", field="timeout"
                 )
 
+    def check_writable(self) -> None:
+        """Raise if the unit of work is read-only.
+
+        Raises:
+            InvalidInputError: It is read-only.
+        """
+        if self.read_only:
+            raise InvalidInputError("this unit of work is read-only", field="read_only")
+
     def deadline(self) -> float | None:
         """Return the `time.monotonic()` at which the timeout, counted from now, expires."""
         return None if self.timeout is None else time.monotonic() + self.timeout
@@ -97,46 +103,3 @@ class Characteristics(NamedTuple):
 
 
 _AUTOCOMMIT = Mode(autocommit=True)
-
-
-class Deadline(NamedTuple):
-    """The time, by `time.monotonic()`, by which a unit of work must end."""
-
-    moment: float
-
-    def remaining(self) -> float:
-        """Return the remaining seconds, negative after the deadline."""
-        return self.moment - time.monotonic()
-
-    def check(self) -> None:
-        """Raise if the deadline has passed.
-
-        Raises:
-            StorageTimeoutError: The deadline has passed.
-        """
-        if self.remaining() <= 0:
-            raise StorageTimeoutError("the unit of work exceeded its timeout")
-
-    def limits(self, session: SessionLimits) -> list[str]:
-        """Return the statements that make the server end the transaction of an unresponsive caller.
-
-        The server does so a little after the deadline, so that a late caller gets our timeout error. Stricter limits
-        set by an operator are kept.
-        """
-        limit = min(math.ceil(self.remaining() * 1000) + _CALLER_GRACE_MS, LONGEST_LIMIT_MS)
-        return [
-            f"SET LOCAL {name} = {limit}"
-            for name, narrower in session._asdict().items()
-            if narrower is not None and not 0 < narrower <= limit
-        ]
-
-
-_CALLER_GRACE_MS = 1000
-
-
-class SessionLimits(NamedTuple):
-    """The session's own limits on transactions in milliseconds; 0 for no limit."""
-
-    idle_in_transaction_session_timeout: int
-    transaction_timeout: int | None
-    """None before PostgreSQL 17, which introduced it."""

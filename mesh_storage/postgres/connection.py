@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -17,14 +16,15 @@ from sqlalchemy import Transaction
 
 from mesh_storage.errors import InvalidInputError, MeshStorageError, UnavailableError
 from mesh_storage.models.base import Writes
-from mesh_storage.postgres.characteristics import Characteristics, Deadline
-from mesh_storage.postgres.concurrency import at_once, itself
+from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.concurrency import itself
+from mesh_storage.postgres.deadline import Deadline
 from mesh_storage.postgres.driver import Driver
 from mesh_storage.postgres.failure import committed_locally, failed_before, judge, not_committed
-from mesh_storage.postgres.liveness import GRACE_S
+from mesh_storage.postgres.joined import JoinedSession
 from mesh_storage.postgres.ownership import Ownership
 from mesh_storage.postgres.pooling import Pooling
-from mesh_storage.postgres.session import UnitOfWorkSession
+from mesh_storage.postgres.savepoints import Savepoints
 from mesh_storage.postgres.statement import Parameters, Row, Statement
 from mesh_storage.postgres.transaction import UnitOfWorkTransaction
 
@@ -42,27 +42,22 @@ class UnitOfWorkConnection:
     """
 
     def __init__(
-        self, driver: Driver, characteristics: Characteristics, deadline: Deadline | None, pooling: Pooling | None
+        self, driver: Driver, characteristics: Characteristics, deadline: float | None, pooling: Pooling | None
     ) -> None:
         self.driver = driver
         self.characteristics = characteristics
         self.owner = Ownership()
-        self.joined: UnitOfWorkSession | None = None
-        """The ORM session, if one was used."""
+        self.joined = JoinedSession()
+        self.savepoints = Savepoints()
         self.is_lost = False
         """Whether the connection is lost; connections of the same age or older may be lost too."""
-        self.exposed = False
-        """Whether the session was handed to the caller, who may have changed session-level state."""
-        self._deadline = deadline
-        self._transaction = UnitOfWorkTransaction(driver, characteristics, deadline, pooling)
+        self._deadline = Deadline(driver.connection, deadline)
+        self._transaction = UnitOfWorkTransaction(driver, characteristics, self._deadline, pooling)
         self._failure: MeshStorageError | None = None
-        self._savepoints: list[Writes] = []
-        self._writes: Writes | None = None
         self._pooled = pooling is not None
 
     def prepare(self) -> None:
         """Set up the connection for the unit of work, without a round trip."""
-        self._limit_to(self._deadline)
         self._transaction.prepare()
 
     @property
@@ -73,9 +68,7 @@ class UnitOfWorkConnection:
     @property
     def writes(self) -> Writes:
         """The writes since the last commit, rollback or savepoint."""
-        if self._writes is None:
-            self._writes = Writes()
-        return self._writes
+        return self.savepoints.writes
 
     @property
     def has_snapshot(self) -> bool:
@@ -97,7 +90,7 @@ class UnitOfWorkConnection:
 
     def copy(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows by COPY, encoding each while the server processes the previous ones."""
-        self.check_writable()
+        self.characteristics.check_writable()
         self.perform(self._copy, f"COPY {table} ({', '.join(columns)}) FROM STDIN".encode(), rows)
 
     def perform(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -111,8 +104,7 @@ class UnitOfWorkConnection:
             if self._failure is not None:
                 raise failed_before(self._failure) from self._failure
             try:
-                if self._deadline is not None:
-                    self._deadline.check()
+                self._deadline.check()
                 return action(*args, **kwargs)
             except BaseException as error:
                 failure = self.failed(error)
@@ -137,7 +129,7 @@ class UnitOfWorkConnection:
             read_only=self.characteristics.read_only,
             connected=self.driver.status() != TransactionStatus.UNKNOWN,
             silent=self.driver.connection.silent,
-            timed_out=self._deadline is not None and self._deadline.remaining() <= 0,
+            timed_out=self._deadline.has_passed,
         )
         self._failure = failure.error
         if failure.is_lost and not self.is_lost:  # a session's error is seen more than once
@@ -146,36 +138,16 @@ class UnitOfWorkConnection:
             self.driver.cut()
         return failure.error
 
-    def check_writable(self) -> None:
-        """Raise if this unit of work is read-only.
-
-        Raises:
-            InvalidInputError: It is read-only.
-        """
-        if self.characteristics.read_only:
-            raise InvalidInputError("this unit of work is read-only", field="read_only")
-
     def check_sees_present(self) -> None:
         """Raise if the next statement would use a snapshot taken before concurrent transactions were locked out.
 
         Raises:
             InvalidInputError: A snapshot was already taken.
         """
-        self.check_writable()
+        self.characteristics.check_writable()
         if self.has_snapshot and self.driver.status() != TransactionStatus.IDLE:
             raise InvalidInputError(
                 "in a 'repeatable read' or 'serializable' unit of work, this must be the first call", field="isolation"
-            )
-
-    def check_whole(self) -> None:
-        """Raise if a savepoint is open, within which the transaction cannot be ended.
-
-        Raises:
-            MeshStorageError: A savepoint is open.
-        """
-        if self._savepoints:
-            raise MeshStorageError(
-                "a unit of work cannot be committed or rolled back inside a savepoint() block; leave the block first"
             )
 
     def join(self) -> sqlalchemy.Connection:
@@ -185,29 +157,24 @@ class UnitOfWorkConnection:
 
     def begin_nested(self) -> Transaction:
         """Create a savepoint, to be ended by `release` or `roll_back_to`."""
-        self.check_writable()
+        self.characteristics.check_writable()
         savepoint = self.perform(self._transaction.begin_nested)
-        self._savepoints.append(self.writes)
-        self._writes = Writes(self.writes)
+        self.savepoints.push()
         return savepoint
 
     def release(self, savepoint: Transaction) -> None:
         """Release a savepoint."""
-        self._writes = self._savepoints.pop()
+        self.savepoints.pop()
         self.perform(savepoint.commit)
 
     def roll_back_to(self, savepoint: Transaction) -> None:
         """Roll back to a savepoint, after which the transaction can continue."""
-        self._writes = self._savepoints.pop()
+        self.savepoints.pop()
         if self.driver.status() != TransactionStatus.UNKNOWN and not self.owner.closed:
             self._failure = None
-            deadline = self._deadline
-            self._extend_for_rollback()
-            try:
+            with self._deadline.extended():
                 if savepoint.is_active:
                     self.perform(savepoint.rollback)
-            finally:
-                self._limit_to(deadline)
 
     def commit(self) -> None:
         """Commit everything since the last commit or rollback.
@@ -228,9 +195,8 @@ class UnitOfWorkConnection:
             if self.driver.status() == TransactionStatus.UNKNOWN:
                 error.committed = "unknown"
             raise
-        self._writes = None
-        if self.joined is not None:
-            at_once(self.joined.settle)
+        self.savepoints.committed()
+        self.joined.settle()
         if self.driver.unreplicated:
             raise committed_locally(None)
 
@@ -247,16 +213,14 @@ class UnitOfWorkConnection:
     def close(self) -> None:
         """Roll back uncommitted changes; afterwards the connection is reusable, or discarded."""
         try:
-            if not self.owner.closed and not self.owner.in_use and (self.joined is not None or not self.settled()):
-                if self.joined is not None:
-                    at_once(self.joined.leave)
+            if not self.owner.closed and not self.owner.in_use and (self.joined.is_used or not self.settled()):
+                self.joined.leave()
                 self._rollback()
         finally:
             self.owner.closed = True
-            self._limit_to(None)
-            if self.joined is not None:
-                at_once(self.joined.close)
-        if self.exposed and not self._pooled and self.reusable():
+            self._deadline.lift()
+            self.joined.close()
+        if self.joined.exposed and not self._pooled and self.reusable():
             self._reset()
 
     def settled(self) -> bool:
@@ -273,7 +237,7 @@ class UnitOfWorkConnection:
 
     def _run(self, statement: Statement, parameters: Parameters | None) -> tuple[list[Row], int]:
         if statement.writes:
-            self.check_writable()
+            self.characteristics.check_writable()
         if self._transaction.begins_explicitly:
             return self.perform(self._execute_in_transaction, statement.sql, parameters)
         return self.perform(self.driver.execute, statement.sql, parameters)
@@ -286,32 +250,17 @@ class UnitOfWorkConnection:
         self._transaction.begin()
         self.driver.copy(sql, rows)
 
-    def _limit_to(self, deadline: Deadline | None) -> None:
-        self._deadline = deadline
-        self.driver.connection.deadline = None if deadline is None else deadline.moment
-
-    def _extend_for_rollback(self) -> None:
-        """Extend the deadline by a grace period, since a rollback is allowed even after the timeout."""
-        if self._deadline is not None:
-            self._limit_to(Deadline(max(self._deadline.moment, time.monotonic()) + GRACE_S))
-
     def _rollback(self) -> None:
         self._failure = None
-        if self._writes is not None:
-            self._writes.undo()
-            self._writes = None
-        deadline = self._deadline
-        self._extend_for_rollback()
-        try:
-            if self.joined is not None:
-                at_once(self.joined.undo)
-            self._transaction.rollback()
-        except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
-            # The server rolls back the transaction of a lost connection; only our end is left to close.
-            logger.debug("rollback failed", exc_info=error)
-            self.driver.cut()
-        finally:
-            self._limit_to(deadline)
+        self.savepoints.rolled_back()
+        with self._deadline.extended():
+            try:
+                self.joined.undo()
+                self._transaction.rollback()
+            except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
+                # The server rolls back the transaction of a lost connection; only our end is left to close.
+                logger.debug("rollback failed", exc_info=error)
+                self.driver.cut()
 
     def _reset(self) -> None:
         """Reset the session, after a caller had access to it."""

@@ -17,7 +17,8 @@ from psycopg.errors import Diagnostic
 from sqlalchemy import Connection
 
 from mesh_storage.postgres import jsonb, timestamps
-from mesh_storage.postgres.characteristics import Mode, SessionLimits
+from mesh_storage.postgres.characteristics import Mode
+from mesh_storage.postgres.deadline import SessionLimits
 from mesh_storage.postgres.events import Events
 from mesh_storage.postgres.liveness import Liveness
 from mesh_storage.postgres.statement import Parameters, Row

@@ -10,6 +10,7 @@ replace this module. SQLAlchemy's engine creates the connections.
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 import weakref
@@ -20,7 +21,7 @@ import psycopg
 import sqlalchemy.exc
 
 from mesh_storage.errors import ClosedError, MeshStorageError, StorageTimeoutError, UnavailableError, connection_refused
-from mesh_storage.postgres.characteristics import Characteristics, Deadline
+from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.driver import Driver
 from mesh_storage.postgres.engine import connect_before, create_engine
@@ -98,7 +99,7 @@ class Pool:
         self.size = settings.pool_size
         self.closed = False
         self._timeout = settings.pool_timeout
-        self._response_timeout = response_timeout(settings)
+        self._response_timeout = response_timeout(server)
         self._pooling = Pooling.of(settings, server.local_parameters)
         self._server = server
         self._engine = create_engine(server.connect)
@@ -130,8 +131,7 @@ class Pool:
         try:
             check_open(closed=self.closed)  # it may have been closed in the meantime
             driver = self._idle_driver() or self._connect(deadline)
-            limit = None if deadline is None else Deadline(deadline)
-            connection = UnitOfWorkConnection(driver, characteristics, limit, self._pooling)
+            connection = UnitOfWorkConnection(driver, characteristics, deadline, self._pooling)
             connection.prepare()
         except BaseException:
             if driver is not None:
@@ -213,11 +213,19 @@ class Pool:
 
 
 _RESPONSE_GRACE_S = 5.0
+_STATEMENT_TIMEOUT = re.compile(r"statement[_-]timeout\s*=\s*'?(\d+(?:\.\d+)?)\s*(us|ms|s|min|h|d)?")
+_UNITS_S = {"us": 1e-6, "ms": 1e-3, "": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
-def response_timeout(settings: Settings) -> float | None:
-    """Return the seconds after which an unresponsive server is given up: longer than its own statement_timeout."""
-    return settings.statement_timeout + _RESPONSE_GRACE_S if settings.statement_timeout else None
+def response_timeout(server: Server) -> float | None:
+    """Return the seconds after which a silent server is given up: more than it has to end a statement itself.
+
+    What counts is the `statement_timeout` that our connections begin with, wherever it was set; if it is 0, there is no
+    limit.
+    """
+    number, unit = _STATEMENT_TIMEOUT.findall(f"{server.local_parameters or ''} {server.connect['options']}")[-1]
+    seconds = float(number) * _UNITS_S[unit]
+    return seconds + _RESPONSE_GRACE_S if seconds else None
 
 
 def check_open(*, closed: bool) -> None:
@@ -249,7 +257,7 @@ def unreachable(error: Exception, deadline: float | None) -> tuple[MeshStorageEr
     """Return the error for a failed connection attempt, and its cause."""
     refused, cause = connection_refused(error)
     if deadline is not None and time.monotonic() >= deadline:
-        return StorageTimeoutError("the deadline passed before the server responded"), cause
+        return StorageTimeoutError("the deadline passed before the server responded", retryable=True), cause
     return refused, cause
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from mesh_storage.postgres.characteristics import SessionLimits
+from mesh_storage.postgres.deadline import SessionLimits
 from mesh_storage.settings import Settings
 
 

@@ -12,21 +12,32 @@ import sqlalchemy
 from sqlalchemy.orm import Session
 
 from mesh_storage.postgres.failure import DRIVER_ERRORS
+from mesh_storage.postgres.savepoints import Savepoints
 
 logger = logging.getLogger("mesh_storage")
+
+
+class Joined(Protocol):
+    """Where the connection of a unit of work keeps its session."""
+
+    session: UnitOfWorkSession | None
 
 
 class Joinable(Protocol):
     """What a session needs of its unit of work's connection; methods that return Any are coroutines for asyncio."""
 
-    joined: UnitOfWorkSession | None
+    @property
+    def joined(self) -> Joined:
+        """Where the session is kept."""
+        ...
+
+    @property
+    def savepoints(self) -> Savepoints:
+        """The open savepoints."""
+        ...
 
     def failed(self, error: BaseException) -> Any:
         """Record why the transaction failed."""
-        ...
-
-    def check_whole(self) -> None:
-        """Raise if a savepoint is open."""
         ...
 
     def rollback(self) -> Any:
@@ -47,7 +58,7 @@ class UnitOfWorkSession(Session):
         self._connection = connection
         self._wait = wait
         self._written = WeakSet[Any]()
-        connection.joined = self
+        connection.joined.session = self
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """Flush; after a failure SQLAlchemy has rolled back, so only a rollback may follow."""
@@ -64,7 +75,7 @@ class UnitOfWorkSession(Session):
 
     def rollback(self) -> None:
         """Roll back everything, including the changes of the repositories."""
-        self._connection.check_whole()
+        self._connection.savepoints.check_none_open()
         self._wait(self._connection.rollback())
 
     def undo(self) -> None:

@@ -16,7 +16,8 @@ from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection, Transaction
 
 from mesh_storage.errors import StorageTimeoutError, UnavailableError
-from mesh_storage.postgres.characteristics import Characteristics, Deadline, Mode
+from mesh_storage.postgres.characteristics import Characteristics, Mode
+from mesh_storage.postgres.deadline import Deadline
 from mesh_storage.postgres.driver import Driver
 from mesh_storage.postgres.pooling import Pooling
 
@@ -29,13 +30,13 @@ class UnitOfWorkTransaction:
     """Begins, commits and rolls back transactions of one connection; the only class that handles poolers."""
 
     def __init__(
-        self, driver: Driver, characteristics: Characteristics, deadline: Deadline | None, pooling: Pooling | None
+        self, driver: Driver, characteristics: Characteristics, deadline: Deadline, pooling: Pooling | None
     ) -> None:
         self._driver = driver
         self._characteristics = characteristics
         self._deadline = deadline
         self._pooling = pooling
-        self.begins_explicitly = pooling is not None or (deadline is not None and characteristics.needs_transaction)
+        self.begins_explicitly = pooling is not None or (deadline.is_set and characteristics.needs_transaction)
 
     @property
     def open(self) -> bool:
@@ -60,7 +61,7 @@ class UnitOfWorkTransaction:
         if self.begins_explicitly:
             self.begin()
         elif not self._characteristics.needs_transaction:
-            if self._deadline is None:
+            if not self._deadline.is_set:
                 self._driver.switch(Mode(read_only=True))
             else:
                 self._begin(self._characteristics)
@@ -104,7 +105,7 @@ class UnitOfWorkTransaction:
 
     def _begin(self, characteristics: Characteristics) -> None:
         parameters = [] if self._pooling is None else [self._pooling.parameters]
-        if self._deadline is not None:
+        if self._deadline.is_set:
             session = self._driver.session_limits() if self._pooling is None else self._pooling.limits
             parameters += self._deadline.limits(session)
         sql = characteristics.begin(*parameters)
@@ -125,7 +126,7 @@ class UnitOfWorkTransaction:
         except psycopg.OperationalError as error:
             if not connection.silent:
                 raise
-            if self._deadline is not None and time.monotonic() - begun < limit:
+            if self._deadline.is_set and time.monotonic() - begun < limit:
                 raise StorageTimeoutError(
                     "the deadline passed before the pooler assigned a server connection"
                 ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -13,17 +12,18 @@ import sqlalchemy.exc
 from psycopg.pq import TransactionStatus
 from sqlalchemy.ext.asyncio import AsyncTransaction
 
-from mesh_storage.aio.postgres.concurrency import in_greenlet, sync_connection
+from mesh_storage.aio.postgres.concurrency import sync_connection
 from mesh_storage.aio.postgres.driver import AsyncDriver
+from mesh_storage.aio.postgres.joined import AsyncJoinedSession
 from mesh_storage.aio.postgres.transaction import AsyncUnitOfWorkTransaction
 from mesh_storage.errors import InvalidInputError, MeshStorageError, UnavailableError
 from mesh_storage.models.base import Writes
-from mesh_storage.postgres.characteristics import Characteristics, Deadline
+from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.deadline import Deadline
 from mesh_storage.postgres.failure import committed_locally, failed_before, judge, not_committed
-from mesh_storage.postgres.liveness import GRACE_S
 from mesh_storage.postgres.ownership import Ownership
 from mesh_storage.postgres.pooling import Pooling
-from mesh_storage.postgres.session import UnitOfWorkSession
+from mesh_storage.postgres.savepoints import Savepoints
 from mesh_storage.postgres.statement import Parameters, Row, Statement
 
 logger = logging.getLogger("mesh_storage")
@@ -40,27 +40,22 @@ class AsyncUnitOfWorkConnection:
     """
 
     def __init__(
-        self, driver: AsyncDriver, characteristics: Characteristics, deadline: Deadline | None, pooling: Pooling | None
+        self, driver: AsyncDriver, characteristics: Characteristics, deadline: float | None, pooling: Pooling | None
     ) -> None:
         self.driver = driver
         self.characteristics = characteristics
         self.owner = Ownership()
-        self.joined: UnitOfWorkSession | None = None
-        """The ORM session, if one was used."""
+        self.joined = AsyncJoinedSession()
+        self.savepoints = Savepoints()
         self.is_lost = False
         """Whether the connection is lost; connections of the same age or older may be lost too."""
-        self.exposed = False
-        """Whether the session was handed to the caller, who may have changed session-level state."""
-        self._deadline = deadline
-        self._transaction = AsyncUnitOfWorkTransaction(driver, characteristics, deadline, pooling)
+        self._deadline = Deadline(driver.connection, deadline)
+        self._transaction = AsyncUnitOfWorkTransaction(driver, characteristics, self._deadline, pooling)
         self._failure: MeshStorageError | None = None
-        self._savepoints: list[Writes] = []
-        self._writes: Writes | None = None
         self._pooled = pooling is not None
 
     async def prepare(self) -> None:
         """Set up the connection for the unit of work, without a round trip."""
-        self._limit_to(self._deadline)
         await self._transaction.prepare()
 
     @property
@@ -71,9 +66,7 @@ class AsyncUnitOfWorkConnection:
     @property
     def writes(self) -> Writes:
         """The writes since the last commit, rollback or savepoint."""
-        if self._writes is None:
-            self._writes = Writes()
-        return self._writes
+        return self.savepoints.writes
 
     @property
     def has_snapshot(self) -> bool:
@@ -95,7 +88,7 @@ class AsyncUnitOfWorkConnection:
 
     async def copy(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows by COPY, encoding each while the server processes the previous ones."""
-        self.check_writable()
+        self.characteristics.check_writable()
         await self.perform(self._copy, f"COPY {table} ({', '.join(columns)}) FROM STDIN".encode(), rows)
 
     async def perform(self, action: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -109,8 +102,7 @@ class AsyncUnitOfWorkConnection:
             if self._failure is not None:
                 raise failed_before(self._failure) from self._failure
             try:
-                if self._deadline is not None:
-                    self._deadline.check()
+                self._deadline.check()
                 return await action(*args, **kwargs)
             except BaseException as error:
                 failure = await self.failed(error)
@@ -135,7 +127,7 @@ class AsyncUnitOfWorkConnection:
             read_only=self.characteristics.read_only,
             connected=self.driver.status() != TransactionStatus.UNKNOWN,
             silent=self.driver.connection.silent,
-            timed_out=self._deadline is not None and self._deadline.remaining() <= 0,
+            timed_out=self._deadline.has_passed,
         )
         self._failure = failure.error
         if failure.is_lost and not self.is_lost:  # a session's error is seen more than once
@@ -144,36 +136,16 @@ class AsyncUnitOfWorkConnection:
             await self.driver.cut()
         return failure.error
 
-    def check_writable(self) -> None:
-        """Raise if this unit of work is read-only.
-
-        Raises:
-            InvalidInputError: It is read-only.
-        """
-        if self.characteristics.read_only:
-            raise InvalidInputError("this unit of work is read-only", field="read_only")
-
     def check_sees_present(self) -> None:
         """Raise if the next statement would use a snapshot taken before concurrent transactions were locked out.
 
         Raises:
             InvalidInputError: A snapshot was already taken.
         """
-        self.check_writable()
+        self.characteristics.check_writable()
         if self.has_snapshot and self.driver.status() != TransactionStatus.IDLE:
             raise InvalidInputError(
                 "in a 'repeatable read' or 'serializable' unit of work, this must be the first call", field="isolation"
-            )
-
-    def check_whole(self) -> None:
-        """Raise if a savepoint is open, within which the transaction cannot be ended.
-
-        Raises:
-            MeshStorageError: A savepoint is open.
-        """
-        if self._savepoints:
-            raise MeshStorageError(
-                "a unit of work cannot be committed or rolled back inside a savepoint() block; leave the block first"
             )
 
     async def join(self) -> sqlalchemy.Connection:
@@ -183,29 +155,24 @@ class AsyncUnitOfWorkConnection:
 
     async def begin_nested(self) -> AsyncTransaction:
         """Create a savepoint, to be ended by `release` or `roll_back_to`."""
-        self.check_writable()
+        self.characteristics.check_writable()
         savepoint = await self.perform(self._transaction.begin_nested)
-        self._savepoints.append(self.writes)
-        self._writes = Writes(self.writes)
+        self.savepoints.push()
         return savepoint
 
     async def release(self, savepoint: AsyncTransaction) -> None:
         """Release a savepoint."""
-        self._writes = self._savepoints.pop()
+        self.savepoints.pop()
         await self.perform(savepoint.commit)
 
     async def roll_back_to(self, savepoint: AsyncTransaction) -> None:
         """Roll back to a savepoint, after which the transaction can continue."""
-        self._writes = self._savepoints.pop()
+        self.savepoints.pop()
         if self.driver.status() != TransactionStatus.UNKNOWN and not self.owner.closed:
             self._failure = None
-            deadline = self._deadline
-            self._extend_for_rollback()
-            try:
+            with self._deadline.extended():
                 if savepoint.is_active:
                     await self.perform(savepoint.rollback)
-            finally:
-                self._limit_to(deadline)
 
     async def commit(self) -> None:
         """Commit everything since the last commit or rollback.
@@ -226,9 +193,8 @@ class AsyncUnitOfWorkConnection:
             if self.driver.status() == TransactionStatus.UNKNOWN:
                 error.committed = "unknown"
             raise
-        self._writes = None
-        if self.joined is not None:
-            await in_greenlet(self.joined.settle)
+        self.savepoints.committed()
+        await self.joined.settle()
         if self.driver.unreplicated:
             raise committed_locally(None)
 
@@ -245,16 +211,14 @@ class AsyncUnitOfWorkConnection:
     async def close(self) -> None:
         """Roll back uncommitted changes; afterwards the connection is reusable, or discarded."""
         try:
-            if not self.owner.closed and not self.owner.in_use and (self.joined is not None or not self.settled()):
-                if self.joined is not None:
-                    await in_greenlet(self.joined.leave)
+            if not self.owner.closed and not self.owner.in_use and (self.joined.is_used or not self.settled()):
+                await self.joined.leave()
                 await self._rollback()
         finally:
             self.owner.closed = True
-            self._limit_to(None)
-            if self.joined is not None:
-                await in_greenlet(self.joined.close)
-        if self.exposed and not self._pooled and self.reusable():
+            self._deadline.lift()
+            await self.joined.close()
+        if self.joined.exposed and not self._pooled and self.reusable():
             await self._reset()
 
     def settled(self) -> bool:
@@ -271,7 +235,7 @@ class AsyncUnitOfWorkConnection:
 
     async def _run(self, statement: Statement, parameters: Parameters | None) -> tuple[list[Row], int]:
         if statement.writes:
-            self.check_writable()
+            self.characteristics.check_writable()
         if self._transaction.begins_explicitly:
             return await self.perform(self._execute_in_transaction, statement.sql, parameters)
         return await self.perform(self.driver.execute, statement.sql, parameters)
@@ -284,32 +248,17 @@ class AsyncUnitOfWorkConnection:
         await self._transaction.begin()
         await self.driver.copy(sql, rows)
 
-    def _limit_to(self, deadline: Deadline | None) -> None:
-        self._deadline = deadline
-        self.driver.connection.deadline = None if deadline is None else deadline.moment
-
-    def _extend_for_rollback(self) -> None:
-        """Extend the deadline by a grace period, since a rollback is allowed even after the timeout."""
-        if self._deadline is not None:
-            self._limit_to(Deadline(max(self._deadline.moment, time.monotonic()) + GRACE_S))
-
     async def _rollback(self) -> None:
         self._failure = None
-        if self._writes is not None:
-            self._writes.undo()
-            self._writes = None
-        deadline = self._deadline
-        self._extend_for_rollback()
-        try:
-            if self.joined is not None:
-                await in_greenlet(self.joined.undo)
-            await self._transaction.rollback()
-        except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
-            # The server rolls back the transaction of a lost connection; only our end is left to close.
-            logger.debug("rollback failed", exc_info=error)
-            await self.driver.cut()
-        finally:
-            self._limit_to(deadline)
+        self.savepoints.rolled_back()
+        with self._deadline.extended():
+            try:
+                await self.joined.undo()
+                await self._transaction.rollback()
+            except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
+                # The server rolls back the transaction of a lost connection; only our end is left to close.
+                logger.debug("rollback failed", exc_info=error)
+                await self.driver.cut()
 
     async def _reset(self) -> None:
         """Reset the session, after a caller had access to it."""

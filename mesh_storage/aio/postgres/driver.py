@@ -16,7 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh_storage.aio.postgres.timed import AsyncTimedConnection
 from mesh_storage.postgres import jsonb, timestamps
-from mesh_storage.postgres.characteristics import Mode, SessionLimits
+from mesh_storage.postgres.characteristics import Mode
+from mesh_storage.postgres.deadline import SessionLimits
 from mesh_storage.postgres.events import Events
 from mesh_storage.postgres.liveness import Liveness
 from mesh_storage.postgres.statement import Parameters, Row

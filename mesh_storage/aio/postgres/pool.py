@@ -22,7 +22,7 @@ from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.aio.postgres.timed import AsyncTimedConnection
 from mesh_storage.errors import MeshStorageError
-from mesh_storage.postgres.characteristics import Characteristics, Deadline
+from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.engine import connect_before, engine_arguments, share_time
 from mesh_storage.postgres.events import Events
 from mesh_storage.postgres.pool import (
@@ -50,7 +50,7 @@ class AsyncPool:
         """The number of connections in use."""
         self.closed = False
         self._timeout = settings.pool_timeout
-        self._response_timeout = response_timeout(settings)
+        self._response_timeout = response_timeout(server)
         self._pooling = Pooling.of(settings, server.local_parameters)
         self._server = server
         connect = server.connect | {"async_creator_fn": _connect}
@@ -89,8 +89,7 @@ class AsyncPool:
             if connecting is not None:
                 driver = await asyncio.shield(connecting)
             assert driver is not None, "either idle or just connected"
-            limit = None if deadline is None else Deadline(deadline)
-            connection = AsyncUnitOfWorkConnection(driver, characteristics, limit, self._pooling)
+            connection = AsyncUnitOfWorkConnection(driver, characteristics, deadline, self._pooling)
             await connection.prepare()
         except BaseException:
             self._keep_running(self._give_up(driver, connecting))
@@ -102,7 +101,7 @@ class AsyncPool:
         """Release a connection, rolling back uncommitted changes, even if this task is cancelled meanwhile."""
         if connection.owner.inherited:
             keep_for_parent(connection)
-        elif connection.joined is None and connection.settled() and not self.closed:
+        elif not connection.joined.is_used and connection.settled() and not self.closed:
             await connection.close()
             self._put_back(connection)
         else:
@@ -210,7 +209,7 @@ class AsyncPool:
             self._free.release()
 
 
-async def _connect(**parameters: Any) -> AsyncTimedConnection:
+async def _connect(*_conninfo: str, **parameters: Any) -> AsyncTimedConnection:
     """Connect within the time limit for all hosts together."""
     seconds = share_time(parameters)
     try:

@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
 
 from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.errors import StorageTimeoutError, UnavailableError
-from mesh_storage.postgres.characteristics import Characteristics, Deadline, Mode
+from mesh_storage.postgres.characteristics import Characteristics, Mode
+from mesh_storage.postgres.deadline import Deadline
 from mesh_storage.postgres.pooling import Pooling
 
 _SHORTEST_WAIT_S = 2.0
@@ -27,13 +28,13 @@ class AsyncUnitOfWorkTransaction:
     """Begins, commits and rolls back transactions of one connection; the only class that handles poolers."""
 
     def __init__(
-        self, driver: AsyncDriver, characteristics: Characteristics, deadline: Deadline | None, pooling: Pooling | None
+        self, driver: AsyncDriver, characteristics: Characteristics, deadline: Deadline, pooling: Pooling | None
     ) -> None:
         self._driver = driver
         self._characteristics = characteristics
         self._deadline = deadline
         self._pooling = pooling
-        self.begins_explicitly = pooling is not None or (deadline is not None and characteristics.needs_transaction)
+        self.begins_explicitly = pooling is not None or (deadline.is_set and characteristics.needs_transaction)
 
     @property
     def open(self) -> bool:
@@ -58,7 +59,7 @@ class AsyncUnitOfWorkTransaction:
         if self.begins_explicitly:
             await self.begin()
         elif not self._characteristics.needs_transaction:
-            if self._deadline is None:
+            if not self._deadline.is_set:
                 await self._driver.switch(Mode(read_only=True))
             else:
                 await self._begin(self._characteristics)
@@ -102,7 +103,7 @@ class AsyncUnitOfWorkTransaction:
 
     async def _begin(self, characteristics: Characteristics) -> None:
         parameters = [] if self._pooling is None else [self._pooling.parameters]
-        if self._deadline is not None:
+        if self._deadline.is_set:
             session = await self._driver.session_limits() if self._pooling is None else self._pooling.limits
             parameters += self._deadline.limits(session)
         sql = characteristics.begin(*parameters)
@@ -123,7 +124,7 @@ class AsyncUnitOfWorkTransaction:
         except psycopg.OperationalError as error:
             if not connection.silent:
                 raise
-            if self._deadline is not None and time.monotonic() - begun < limit:
+            if self._deadline.is_set and time.monotonic() - begun < limit:
                 raise StorageTimeoutError(
                     "the deadline passed before the pooler assigned a server connection"
                 ) from error
