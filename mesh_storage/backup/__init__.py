@@ -396,7 +396,7 @@ def _prove(source: Path, jobs: int, report: Report) -> Manifest:
     try:
         with (
             tempfile.TemporaryDirectory(prefix="mesh_storage-") as home,
-            closing(open_server(Settings(url=SecretStr("memory:" if fits else f"embedded:{home}")))) as server,
+            closing(open_server(_throw_away("memory:" if fits else f"embedded:{home}"))) as server,
         ):
             there = server if manifest.namespace == "public" else catalog.with_namespace(server, manifest.namespace)
             return restore(there, source, jobs=jobs, progress=report)
@@ -406,6 +406,13 @@ def _prove(source: Path, jobs: int, report: Report) -> Manifest:
             sqlstate=error.sqlstate,
             retryable=error.retryable,
         ) from error
+
+
+def _throw_away(url: str) -> Settings:
+    """Return settings without the limits of the environment, which are for the server of the service."""
+    return Settings(
+        url=SecretStr(url), connect_timeout=30, statement_timeout=0, lock_timeout=0, idle_in_transaction_timeout=0
+    )
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
