@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix lint format types schema aio bench check migrate revision lock clean
+.PHONY: help install demo test test-matrix lint format types schema sync bench check migrate revision lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -15,14 +15,32 @@ install: $(VENV)/.installed ## Make the environment in .venv
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; say which: make PYTHON=python3.12")'
-	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
-	touch $@
+	@echo "Making the environment in $(VENV): once, and it takes about a minute"
+	@echo "  1 of 3: a virtual environment for $$($(PYTHON) --version)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  2 of 3: the packages of requirements.lock"
+	@{ $(BIN)/pip install --disable-pip-version-check --progress-bar off --require-hashes --no-deps -r requirements.lock \
+		|| echo FAILED; } | { $(COUNT_PACKAGES); }
+	@echo "  3 of 3: mesh_storage itself"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
 
-demo: install ## Run a day of a real network on a database of its own
-	$(BIN)/python examples/mesh_day.py
+# Reads what pip says and, on a terminal, counts in one line. A pipe ends as its last command does: it has to fail for pip.
+COUNT_PACKAGES = total=$$(grep -c '^[a-z].*==' requirements.lock); number=0; \
+	show() { [ ! -t 1 ] || printf '%-72s\r' "$$1"; }; \
+	while read -r word package rest; do \
+		case "$$word" in \
+			Collecting | Processing | Ignoring) \
+				number=$$((number + 1)); package=$${package\#\#*/}; package=$${package%%[=:]*}; \
+				show "          $$number of $$total: $${package%%-[0-9]*}" ;; \
+			Installing) show "          installing all of them" ;; \
+			FAILED) exit 1 ;; \
+		esac; \
+	done; show ""
+
+demo: install ## Run a day of a real network on a database of its own, and draw it
+	@$(BIN)/python examples/mesh_day.py
 
 test: install ## Run all tests against a real PostgreSQL, or those of make test T=tests/backup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(T),$(T),--cov --cov-report=term-missing:skip-covered)
@@ -31,7 +49,7 @@ test-matrix: install ## Run all tests on PostgreSQL 15, 16 and 18, as far as the
 	$(BIN)/python tools/test_matrix.py $(MATRIX) -- -n 2 --dist worksteal $(T)
 
 lint: install ## Check format, style and generated code
-	$(BIN)/python tools/generate_aio.py --check
+	$(BIN)/unasyncd --force --quiet  # writes what is stale, and fails then
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
@@ -49,8 +67,8 @@ schema: install ## Check that the models and the migrations say the same
 	@directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && export MESH_STORAGE_URL="embedded:$$directory" && \
 		$(BIN)/alembic upgrade head && $(BIN)/alembic check
 
-aio: install ## Write the asyncio twins of the repositories anew
-	$(BIN)/python tools/generate_aio.py
+sync: install ## Derive the blocking side from mesh_storage/aio anew
+	-$(BIN)/unasyncd --force
 
 bench: install ## Measure against plain psycopg
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -69,4 +87,4 @@ lock: ## Choose the newest versions of all packages for requirements.lock
 	rm -rf $(VENV)-lock
 
 clean: ## Remove what the commands made
-	rm -rf $(VENV) .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) build .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache dist

@@ -29,6 +29,8 @@ if config.config_file_name is not None and config.file_config.has_section("logge
 NOT_REFLECTED = {
     index.name for table in Base.metadata.tables.values() for index in table.indexes if index.info.get("not_reflected")
 }
+MODELLED = tables.SINCE.keys() & Base.metadata.tables.keys()
+"""Our tables that have a model; a service's own models may be on our `Base` too."""
 TIMES, CHECKS, VALIDATED, STALE, INDEXES = "0003", "0004", "0005", "0006", "0007"
 """The revisions that change the types of times, add the checks, hold all rows against them, and make what is new."""
 
@@ -36,7 +38,7 @@ TIMES, CHECKS, VALIDATED, STALE, INDEXES = "0003", "0004", "0005", "0006", "0007
 def include_object(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:  # noqa: FBT001 - Alembic's signature
     """Leave alone what is not ours: other tables, whoever declares them, and what others have put onto ours."""
     if kind == "table":
-        return name in tables.SINCE and item.schema is None and not (reflected and compare_to is None)
+        return name in MODELLED and item.schema is None
     if kind == "index" and name in NOT_REFLECTED:
         return False
     return not reflected or compare_to is not None

@@ -99,10 +99,7 @@ def add_topology(database: Database) -> Generator[Contest]:
         with database.storage.begin() as uow:
             added = uow.nodes.add_many([Node(name=f"n-{n}", ip_address="10.0.0.1", port=8443) for n in range(nodes)])
             uow.routes.add_many(
-                [
-                    Route(source_node_id=added[a].id, target_node_id=added[b].id, latency_ms=3)
-                    for a, b in _ends(routes, nodes)
-                ]
+                [Route(source_node_id=added[a].id, target_node_id=added[b].id, cost=3) for a, b in _ends(routes, nodes)]
             )
 
     with database.connection() as connection, connection.cursor() as cursor:

@@ -1,6 +1,6 @@
 """A day of a mesh: a real network is defined, lives through its hours, and is read back from the database.
 
-    python examples/mesh_day.py [NETWORK.graphml]
+    python examples/mesh_day.py [NETWORK.graphml] [--picture FILE.svg]
 
 It works on the database of MESH_STORAGE_URL, where it deploys the schema, or on a throw-away one of its own; and it may
 be run again on the same one.
@@ -9,15 +9,15 @@ be run again on the same one.
 from __future__ import annotations
 
 import os
-import sys
-import time
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
+from decimal import Decimal
 from functools import partial
-from pathlib import Path
 
-from network import Network, read_network
+from network import LinkFailure, Network, read_network
+from picture import draw, save
+from report import Facts, arguments, in_short, print_report, step
 
 from mesh_storage import AlreadyExistsError, LogEntry, Mesh, MeshStorage, Message, Node, Route, UnitOfWork, schema
 
@@ -26,46 +26,47 @@ BATCH = 1000
 
 
 def main() -> None:
-    """Live the day and report it."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("abilene.graphml")
+    """Live the day, report it, and draw its network."""
+    options = arguments(__doc__)
+    network = read_network(options.network)
     url = os.environ.get("MESH_STORAGE_URL")
     if url:
-        schema.upgrade(url)
-    with MeshStorage.open(url or "memory:") as storage:
-        run(storage, read_network(path))
+        with step("Deploying the schema to the database of MESH_STORAGE_URL"):
+            schema.upgrade(url)
+        storage = MeshStorage.open(url)
+    else:
+        with step("Starting a PostgreSQL for this day alone"):
+            storage = MeshStorage.open("memory:")
+    with storage:
+        failure = run(storage, network)
+    picture = save(draw(network, failure), network.name, options.picture)
+    print(f"\nA picture of it, to open in a browser: {picture}")
 
 
-def run(storage: MeshStorage, network: Network) -> None:
-    """Live one day of a network."""
-    begun = time.perf_counter()
-    with storage.begin() as uow:
-        mesh = define_mesh(uow, network)
-    with storage.begin() as uow:
-        nodes = register_nodes(uow, network)
-        configure_routes(uow, network, nodes)
-    with storage.begin(durability="relaxed") as uow:  # What a heartbeat says is said again soon.
-        report_states(uow, nodes)
-    with storage.begin() as uow:
-        uow.runtime_config.put("gossip.interval_ms", 500)
-        uow.runtime_config.put("gossip.fanout", min(3, len(nodes) - 1))
-    for batch in batches(all_pairs(network), BATCH):
-        storage.run(partial(store, batch))
-    with storage.begin() as uow:  # Not `run`: behind a last index that is read anew, the entries would go twice.
-        grow_log(uow, network)
+def run(storage: MeshStorage, network: Network) -> LinkFailure | None:
+    """Live one day of a network, report it, and return what failed."""
+    with step(f"Living a day of {in_short(network)}"):
+        with storage.begin() as uow:
+            mesh = define_mesh(uow, network)
+        with storage.begin() as uow:
+            nodes = register_nodes(uow, network)
+            configure_routes(uow, network, nodes)
+        with storage.begin(durability="relaxed") as uow:  # What a heartbeat says is said again soon.
+            report_states(uow, nodes)
+        with storage.begin() as uow:
+            uow.runtime_config.put("gossip.interval_ms", 500)
+            uow.runtime_config.put("gossip.fanout", min(3, len(nodes) - 1))
+        for batch in batches(all_pairs(network), BATCH):
+            storage.run(partial(store, batch))
+        with storage.begin() as uow:  # Not `run`: behind a last index that is read anew, the entries would go twice.
+            grow_log(uow, network)
 
-    with storage.begin() as uow:
-        uow.routing_table.replace_all(routing_table(network))
-    failed = network.links[len(network.links) // 2 :][:1]  # None where the cities have no links.
-    changes = [(link, *fail_link(storage, network, nodes, (link.a, link.b))) for link in failed]
-    undone = fail_half_way(storage, nodes)
-
-    print(f"{network.name}: {len(network.cities)} cities, {len(network.links)} links")
-    report(storage, mesh.id, undone=undone)
-    for link, before, after in changes:
-        print(f"  link {link.a} - {link.b} failed: {len(before)} best routes changed")
-        for destination in sorted(before)[:3]:
-            print(f"    {destination}: {describe(before[destination])}, then {describe(after.get(destination))}")
-    print(f"  done in {time.perf_counter() - begun:.1f} s")
+        with storage.begin() as uow:
+            uow.routing_table.replace_all(network.routing_table())
+        failure = fail_link(storage, network, nodes)
+        undone = fail_half_way(storage, nodes)
+    print_report(network, collect_facts(storage, mesh.id, undone=undone), failure)
+    return failure
 
 
 def define_mesh(uow: UnitOfWork, network: Network) -> Mesh:
@@ -106,8 +107,8 @@ def configure_routes(uow: UnitOfWork, network: Network, nodes: dict[str, Node]) 
                     source_node_id=ends[0],
                     target_node_id=ends[1],
                     bidirectional=True,
-                    latency_ms=link.latency_ms,
-                    bandwidth_mbps=10_000,
+                    latency_ms=Decimal(link.latency_ms),
+                    bandwidth_mbps=Decimal(10_000),
                     status="STATUS_CONNECTED",
                 )
             )
@@ -124,7 +125,7 @@ def report_states(uow: UnitOfWork, nodes: dict[str, Node]) -> None:
 
 
 def all_pairs(network: Network) -> Iterator[Message]:
-    """Make a message from each city to each other one."""
+    """Yield a message from each city to each other one."""
     day = uuid.uuid4().hex[:8]
     number = 0
     for source in network.cities:
@@ -136,7 +137,7 @@ def all_pairs(network: Network) -> Iterator[Message]:
 
 
 def batches(messages: Iterator[Message], size: int) -> Iterator[list[Message]]:
-    """Put messages together that go in one statement."""
+    """Yield the messages in lists, each of which goes in one statement."""
     batch: list[Message] = []
     for message in messages:
         batch.append(message)
@@ -162,34 +163,25 @@ def grow_log(uow: UnitOfWork, network: Network) -> None:
     )
 
 
-def routing_table(network: Network) -> dict[str, object]:
-    """Find the best next hop from each city to each other one."""
-    return {
-        f"{source[:120]} > {target[:120]}": route
-        for source in network.cities
-        for target, route in network.best_routes(source).items()
-    }
-
-
-def fail_link(
-    storage: MeshStorage, network: Network, nodes: dict[str, Node], ends: tuple[str, str]
-) -> tuple[dict[str, object], dict[str, object]]:
-    """Let a link fail: mark its route, swap the routing table, and give the routes that changed, before and after."""
+def fail_link(storage: MeshStorage, network: Network, nodes: dict[str, Node]) -> LinkFailure | None:
+    """Let a link fail, if there is one: mark its route as disconnected and swap the whole routing table at once."""
+    link = network.link_to_fail()
+    if link is None:
+        return None
     with storage.begin(read_only=True) as uow:
         before = uow.routing_table.all()
-    network.down.add(frozenset(ends))
+    network.down.add(frozenset((link.a, link.b)))
     with storage.begin() as uow:
-        for route in uow.routes.between(nodes[ends[0]].id, nodes[ends[1]].id):
+        for route in uow.routes.between(nodes[link.a].id, nodes[link.b].id):
             route.status = "STATUS_DISCONNECTED"
             uow.routes.update(route)
-        uow.routing_table.replace_all(routing_table(network))
+        uow.routing_table.replace_all(network.routing_table())
     with storage.begin(read_only=True) as uow:
-        after = uow.routing_table.all()
-    return {key: route for key, route in before.items() if after.get(key) != route}, after
+        return LinkFailure(network.cities, link, before, uow.routing_table.all())
 
 
 def fail_half_way(storage: MeshStorage, nodes: dict[str, Node]) -> bool:
-    """Begin something that fails in its middle, and say whether all of it was undone."""
+    """Begin something that fails in its middle, and return whether all of it was undone."""
     name = next(iter(nodes.values())).name
     try:
         with storage.begin() as uow:
@@ -201,29 +193,28 @@ def fail_half_way(storage: MeshStorage, nodes: dict[str, Node]) -> bool:
     return False
 
 
-def report(storage: MeshStorage, mesh_id: str, *, undone: bool) -> None:
-    """Print what the database holds."""
-    with storage.unit_of_work(read_only=True, isolation="repeatable read") as uow:
-        mesh = uow.meshes.get(mesh_id)
-        right, wrong = uow.meshes.admits(mesh.id, JOIN_KEY), uow.meshes.admits(mesh.id, "a guess")
-        reporting = sum(state is not None for _, state in uow.nodes.with_state())
-        log = uow.consensus_log
-        print(f"  mesh {mesh.name} ({mesh.id}): the join key admits {right}, a wrong one {wrong}")
-        print(f"  {uow.nodes.count()} nodes, {reporting} report their state; {uow.routes.count()} routes")
-        print(f"  stale for an hour: {len(uow.node_states.stale(timedelta(hours=1)))}")
-        print(f"  {uow.messages.count()} messages; {uow.routing_table.count()} best routes")
-        print(f"  consensus log: indexes {log.first_index()} to {log.last_index()}, term {log.last_term()}")
-        print(f"  runtime config: {uow.runtime_config.all('gossip.')}")
-    print(f"  a unit of work that failed half-way left {'nothing' if undone else 'something'} behind")
+def collect_facts(storage: MeshStorage, mesh_id: str, *, undone: bool) -> Facts:
+    """Read what the database holds, all as of one moment."""
     health = storage.health()
-    print(f"  healthy: {health.ok} (schema {health.revision}, {health.pool_size} connections at most)")
-
-
-def describe(route: object) -> str:
-    """Put a route of the table into words."""
-    if not isinstance(route, dict):
-        return "none"
-    return f"by {route['next_hop']} in {route['latency_ms']} ms"
+    with storage.unit_of_work(read_only=True, isolation="repeatable read") as uow:
+        return Facts(
+            mesh=uow.meshes.get(mesh_id),
+            right_key_admitted=uow.meshes.admits(mesh_id, JOIN_KEY),
+            wrong_key_admitted=uow.meshes.admits(mesh_id, "a guess"),
+            nodes=uow.nodes.count(),
+            reporting=sum(state is not None for _, state in uow.nodes.with_state()),
+            silent=len(uow.node_states.stale(timedelta(hours=1))),
+            routes=uow.routes.count(),
+            messages=uow.messages.count(),
+            best_routes=uow.routing_table.count(),
+            log_entries=uow.consensus_log.count(),
+            first_index=uow.consensus_log.first_index(),
+            last_index=uow.consensus_log.last_index(),
+            term=uow.consensus_log.last_term(),
+            settings=uow.runtime_config.all("gossip."),
+            undone=undone,
+            health=health,
+        )
 
 
 if __name__ == "__main__":

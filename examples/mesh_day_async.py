@@ -1,6 +1,6 @@
 """The day of mesh_day.py once more, for asyncio: the same calls awaited, and what may go on at once does.
 
-    python examples/mesh_day_async.py [NETWORK.graphml]
+    python examples/mesh_day_async.py [NETWORK.graphml] [--picture FILE.svg]
 
 It works on the database of MESH_STORAGE_URL, where it deploys the schema, or on a throw-away one of its own; and it may
 be run again on the same one.
@@ -10,60 +10,61 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
-import time
 from datetime import timedelta
+from decimal import Decimal
 from functools import partial
-from pathlib import Path
 
-from mesh_day import BATCH, JOIN_KEY, all_pairs, batches, describe, routing_table
-from network import Network, read_network
+from mesh_day import BATCH, JOIN_KEY, all_pairs, batches
+from network import LinkFailure, Network, read_network
+from picture import draw, save
+from report import Facts, arguments, in_short, print_report, step
 
 from mesh_storage import AlreadyExistsError, LogEntry, Mesh, Message, Node, Route, schema
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
 
 
 async def main() -> None:
-    """Live the day and report it."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("abilene.graphml")
+    """Live the day, report it, and draw its network."""
+    options = arguments(__doc__)
+    network = read_network(options.network)
     url = os.environ.get("MESH_STORAGE_URL")
     if url:
-        await asyncio.to_thread(schema.upgrade, url)
-    async with AsyncMeshStorage.open(url or "memory:") as storage:
-        await run(storage, read_network(path))
+        with step("Deploying the schema to the database of MESH_STORAGE_URL"):
+            await asyncio.to_thread(schema.upgrade, url)
+        storage = await AsyncMeshStorage.open(url)
+    else:
+        with step("Starting a PostgreSQL for this day alone"):
+            storage = await AsyncMeshStorage.open("memory:")
+    async with storage:
+        failure = await run(storage, network)
+    picture = save(draw(network, failure), network.name, options.picture)
+    print(f"\nA picture of it, to open in a browser: {picture}")
 
 
-async def run(storage: AsyncMeshStorage, network: Network) -> None:
-    """Live one day of a network."""
-    begun = time.perf_counter()
-    async with storage.begin() as uow:
-        mesh = await define_mesh(uow, network)
-    async with storage.begin() as uow:
-        nodes = await register_nodes(uow, network)
-        await configure_routes(uow, network, nodes)
-    async with storage.begin(durability="relaxed") as uow:  # What a heartbeat says is said again soon.
-        await report_states(uow, nodes)
-    async with storage.begin() as uow:
-        await uow.runtime_config.put("gossip.interval_ms", 500)
-        await uow.runtime_config.put("gossip.fanout", min(3, len(nodes) - 1))
-    async with asyncio.TaskGroup() as group:  # Each task has units of work of its own.
-        group.create_task(agree(storage, network))
-        for batch in batches(all_pairs(network), BATCH):
-            group.create_task(storage.run(partial(store, batch)))
+async def run(storage: AsyncMeshStorage, network: Network) -> LinkFailure | None:
+    """Live one day of a network, report it, and return what failed."""
+    with step(f"Living a day of {in_short(network)}"):
+        async with storage.begin() as uow:
+            mesh = await define_mesh(uow, network)
+        async with storage.begin() as uow:
+            nodes = await register_nodes(uow, network)
+            await configure_routes(uow, network, nodes)
+        async with storage.begin(durability="relaxed") as uow:  # What a heartbeat says is said again soon.
+            await report_states(uow, nodes)
+        async with storage.begin() as uow:
+            await uow.runtime_config.put("gossip.interval_ms", 500)
+            await uow.runtime_config.put("gossip.fanout", min(3, len(nodes) - 1))
+        async with asyncio.TaskGroup() as group:  # Each task has units of work of its own.
+            group.create_task(agree(storage, network))
+            for batch in batches(all_pairs(network), BATCH):
+                group.create_task(storage.run(partial(store, batch)))
 
-    async with storage.begin() as uow:
-        await uow.routing_table.replace_all(routing_table(network))
-    failed = network.links[len(network.links) // 2 :][:1]  # None where the cities have no links.
-    changes = [(link, *await fail_link(storage, network, nodes, (link.a, link.b))) for link in failed]
-    undone = await fail_half_way(storage, nodes)
-
-    print(f"{network.name}: {len(network.cities)} cities, {len(network.links)} links")
-    await report(storage, mesh.id, undone=undone)
-    for link, before, after in changes:
-        print(f"  link {link.a} - {link.b} failed: {len(before)} best routes changed")
-        for destination in sorted(before)[:3]:
-            print(f"    {destination}: {describe(before[destination])}, then {describe(after.get(destination))}")
-    print(f"  done in {time.perf_counter() - begun:.1f} s")
+        async with storage.begin() as uow:
+            await uow.routing_table.replace_all(network.routing_table())
+        failure = await fail_link(storage, network, nodes)
+        undone = await fail_half_way(storage, nodes)
+    print_report(network, await collect_facts(storage, mesh.id, undone=undone), failure)
+    return failure
 
 
 async def define_mesh(uow: AsyncUnitOfWork, network: Network) -> Mesh:
@@ -104,8 +105,8 @@ async def configure_routes(uow: AsyncUnitOfWork, network: Network, nodes: dict[s
                     source_node_id=ends[0],
                     target_node_id=ends[1],
                     bidirectional=True,
-                    latency_ms=link.latency_ms,
-                    bandwidth_mbps=10_000,
+                    latency_ms=Decimal(link.latency_ms),
+                    bandwidth_mbps=Decimal(10_000),
                     status="STATUS_CONNECTED",
                 )
             )
@@ -143,25 +144,25 @@ async def grow_log(network: Network, uow: AsyncUnitOfWork) -> None:
     )
 
 
-async def fail_link(
-    storage: AsyncMeshStorage, network: Network, nodes: dict[str, Node], ends: tuple[str, str]
-) -> tuple[dict[str, object], dict[str, object]]:
-    """Let a link fail: mark its route, swap the routing table, and give the routes that changed, before and after."""
+async def fail_link(storage: AsyncMeshStorage, network: Network, nodes: dict[str, Node]) -> LinkFailure | None:
+    """Let a link fail, if there is one: mark its route as disconnected and swap the whole routing table at once."""
+    link = network.link_to_fail()
+    if link is None:
+        return None
     async with storage.begin(read_only=True) as uow:
         before = await uow.routing_table.all()
-    network.down.add(frozenset(ends))
+    network.down.add(frozenset((link.a, link.b)))
     async with storage.begin() as uow:
-        for route in await uow.routes.between(nodes[ends[0]].id, nodes[ends[1]].id):
+        for route in await uow.routes.between(nodes[link.a].id, nodes[link.b].id):
             route.status = "STATUS_DISCONNECTED"
             await uow.routes.update(route)
-        await uow.routing_table.replace_all(routing_table(network))
+        await uow.routing_table.replace_all(network.routing_table())
     async with storage.begin(read_only=True) as uow:
-        after = await uow.routing_table.all()
-    return {key: route for key, route in before.items() if after.get(key) != route}, after
+        return LinkFailure(network.cities, link, before, await uow.routing_table.all())
 
 
 async def fail_half_way(storage: AsyncMeshStorage, nodes: dict[str, Node]) -> bool:
-    """Begin something that fails in its middle, and say whether all of it was undone."""
+    """Begin something that fails in its middle, and return whether all of it was undone."""
     name = next(iter(nodes.values())).name
     try:
         async with storage.begin() as uow:
@@ -173,23 +174,28 @@ async def fail_half_way(storage: AsyncMeshStorage, nodes: dict[str, Node]) -> bo
     return False
 
 
-async def report(storage: AsyncMeshStorage, mesh_id: str, *, undone: bool) -> None:
-    """Print what the database holds."""
-    async with storage.unit_of_work(read_only=True, isolation="repeatable read") as uow:
-        mesh = await uow.meshes.get(mesh_id)
-        right, wrong = await uow.meshes.admits(mesh.id, JOIN_KEY), await uow.meshes.admits(mesh.id, "a guess")
-        reporting = sum([state is not None async for _, state in uow.nodes.with_state()])
-        log = uow.consensus_log
-        print(f"  mesh {mesh.name} ({mesh.id}): the join key admits {right}, a wrong one {wrong}")
-        print(f"  {await uow.nodes.count()} nodes, {reporting} report their state; {await uow.routes.count()} routes")
-        print(f"  stale for an hour: {len(await uow.node_states.stale(timedelta(hours=1)))}")
-        print(f"  {await uow.messages.count()} messages; {await uow.routing_table.count()} best routes")
-        first, last, term = await log.first_index(), await log.last_index(), await log.last_term()
-        print(f"  consensus log: indexes {first} to {last}, term {term}")
-        print(f"  runtime config: {await uow.runtime_config.all('gossip.')}")
-    print(f"  a unit of work that failed half-way left {'nothing' if undone else 'something'} behind")
+async def collect_facts(storage: AsyncMeshStorage, mesh_id: str, *, undone: bool) -> Facts:
+    """Read what the database holds, all as of one moment."""
     health = await storage.health()
-    print(f"  healthy: {health.ok} (schema {health.revision}, {health.pool_size} connections at most)")
+    async with storage.unit_of_work(read_only=True, isolation="repeatable read") as uow:
+        return Facts(
+            mesh=await uow.meshes.get(mesh_id),
+            right_key_admitted=await uow.meshes.admits(mesh_id, JOIN_KEY),
+            wrong_key_admitted=await uow.meshes.admits(mesh_id, "a guess"),
+            nodes=await uow.nodes.count(),
+            reporting=sum([state is not None async for _, state in uow.nodes.with_state()]),
+            silent=len(await uow.node_states.stale(timedelta(hours=1))),
+            routes=await uow.routes.count(),
+            messages=await uow.messages.count(),
+            best_routes=await uow.routing_table.count(),
+            log_entries=await uow.consensus_log.count(),
+            first_index=await uow.consensus_log.first_index(),
+            last_index=await uow.consensus_log.last_index(),
+            term=await uow.consensus_log.last_term(),
+            settings=await uow.runtime_config.all("gossip."),
+            undone=undone,
+            health=health,
+        )
 
 
 if __name__ == "__main__":

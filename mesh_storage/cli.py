@@ -1,10 +1,12 @@
-"""The command line for operators: health, schema, upgrade, backup, restore and verify, with exit codes for scripts."""
+"""The command line for operators: health, schema, upgrade, backup, restore, verify, psql; exit codes for scripts."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -17,8 +19,9 @@ from typing import Any, NoReturn, TypeAlias
 from pydantic import SecretStr
 
 from mesh_storage import backup, schema
-from mesh_storage.backup import Progress
+from mesh_storage.backup import Progress, client_tools
 from mesh_storage.backup.manifest import Manifest
+from mesh_storage.embedded import server as embedded
 from mesh_storage.errors import (
     ConfigurationError,
     InvalidInputError,
@@ -28,6 +31,7 @@ from mesh_storage.errors import (
     UnavailableError,
 )
 from mesh_storage.health import Health
+from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.storage import MeshStorage
@@ -109,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     taking = add("backup", _backup, "write a backup while the traffic goes on", create=False)
     taking.add_argument("path", help="the directory to make")
     taking.add_argument("--verify", action="store_true", help="restore it into a throw-away server before it counts")
+    asking = add("psql", _psql, "start psql on the database", create=False)
+    asking.add_argument("arguments", nargs="*", help="for psql; options go behind --")
     giving = add("restore", _restore, "restore a backup, all or nothing")
     giving.add_argument("path", help="the directory of the backup")
     giving.add_argument("--overwrite", action="store_true", help="replace what the tables hold")
@@ -206,6 +212,18 @@ def _restore(given: argparse.Namespace, server: Server) -> Answer:
         made = backup.restore(server, given.path, overwrite=given.overwrite, jobs=given.jobs, progress=progress)
     upgraded = "" if made.revision == schema.head() else f", upgraded to {schema.head()}"
     return Exit.OK, _facts(given, made), f"restored: {given.path} ({_summary(made)}{upgraded})"
+
+
+def _psql(given: argparse.Namespace, server: Server) -> NoReturn:
+    with engine.connect(server.connect) as connection:
+        environment, public = client_tools.same_server(connection)
+    program = shutil.which("psql") or embedded.programs() / "psql"
+    signal.signal(signal.SIGINT, _leave_to_psql)
+    raise SystemExit(subprocess.call([program, f"--dbname={public}", *given.arguments], env=environment))
+
+
+def _leave_to_psql(_number: int, _frame: object) -> None:
+    """Do nothing: Ctrl-C reaches psql as well, whose statement it cancels."""
 
 
 def _verify(given: argparse.Namespace) -> Answer:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import copy
 import inspect
 import traceback
+from typing import Literal
 
 import psycopg
 import sqlalchemy.exc
+
+Committed = Literal["no", "unknown", "locally"]
 
 
 class MeshStorageError(Exception):
@@ -22,6 +25,8 @@ class MeshStorageError(Exception):
     """The name of the violated constraint, where there is one."""
     retryable: bool = False
     """Whether the same work may succeed when it is done again in a fresh unit of work."""
+    committed: Committed = "no"
+    """`no`; `unknown` when the connection was lost in COMMIT; `locally` when it did not wait for a standby."""
 
     def __init__(
         self,
@@ -29,12 +34,15 @@ class MeshStorageError(Exception):
         sqlstate: str | None = None,
         constraint: str | None = None,
         retryable: bool | None = None,
+        committed: Committed = "no",
     ) -> None:
         super().__init__(*(args or (inspect.getdoc(type(self)),)))
         self.sqlstate = sqlstate
         self.constraint = constraint
         if retryable is not None:
             self.retryable = retryable
+        if committed != "no":
+            self.committed = committed
 
 
 class NotFoundError(MeshStorageError):
@@ -195,20 +203,22 @@ def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:
             sqlstate=sqlstate,
         )
     kind = _BY_SQLSTATE.get(sqlstate) or _BY_CLASS.get(sqlstate[:2], MeshStorageError)
-    column = error.diag.column_name
     message = f"{inspect.getdoc(kind)} PostgreSQL says {error.diag.message_primary!r} (SQLSTATE {sqlstate}"
     message += f", constraint {constraint})" if constraint else ")"
     if sqlstate in _PREPARED_ELSEWHERE:
         message += "; behind a pooler that gives each transaction another session, set transaction_pooling"
     if kind is InvalidInputError:
-        return InvalidInputError(message, field=column or _field(error), sqlstate=sqlstate, constraint=constraint)
+        return InvalidInputError(message, field=_field(error), sqlstate=sqlstate, constraint=constraint)
     return kind(message, sqlstate=sqlstate, constraint=constraint)
 
 
 def _field(error: psycopg.Error) -> str | None:
-    """Find the field in the name of a check constraint, which the naming convention makes of table and field."""
-    table, constraint = error.diag.table_name, error.diag.constraint_name
-    return constraint and constraint.removeprefix(f"{table}_").removesuffix("_check")
+    """Find the attribute that was refused, by its column; the name of a check constraint has table and column in it."""
+    from mesh_storage.models.base import attribute_of
+
+    table, column, constraint = error.diag.table_name, error.diag.column_name, error.diag.constraint_name
+    column = column or (constraint and constraint.removeprefix(f"{table}_").removesuffix("_check"))
+    return table and column and (attribute_of(table, column) or column)
 
 
 def _unavailable(error: psycopg.OperationalError) -> str:

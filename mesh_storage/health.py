@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from sqlalchemy import func, literal_column, or_, select
 
 from mesh_storage import schema
-from mesh_storage.errors import ConfigurationError, MeshStorageError, SchemaMismatchError
-from mesh_storage.postgres.connection import Connection
-from mesh_storage.postgres.statement import Statement
+from mesh_storage.errors import MeshStorageError
+from mesh_storage.postgres.statement import Row, Statement
 
 TIMEOUT_S = 1.5
 """Seconds of a health check's own; with what a server that stands still is given on top, it takes 2 at most."""
 
-_READ_ONLY = Statement(
+READ_ONLY = Statement(
     lambda: select(
         or_(
             func.pg_is_in_recovery(),
@@ -52,16 +50,16 @@ class Health:
         return self.connected and self.writable and self.revision == self.head
 
 
-def examine(connection: Connection, *, pool_size: int, pool_in_use: int) -> Health:
-    """Ask a database how it is; writes nothing."""
-    begun = time.perf_counter()
-    row = connection.fetch_one(_READ_ONLY)
-    round_trip_ms = (time.perf_counter() - begun) * 1000
-    revision, unclear = None, None
-    try:
-        revision = connection.perform(schema.current, connection.driver.sqlalchemy)
-    except (ConfigurationError, SchemaMismatchError) as error:
-        unclear = error
+def answered(
+    row: Row | None,
+    revision: str | None,
+    unclear: MeshStorageError | None,
+    *,
+    round_trip_ms: float,
+    pool_size: int,
+    pool_in_use: int,
+) -> Health:
+    """Return what was found of a database that answered `READ_ONLY` with this row, and which schema it has."""
     return Health(
         connected=True,
         writable=row is not None and not row[0],
@@ -75,7 +73,7 @@ def examine(connection: Connection, *, pool_size: int, pool_in_use: int) -> Heal
 
 
 def unreachable(error: MeshStorageError, *, pool_size: int, pool_in_use: int) -> Health:
-    """Make the finding about a database that does not answer."""
+    """Return what was found of a database that did not answer."""
     return Health(
         connected=False,
         writable=False,

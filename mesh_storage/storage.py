@@ -15,15 +15,20 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from pydantic import SecretStr
 
 from mesh_storage import health, schema
-from mesh_storage.errors import ClosedError, ConfigurationError, InvalidInputError, MeshStorageError
+from mesh_storage.errors import (
+    ClosedError,
+    ConfigurationError,
+    InvalidInputError,
+    MeshStorageError,
+    SchemaMismatchError,
+)
 from mesh_storage.health import Health
-from mesh_storage.postgres.connection import DRIVER_ERRORS, Characteristics, Durability
-from mesh_storage.postgres.driver import Isolation
+from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
 from mesh_storage.postgres.pool import Pool, check_open
-from mesh_storage.postgres.retry import check_attempts, log_if_slow, pause
+from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
-from mesh_storage.unit_of_work import UnitOfWork
+from mesh_storage.unit_of_work import Scope, UnitOfWork
 
 if TYPE_CHECKING:  # Who makes no backup need not wait for what it takes.
     from mesh_storage.backup import Report
@@ -93,7 +98,7 @@ class MeshStorage:
             ClosedError: The storage was closed.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return _Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
+        return Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
 
     def begin(
         self,
@@ -108,46 +113,50 @@ class MeshStorage:
         The arguments and errors are those of `unit_of_work`.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return _Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
+        return Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
 
     def run(
         self,
         work: Callable[[UnitOfWork], T],
         *,
         attempts: int = 5,
+        within: float | None = None,
         read_only: bool = False,
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
     ) -> T:
-        """Call `work` with a unit of work, commit, and give what `work` returned; do it again after a retryable error.
+        """Call `work` with a unit of work, commit, and return its result; do it again after a retryable error.
 
         Each attempt has a fresh unit of work and its own `timeout`; the pauses between them grow, with jitter, from
-        20 ms to 2 s. When the connection is lost during a commit, nobody can tell whether it was made, and `work` is
-        done again: it should be safe to do twice, as the repositories' `store`, `put` and `append` are.
+        20 ms to 2 s. With `within`, it goes on for so many seconds instead of so many `attempts`, over a failover of
+        the server say; no attempt outlasts that time. When the connection is lost during a commit, nobody can tell
+        whether it was made (`.committed` of the error is `unknown`), and `work` is done again: it should be safe to do
+        twice, as the repositories' `store`, `put` and `append` are. What is committed locally, while its synchronous
+        standby was not waited for, is not done again.
 
         Raises:
             InvalidInputError: `work` is a coroutine function, which is for `AsyncMeshStorage`.
             MeshStorageError: What the last attempt raised, or one that is not retryable.
         """
-        check_attempts(attempts)
+        retry = Retry(attempts, within, timeout)
         if inspect.iscoroutinefunction(work):
             raise InvalidInputError(
                 "work is a coroutine function: give a plain one, or use AsyncMeshStorage", field="work"
             )
-        for attempt in range(1, attempts + 1):
+        while True:
             try:
                 with self.begin(
-                    read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
+                    read_only=read_only, isolation=isolation, durability=durability, timeout=retry.timeout()
                 ) as uow:
                     result = work(uow)
             except MeshStorageError as error:
-                if not error.retryable or attempt == attempts:
+                pause = retry.pause(error)
+                if pause is None:
                     raise
-                time.sleep(pause(error, attempt))
+                time.sleep(pause)
             else:
                 return result
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def health(self) -> Health:
         """Check within 2 s that the database answers, takes writes and has the right schema; writes nothing.
@@ -157,11 +166,19 @@ class MeshStorage:
         """
         pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
         try:
-            connection = self._pool.take(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
+            connection = self._pool.acquire(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
             try:
-                return health.examine(connection, **pool)
+                begun = time.perf_counter()
+                row = connection.fetch_one(health.READ_ONLY)
+                round_trip_ms = (time.perf_counter() - begun) * 1000
+                revision, unclear = None, None
+                try:
+                    revision = connection.perform(schema.current, connection.driver.sqlalchemy)
+                except (ConfigurationError, SchemaMismatchError) as error:
+                    unclear = error
             finally:
-                self._pool.give_back(connection)
+                self._pool.release(connection)
+            return health.answered(row, revision, unclear, round_trip_ms=round_trip_ms, **pool)
         except ClosedError:
             raise
         except MeshStorageError as error:
@@ -233,48 +250,3 @@ def choose_settings(url: str | None, settings: Settings | None) -> Settings:
     if settings is not None:
         return settings
     return Settings() if url is None else Settings(url=SecretStr(url))
-
-
-def already_open() -> MeshStorageError:
-    """Make the error for a unit of work that is entered again before it has ended."""
-    return MeshStorageError("this unit of work is open already; call begin() or unit_of_work() again for another one")
-
-
-class _Scope(AbstractContextManager[UnitOfWork]):
-    """The block of one unit of work; a class, since generators as context managers cost several times as much."""
-
-    def __init__(
-        self, storage: MeshStorage, pool: Pool, characteristics: Characteristics, slow: float, *, commits: bool
-    ) -> None:
-        self._storage = storage  # When nobody holds it any more, its bundled server stops.
-        self._pool = pool
-        self._characteristics = characteristics
-        self._slow = slow
-        self._commits = commits
-        self._open = False
-
-    def __enter__(self) -> UnitOfWork:
-        if self._open:
-            raise already_open()
-        self._open = True
-        self._begun = time.monotonic()
-        try:
-            self._connection = self._pool.take(self._characteristics)
-        except BaseException:
-            self._open = False
-            raise
-        self._uow = UnitOfWork(self._connection)
-        return self._uow
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None and self._commits:
-                self._uow.commit()
-            elif isinstance(error, DRIVER_ERRORS):  # Of the session; outside of the block it is one of ours.
-                raise self._connection.failed(error) from error
-        finally:
-            self._open = False
-            self._pool.give_back(self._connection)
-            log_if_slow(time.monotonic() - self._begun, self._slow)

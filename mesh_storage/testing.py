@@ -7,21 +7,22 @@ the server of `MESH_STORAGE_TEST_URL` (as a role that may create databases).
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import secrets
-from collections.abc import Generator, Iterator
+from collections.abc import Coroutine, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 from urllib.parse import quote, urlencode
 
 import factory
 import pytest
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 
 from mesh_storage import MeshStorage, schema
 from mesh_storage.embedded.server import EmbeddedServer
+from mesh_storage.errors import ConfigurationError
 from mesh_storage.models import (
     ConfigEntry,
     LogEntry,
@@ -38,6 +39,11 @@ from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
 from mesh_storage.unit_of_work import UnitOfWork
 
+if TYPE_CHECKING:  # The asyncio side is an extra of its own.
+    from typing_extensions import TypeIs
+
+    from mesh_storage.aio import AsyncUnitOfWork
+
 M = TypeVar("M")
 
 
@@ -45,14 +51,14 @@ class Databases:
     """Fresh databases on one server, each a copy of a template that has the schema."""
 
     def __init__(self, connect: dict[str, Any]) -> None:
-        self._connect = connect
-        self._admin = engine.connect(connect)
+        self._connect = {"client_encoding": "UTF8", **connect}
+        self._admin = engine.connect(self._connect)
         # No number of a process: those of several machines may share a server.
         self._prefix = f"mesh_storage_{secrets.token_hex(6)}"
         self._numbers = itertools.count(1)
         self._template = f"{self._prefix}_template"
         self._execute("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'", self._template)
-        schema.upgrade_server(Server({**connect, "dbname": self._template}))
+        schema.upgrade_server(Server({**self._connect, "dbname": self._template}))
 
     @contextmanager
     def fresh(self, *, with_schema: bool = True) -> Generator[str]:
@@ -75,31 +81,43 @@ class Databases:
         self._admin.execute(sql.SQL(template).format(*map(sql.Identifier, names)))
 
     def _url(self, name: str) -> str:
-        parameters = {**self._connect, "dbname": name}
+        parameters = {**self._connect}
         user, password = quote(str(parameters.pop("user", "")), ""), parameters.pop("password", None)
         login = f"{user}:{quote(str(password), '')}@" if password else f"{user}@" if user else ""
-        return f"postgresql://{login}/{quote(parameters.pop('dbname'), '')}?{urlencode(parameters)}"
+        parameters.pop("dbname", None)
+        for setting, nothing in {"application_name": "", "connect_timeout": "0", "options": ""}.items():
+            if parameters.get(setting) == nothing:
+                del parameters[setting]
+        query = urlencode(parameters, quote_via=quote)  # libpq takes "+" for itself, not for a space.
+        return f"postgresql://{login}/{quote(name, '')}?{query}"
 
 
 @contextmanager
 def databases() -> Generator[Databases]:
     """Yield what makes fresh databases: on a server of its own, or on the one of `MESH_STORAGE_TEST_URL`."""
-    url = os.environ.get("MESH_STORAGE_TEST_URL")
-    server = None if url else EmbeddedServer.throw_away()
-    connect: dict[str, Any]
-    if server is None:
-        connect = dict(conninfo_to_dict(url or ""))
-    else:
-        connect = {**server.connect_arguments, "dbname": "postgres"}
-    try:
+    with _server() as connect:
         made = Databases(connect)
         try:
             yield made
         finally:
             made.close()
+
+
+@contextmanager
+def _server() -> Generator[dict[str, Any]]:
+    url = os.environ.get("MESH_STORAGE_TEST_URL")
+    if url:
+        try:
+            connect = engine.parse_url(url)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"MESH_STORAGE_TEST_URL: {error}") from None
+        yield connect
+        return
+    server = EmbeddedServer.throw_away()
+    try:
+        yield {**server.connect_arguments, "dbname": "postgres"}
     finally:
-        if server is not None:
-            server.close()
+        server.close()
 
 
 @pytest.fixture(scope="session")
@@ -123,22 +141,86 @@ def mesh_storage(mesh_storage_url: str) -> Iterator[MeshStorage]:
         yield storage
 
 
+Steps: TypeAlias = Generator[Any, Any, Any]
+"""Calls of repositories, of either side: each is yielded, and what it returns comes back."""
+
+
 class AggregateFactory(factory.Factory[M]):
-    """Makes aggregates: `build()` in memory, `create(uow=uow)` stored through the unit of work."""
+    """Makes aggregates: `build()` in memory, `create(uow=uow)` stored through the unit of work.
+
+    With a unit of work of the asyncio side, `create` and `create_batch` are to be awaited.
+    """
+
+    @overload
+    @classmethod
+    def create(cls, *, uow: UnitOfWork, **attributes: Any) -> M: ...
+    @overload
+    @classmethod
+    def create(cls, *, uow: AsyncUnitOfWork, **attributes: Any) -> Coroutine[Any, Any, M]: ...
+    @classmethod
+    def create(cls, *, uow: UnitOfWork | AsyncUnitOfWork, **attributes: Any) -> M | Coroutine[Any, Any, M]:
+        """Make one and store it."""
+        made: M | Coroutine[Any, Any, M] = super().create(uow=uow, **attributes)
+        return made
+
+    @overload
+    @classmethod
+    def create_batch(cls, size: int, *, uow: UnitOfWork, **attributes: Any) -> list[M]: ...
+    @overload
+    @classmethod
+    def create_batch(cls, size: int, *, uow: AsyncUnitOfWork, **attributes: Any) -> Coroutine[Any, Any, list[M]]: ...
+    @classmethod
+    def create_batch(
+        cls, size: int, *, uow: UnitOfWork | AsyncUnitOfWork, **attributes: Any
+    ) -> list[M] | Coroutine[Any, Any, list[M]]:
+        """Make many and store them."""
+        if _is_async(uow):
+            return cls._create_in_turn(size, uow, attributes)
+        return [cls.create(uow=uow, **attributes) for _ in range(size)]
 
     @classmethod
-    def _create(cls, model_class: type[M], *args: Any, uow: UnitOfWork, **kwargs: Any) -> M:
-        return cls.store(uow, model_class(*args, **kwargs))
+    async def _create_in_turn(cls, size: int, uow: AsyncUnitOfWork, attributes: dict[str, Any]) -> list[M]:
+        return [await cls.create(uow=uow, **attributes) for _ in range(size)]
 
     @classmethod
-    def _build(cls, model_class: type[M], *args: Any, uow: UnitOfWork | None = None, **kwargs: Any) -> M:
+    def _create(
+        cls, model_class: type[M], *args: Any, uow: UnitOfWork | AsyncUnitOfWork, **kwargs: Any
+    ) -> M | Coroutine[Any, Any, M]:
+        steps = cls.store(uow, model_class(*args, **kwargs))
+        made: M | Coroutine[Any, Any, M] = _take_async(steps) if _is_async(uow) else _take(steps)
+        return made
+
+    @classmethod
+    def _build(cls, model_class: type[M], *args: Any, uow: object = None, **kwargs: Any) -> M:
         del uow
         return model_class(*args, **kwargs)
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: M) -> M:
+    def store(cls, uow: Any, entity: M) -> Steps:
         """Store an aggregate by the repository of its kind."""
         raise NotImplementedError
+
+
+def _is_async(uow: UnitOfWork | AsyncUnitOfWork) -> TypeIs[AsyncUnitOfWork]:
+    return inspect.iscoroutinefunction(uow.commit)
+
+
+def _take(steps: Steps) -> Any:
+    result = None
+    try:
+        while True:
+            result = steps.send(result)
+    except StopIteration as end:
+        return end.value
+
+
+async def _take_async(steps: Steps) -> Any:
+    result = None
+    try:
+        while True:
+            result = await steps.send(result)
+    except StopIteration as end:
+        return end.value
 
 
 class MeshFactory(AggregateFactory[Mesh]):
@@ -152,9 +234,9 @@ class MeshFactory(AggregateFactory[Mesh]):
     allow_join = True
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: Mesh) -> Mesh:
+    def store(cls, uow: Any, entity: Mesh) -> Steps:
         """Add the mesh."""
-        return uow.meshes.add(entity)
+        return (yield uow.meshes.add(entity))
 
 
 class NodeFactory(AggregateFactory[Node]):
@@ -168,9 +250,9 @@ class NodeFactory(AggregateFactory[Node]):
     port = 8443
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: Node) -> Node:
+    def store(cls, uow: Any, entity: Node) -> Steps:
         """Add the node."""
-        return uow.nodes.add(entity)
+        return (yield uow.nodes.add(entity))
 
 
 class RouteFactory(AggregateFactory[Route]):
@@ -187,12 +269,12 @@ class RouteFactory(AggregateFactory[Route]):
     cost = 100
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: Route) -> Route:
+    def store(cls, uow: Any, entity: Route) -> Steps:
         """Add the route, and its nodes where they are not there."""
         for node_id in (entity.source_node_id, entity.target_node_id):
-            if uow.nodes.find(node_id) is None:
-                NodeFactory.create(uow=uow, id=node_id)
-        return uow.routes.add(entity)
+            if (yield uow.nodes.find(node_id)) is None:
+                yield uow.nodes.add(NodeFactory.build(id=node_id))
+        return (yield uow.routes.add(entity))
 
 
 class MessageFactory(AggregateFactory[Message]):
@@ -208,9 +290,9 @@ class MessageFactory(AggregateFactory[Message]):
     timestamp = factory.Sequence(lambda n: 1_700_000_000 + n)
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: Message) -> Message:
+    def store(cls, uow: Any, entity: Message) -> Steps:
         """Store the message."""
-        return uow.messages.store(entity)
+        return (yield uow.messages.store(entity))
 
 
 class StateEntryFactory(AggregateFactory[StateEntry]):
@@ -223,9 +305,9 @@ class StateEntryFactory(AggregateFactory[StateEntry]):
     value = factory.Sequence(lambda n: f"value {n}".encode())
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: StateEntry) -> StateEntry:
+    def store(cls, uow: Any, entity: StateEntry) -> Steps:
         """Put the entry."""
-        return uow.state.put(entity.key, entity.value)
+        return (yield uow.state.put(entity.key, entity.value))
 
 
 class NodeStateFactory(AggregateFactory[NodeState]):
@@ -238,9 +320,9 @@ class NodeStateFactory(AggregateFactory[NodeState]):
     state = factory.Sequence(lambda n: {"status": "active", "connections": n})
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: NodeState) -> NodeState:
+    def store(cls, uow: Any, entity: NodeState) -> Steps:
         """Put the state."""
-        return uow.node_states.put(entity.node_id, entity.state)
+        return (yield uow.node_states.put(entity.node_id, entity.state))
 
 
 class LogEntryFactory(AggregateFactory[LogEntry]):
@@ -254,9 +336,10 @@ class LogEntryFactory(AggregateFactory[LogEntry]):
     entry = factory.LazyAttribute(lambda made: {"command": "set", "key": f"key-{made.index}"})
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: LogEntry) -> LogEntry:
+    def store(cls, uow: Any, entity: LogEntry) -> Steps:
         """Append the entry behind the last one, whatever its index was."""
-        return uow.consensus_log.append(entity.term, uow.consensus_log.last_index() + 1, entity.entry)
+        last_index = yield uow.consensus_log.last_index()
+        return (yield uow.consensus_log.append(entity.term, last_index + 1, entity.entry))
 
 
 class RoutingEntryFactory(AggregateFactory[RoutingEntry]):
@@ -269,9 +352,9 @@ class RoutingEntryFactory(AggregateFactory[RoutingEntry]):
     route = factory.LazyFunction(lambda: {"next_hop": "node-a", "latency_ms": 10})
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: RoutingEntry) -> RoutingEntry:
+    def store(cls, uow: Any, entity: RoutingEntry) -> Steps:
         """Put the route."""
-        return uow.routing_table.put(entity.destination, entity.route)
+        return (yield uow.routing_table.put(entity.destination, entity.route))
 
 
 class ConfigEntryFactory(AggregateFactory[ConfigEntry]):
@@ -284,6 +367,6 @@ class ConfigEntryFactory(AggregateFactory[ConfigEntry]):
     value = factory.Sequence(lambda n: n)
 
     @classmethod
-    def store(cls, uow: UnitOfWork, entity: ConfigEntry) -> ConfigEntry:
+    def store(cls, uow: Any, entity: ConfigEntry) -> Steps:
         """Put the setting."""
-        return uow.runtime_config.put(entity.key, entity.value)
+        return (yield uow.runtime_config.put(entity.key, entity.value))

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -328,3 +329,23 @@ def test_the_bar_is_drawn_ten_times_a_second_at_most(monkeypatch: pytest.MonkeyP
             drawn += os.read(screen, 100_000).decode()
     assert 1 < drawn.count("load") < 10
     assert "1,000/1,000" in drawn
+
+
+@pytest.mark.parametrize("bundled", [True, False])
+def test_psql_is_started_on_the_database(bundled: bool, mesh_storage_url: str, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        url = f"embedded:{home}/mesh" if bundled else mesh_storage_url
+        with MeshStorage.open(url) as storage, storage.begin() as uow:
+            uow.state.put("k", b"v")
+        command = [sys.executable, "-m", "mesh_storage", "psql", "--url", url, "--", "-X", "-At", "-c"]
+        environment = os.environ | {"PGHOSTADDR": "192.0.2.1"} if bundled else os.environ
+        for query, printed, status in (("SELECT key FROM mesh_state", "k\n", 0), ("nonsense", "", 1)):
+            done = subprocess.run(
+                [*command, query], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            assert (done.stdout, done.returncode) == (printed, status), done.stderr
+
+
+def test_psql_makes_no_database(call: Call, tmp_path: Path) -> None:
+    assert call("psql", "--url", f"embedded:{tmp_path / 'none'}")[0] == Exit.UNAVAILABLE
+    assert not (tmp_path / "none").exists()

@@ -95,7 +95,7 @@ def test_what_the_database_refuses_says_why(
     assert isinstance(error.value.__cause__, psycopg.Error)
     assert vars(pickle.loads(pickle.dumps(error.value))) == vars(error.value)  # noqa: S301 - our own bytes
     if isinstance(error.value, InvalidInputError):
-        assert error.value.field == "port"
+        assert error.value.field == "Node.port"
 
 
 def test_what_a_flush_of_the_session_raises_is_translated_at_commit(uow: UnitOfWork) -> None:

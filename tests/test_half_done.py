@@ -17,7 +17,7 @@ from mesh_storage import (
     StateEntry,
 )
 from mesh_storage.aio import AsyncMeshStorage
-from mesh_storage.postgres.connection import Isolation
+from mesh_storage.postgres.characteristics import Isolation
 
 
 def keys(storage: MeshStorage) -> list[str]:

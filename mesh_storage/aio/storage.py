@@ -15,20 +15,24 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from mesh_storage import health, schema
-from mesh_storage.aio import greenlets
-from mesh_storage.aio.bridge import in_background
-from mesh_storage.aio.pool import AsyncPool
-from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
+from mesh_storage.aio.postgres.concurrency import in_background, in_greenlet, sync_connection
+from mesh_storage.aio.postgres.pool import AsyncPool
+from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
-from mesh_storage.errors import ClosedError, InvalidInputError, MeshStorageError
+from mesh_storage.errors import (
+    ClosedError,
+    ConfigurationError,
+    InvalidInputError,
+    MeshStorageError,
+    SchemaMismatchError,
+)
 from mesh_storage.health import Health
-from mesh_storage.postgres.connection import DRIVER_ERRORS, Characteristics, Durability
-from mesh_storage.postgres.driver import Isolation
+from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
 from mesh_storage.postgres.pool import check_open
-from mesh_storage.postgres.retry import check_attempts, log_if_slow, pause
+from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
-from mesh_storage.storage import already_open, choose_settings
+from mesh_storage.storage import choose_settings
 
 if TYPE_CHECKING:  # Who makes no backup need not wait for what it takes.
     from mesh_storage.backup import Report
@@ -118,7 +122,7 @@ class AsyncMeshStorage:
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return _Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
+        return AsyncScope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
 
     def begin(
         self,
@@ -133,39 +137,40 @@ class AsyncMeshStorage:
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return _Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
+        return AsyncScope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
 
     async def run(
         self,
         work: Callable[[AsyncUnitOfWork], Awaitable[T]],
         *,
         attempts: int = 5,
+        within: float | None = None,
         read_only: bool = False,
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
     ) -> T:
-        """Call `work` with a unit of work, commit, and give what `work` returned; do it again after a retryable error.
+        """Call `work` with a unit of work, commit, and return its result; do it again after a retryable error.
 
         The arguments, pauses and errors are those of `MeshStorage.run`.
         """
-        check_attempts(attempts)
-        for attempt in range(1, attempts + 1):
+        retry = Retry(attempts, within, timeout)
+        while True:
             try:
                 async with self.begin(
-                    read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
+                    read_only=read_only, isolation=isolation, durability=durability, timeout=retry.timeout()
                 ) as uow:
                     working = work(uow)
                     if not inspect.isawaitable(working):
                         raise InvalidInputError("work must be a coroutine function (async def)", field="work")
                     result = await working
             except MeshStorageError as error:
-                if not error.retryable or attempt == attempts:
+                pause = retry.pause(error)
+                if pause is None:
                     raise
-                await asyncio.sleep(pause(error, attempt))
+                await asyncio.sleep(pause)
             else:
                 return result
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def health(self) -> Health:
         """Check within 2 s that the database answers, takes writes and has the right schema; writes nothing.
@@ -173,17 +178,26 @@ class AsyncMeshStorage:
         Raises:
             ClosedError: The storage was closed.
         """
-        size, in_use = self._pool.size, self._pool.in_use
+        pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
         try:
-            lent = await self._pool.take(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
+            connection = await self._pool.acquire(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
             try:
-                return await greenlets.run(health.examine, lent[0], pool_size=size, pool_in_use=in_use)
+                begun = time.perf_counter()
+                row = await connection.fetch_one(health.READ_ONLY)
+                round_trip_ms = (time.perf_counter() - begun) * 1000
+                database = sync_connection(connection.driver.sqlalchemy)
+                revision, unclear = None, None
+                try:
+                    revision = await connection.perform(in_greenlet, schema.current, database)
+                except (ConfigurationError, SchemaMismatchError) as error:
+                    unclear = error
             finally:
-                await self._pool.give_back(*lent)
+                await self._pool.release(connection)
+            return health.answered(row, revision, unclear, round_trip_ms=round_trip_ms, **pool)
         except ClosedError:
             raise
         except MeshStorageError as error:
-            return health.unreachable(error, pool_size=size, pool_in_use=in_use)
+            return health.unreachable(error, **pool)
 
     async def backup(
         self,
@@ -246,52 +260,6 @@ class AsyncMeshStorage:
         await self._pool.close()
         await asyncio.to_thread(self._finalizer)
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
-
-
-class _Scope(AbstractAsyncContextManager[AsyncUnitOfWork]):
-    """The block of one unit of work; a class, since generators as context managers cost several times as much."""
-
-    def __init__(
-        self,
-        storage: AsyncMeshStorage,
-        pool: AsyncPool,
-        characteristics: Characteristics,
-        slow: float,
-        *,
-        commits: bool,
-    ) -> None:
-        self._storage = storage  # When nobody holds it any more, its bundled server stops.
-        self._pool = pool
-        self._characteristics = characteristics
-        self._slow = slow
-        self._commits = commits
-        self._open = False
-
-    async def __aenter__(self) -> AsyncUnitOfWork:
-        if self._open:
-            raise already_open()
-        self._open = True
-        self._begun = time.monotonic()
-        try:
-            self._lent = await self._pool.take(self._characteristics)
-        except BaseException:
-            self._open = False
-            raise
-        self._uow = AsyncUnitOfWork(*self._lent)
-        return self._uow
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None and self._commits:
-                await self._uow.commit()
-            elif isinstance(error, DRIVER_ERRORS):  # Of the session; outside of the block it is one of ours.
-                raise await greenlets.run(self._lent[0].failed, error) from error
-        finally:
-            self._open = False
-            await self._pool.give_back(*self._lent)
-            log_if_slow(time.monotonic() - self._begun, self._slow)
 
 
 class _Preparation:

@@ -1,15 +1,18 @@
-"""The unit of work of the asyncio side."""
+"""The unit of work: all repositories in one transaction, and the block in which it lives."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import TracebackType
 
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.util import ro_memoized_property
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, AsyncTransaction
+from sqlalchemy.util import ro_memoized_property  # that of functools takes a lock up to Python 3.11
 
-from mesh_storage.aio import greenlets
-from mesh_storage.aio.bridge import BridgedDriver
+from mesh_storage.aio.postgres.concurrency import open_async_session, uninterrupted
+from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
+from mesh_storage.aio.postgres.pool import AsyncPool
 from mesh_storage.aio.repositories import (
     AsyncConsensusLogRepository,
     AsyncMeshRepository,
@@ -21,107 +24,182 @@ from mesh_storage.aio.repositories import (
     AsyncRuntimeConfigRepository,
     AsyncStateRepository,
 )
-from mesh_storage.postgres.connection import Connection
-from mesh_storage.unit_of_work import UnitOfWork, UnitOfWorkSession
+from mesh_storage.errors import MeshStorageError
+from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.failure import DRIVER_ERRORS
+from mesh_storage.postgres.retry import log_if_slow
 
 
 class AsyncUnitOfWork:
     """The repositories over one transaction, which is rolled back unless `commit()` was called.
 
-    It belongs to one task. All else is as in `mesh_storage.UnitOfWork`.
+    It belongs to one thread or task. After `commit()` or `rollback()` it goes on with a new transaction. Aggregates
+    that were read stay readable when it ends; to change one of the infrastructure, change it and `update()` it.
     """
 
-    def __init__(self, connection: Connection, driver: BridgedDriver) -> None:
-        self._uow = UnitOfWork(connection)
+    def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         self._connection = connection
-        self._driver = driver
 
     @ro_memoized_property
     def meshes(self) -> AsyncMeshRepository:
         """The meshes."""
-        return AsyncMeshRepository(self._uow.meshes)
+        return AsyncMeshRepository(self._connection)
 
     @ro_memoized_property
     def nodes(self) -> AsyncNodeRepository:
         """The nodes."""
-        return AsyncNodeRepository(self._uow.nodes)
+        return AsyncNodeRepository(self._connection)
 
     @ro_memoized_property
     def routes(self) -> AsyncRouteRepository:
         """The configured routes between nodes."""
-        return AsyncRouteRepository(self._uow.routes)
+        return AsyncRouteRepository(self._connection)
 
     @ro_memoized_property
     def messages(self) -> AsyncMessageRepository:
         """The messages."""
-        return AsyncMessageRepository(self._uow.messages)
+        return AsyncMessageRepository(self._connection)
 
     @ro_memoized_property
     def state(self) -> AsyncStateRepository:
         """The shared state."""
-        return AsyncStateRepository(self._uow.state)
+        return AsyncStateRepository(self._connection)
 
     @ro_memoized_property
     def node_states(self) -> AsyncNodeStateRepository:
         """The runtime states of the nodes."""
-        return AsyncNodeStateRepository(self._uow.node_states)
+        return AsyncNodeStateRepository(self._connection)
 
     @ro_memoized_property
     def consensus_log(self) -> AsyncConsensusLogRepository:
         """The consensus log."""
-        return AsyncConsensusLogRepository(self._uow.consensus_log)
+        return AsyncConsensusLogRepository(self._connection)
 
     @ro_memoized_property
     def routing_table(self) -> AsyncRoutingTableRepository:
         """The routing table."""
-        return AsyncRoutingTableRepository(self._uow.routing_table)
+        return AsyncRoutingTableRepository(self._connection)
 
     @ro_memoized_property
     def runtime_config(self) -> AsyncRuntimeConfigRepository:
         """The runtime configuration."""
-        return AsyncRuntimeConfigRepository(self._uow.runtime_config)
+        return AsyncRuntimeConfigRepository(self._connection)
 
-    @ro_memoized_property
+    @property
     def session(self) -> AsyncSession:
         """The SQLAlchemy session of this transaction, for what the repositories do not offer.
 
         `commit()` of the unit of work flushes it; its own `commit()` only flushes, and its `rollback()` rolls back
-        everything. Inside of the block its errors are SQLAlchemy's; one that leaves the block is translated.
+        everything. Inside of the block its errors are SQLAlchemy's; one that leaves the block is translated. What it
+        sets beyond the transaction (SET, advisory locks, temporary tables, LISTEN) is gone when the unit of work ends.
         """
-        session = AsyncSession(sync_session_class=UnitOfWorkSession, connection=self._connection)
-        self._uow.use_session(session.sync_session)
-        return session
+        self._connection.exposed = True
+        return self._session
 
     async def commit(self) -> None:
         """Make everything since the last commit permanent, all of it or nothing.
 
         Raises:
             MeshStorageError: A call failed before and its error was caught; everything was rolled back.
-            UnavailableError: The connection was lost; if that was during the commit, it may have been made or not.
+            UnavailableError: The connection was lost; if that was during the commit, it may have been made or not
+                (`.committed` is `unknown`).
+            StorageTimeoutError: The time is over; if `.committed` is `locally`, the synchronous standby may lack it.
         """
-        untimed = self._connection.characteristics.timeout is None
-        if untimed and self._connection.settled() and "session" not in vars(self):
-            self._uow.commit()  # There is nothing to send, so the bridge need not be crossed.
-        else:
-            await greenlets.run(self._uow.commit)
+        self._connection.check_whole()
+        if "_session" in vars(self) and not self._connection.has_failed:
+            await self._flush()
+            while (nested := self._session.get_nested_transaction()) is not None and nested.is_active:
+                await nested.commit()  # One that the caller left open; what was written in it counts for the whole.
+        await self._connection.commit()
 
     async def rollback(self) -> None:
         """Undo everything since the last commit."""
-        await self._driver.finish(greenlets.run(self._uow.rollback))
+        self._connection.check_whole()
+        await uninterrupted(self._connection.owner, self._connection.rollback)
 
     @asynccontextmanager
-    async def savepoint(self) -> AsyncGenerator[None]:
+    async def savepoint(self) -> AsyncGenerator[None, None]:
         """Undo only what the block did if it raises, so that the unit of work can go on after the error is caught."""
-        self._uow.use_session(self.session.sync_session)
-        savepoint = self._uow.savepoint()
-        await greenlets.run(savepoint.__enter__)
+        self._connection.check_writable()
+        # SQLAlchemy restores the objects as they were here, also those of a session that is first used in the block; it
+        # joins the transaction before, or it would join the savepoint and end with that.
+        await self._flush()
+        await self._session.connection()
+        savepoint = await self._connection.begin_nested()
+        try:
+            nested = self._session.begin_nested()
+            await nested.__aenter__()
+        except BaseException:
+            await uninterrupted(self._connection.owner, self._connection.roll_back_to, savepoint)
+            raise
         try:
             yield
+            await self._flush()
+            await nested.__aexit__(None, None, None)
         except BaseException as error:
-            await self._driver.finish(greenlets.run(_leave, savepoint, error))
+            self._connection.writes.undo()  # Before SQLAlchemy forgets the values of what was changed.
+            await uninterrupted(self._connection.owner, self._undo, savepoint, nested, error)
             raise
-        await greenlets.run(savepoint.__exit__, None, None, None)
+        await self._connection.release(savepoint)
+
+    @ro_memoized_property
+    def _session(self) -> AsyncSession:
+        return open_async_session(self._connection)
+
+    async def _flush(self) -> None:
+        try:
+            await self._session.flush()
+        except MeshStorageError:
+            raise
+        except Exception as error:
+            raise await self._connection.failed(error) from error
+
+    async def _undo(self, savepoint: AsyncTransaction, nested: AsyncSessionTransaction, error: BaseException) -> None:
+        if self._connection.owner.inherited:  # To leave it in a forked child would end it for the parent.
+            return
+        try:
+            await nested.__aexit__(type(error), error, error.__traceback__)
+        finally:
+            await self._connection.roll_back_to(savepoint)
 
 
-def _leave(savepoint: AbstractContextManager[None], error: BaseException) -> None:
-    savepoint.__exit__(type(error), error, error.__traceback__)
+class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
+    """The block of one unit of work; a class, since generators as context managers cost several times as much."""
+
+    def __init__(
+        self, storage: object, pool: AsyncPool, characteristics: Characteristics, slow: float, *, commits: bool
+    ) -> None:
+        self._storage = storage  # When nobody holds it any more, its bundled server stops.
+        self._pool = pool
+        self._characteristics = characteristics
+        self._slow = slow
+        self._commits = commits
+        self._open = False
+
+    async def __aenter__(self) -> AsyncUnitOfWork:
+        if self._open:
+            raise MeshStorageError(
+                "this unit of work is open already; call begin() or unit_of_work() again for another one"
+            )
+        self._open = True
+        self._begun = time.monotonic()
+        try:
+            self._connection = await self._pool.acquire(self._characteristics)
+        except BaseException:
+            self._open = False
+            raise
+        self._uow = AsyncUnitOfWork(self._connection)
+        return self._uow
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._commits:
+                await self._uow.commit()
+            elif isinstance(error, DRIVER_ERRORS):  # Of the session; outside of the block it is one of ours.
+                raise await self._connection.failed(error) from error
+        finally:
+            self._open = False
+            await self._pool.release(self._connection)
+            log_if_slow(time.monotonic() - self._begun, self._slow)

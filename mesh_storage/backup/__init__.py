@@ -391,13 +391,8 @@ def _prove(source: Path, jobs: int, report: Report) -> Manifest:
         MeshStorageError: It is broken, or could not be verified here; the message says which.
     """
     manifest = Manifest.read(source)
-    ram = Path("/dev/shm")  # noqa: S108 - only asked how much is free
-    fits = not ram.exists() or manifest.size * 2 < shutil.disk_usage(ram).free
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="mesh_storage-") as home,
-            closing(open_server(_throw_away("memory:" if fits else f"embedded:{home}"))) as server,
-        ):
+        with closing(open_server(_throw_away(), space=2 * manifest.size)) as server:
             there = server if manifest.namespace == "public" else catalog.with_namespace(server, manifest.namespace)
             return restore(there, source, jobs=jobs, progress=report)
     except (ConfigurationError, SchemaMismatchError, StorageTimeoutError, UnavailableError) as error:
@@ -408,10 +403,14 @@ def _prove(source: Path, jobs: int, report: Report) -> Manifest:
         ) from error
 
 
-def _throw_away(url: str) -> Settings:
+def _throw_away() -> Settings:
     """Return settings without the limits of the environment, which are for the server of the service."""
     return Settings(
-        url=SecretStr(url), connect_timeout=30, statement_timeout=0, lock_timeout=0, idle_in_transaction_timeout=0
+        url=SecretStr("memory:"),
+        connect_timeout=30,
+        statement_timeout=0,
+        lock_timeout=0,
+        idle_in_transaction_timeout=0,
     )
 
 

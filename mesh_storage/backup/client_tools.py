@@ -20,6 +20,7 @@ import psycopg
 
 from mesh_storage.embedded.server import programs
 from mesh_storage.errors import ConfigurationError, InvalidInputError, MeshStorageError, UnavailableError
+from mesh_storage.postgres.environment import for_programs
 
 _PLACES = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin")
 """Where the packages of Debian and of Red Hat put them."""
@@ -141,9 +142,7 @@ def same_server(connection: psycopg.Connection[Any]) -> tuple[dict[str, str], st
         ConfigurationError: The connection needs a parameter that can be handed over in no safe way.
     """
     options = connection.pgconn.info
-    ours = {option.envvar.decode() for option in options if option.envvar}
-    environment = {name: value for name, value in os.environ.items() if name not in {*ours, "PGSERVICEFILE"}}
-    environment["LC_ALL"] = "C"
+    environment = for_programs() | {"LC_ALL": "C"}
     info = connection.info
     here = {b"host": info.host.encode(), b"port": str(info.port).encode(), b"password": info.password.encode()}
     here |= dict.fromkeys((b"service", b"target_session_attrs", b"load_balance_hosts"), b"")

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated
 
-from sqlalchemy import CheckConstraint, DateTime, LargeBinary, String, Text, text
+from sqlalchemy import CheckConstraint, DateTime, LargeBinary, String, Text, func, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import mapped_column
 
@@ -13,7 +13,7 @@ _NOW = text("CURRENT_TIMESTAMP")
 
 CreatedAt = Annotated[datetime | None, mapped_column(DateTime(timezone=True), server_default=_NOW)]
 """When the row was first stored, by the database's clock; None until then."""
-UpdatedAt = Annotated[datetime | None, mapped_column(DateTime(timezone=True), server_default=_NOW)]
+UpdatedAt = Annotated[datetime | None, mapped_column(DateTime(timezone=True), server_default=_NOW, onupdate=func.now())]
 """When the row was last stored, by the database's clock; None until then."""
 ULID = {"ulid": True}
 """Marks a column of prefixed ULIDs."""
@@ -27,7 +27,8 @@ Id64 = Annotated[str, mapped_column(String(64), primary_key=True, info=NOT_EMPTY
 NodeName = Annotated[str, mapped_column(String(64), info=NOT_EMPTY)]
 Content = Annotated[bytes, mapped_column(LargeBinary)]
 JsonValue = Annotated[JSON, mapped_column(JSONB, nullable=False)]
-Status = Annotated[str | None, mapped_column(String(255), default="STATUS_PENDING", server_default="STATUS_PENDING")]
+PENDING = "STATUS_PENDING"
+Status = Annotated[str | None, mapped_column(String(255), server_default=PENDING)]
 """What state the thing is in, such as `STATUS_PENDING` or `STATUS_CONNECTED`."""
 ULIDKey = Annotated[str, mapped_column(Text, primary_key=True, info=ULID)]
 

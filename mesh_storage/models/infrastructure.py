@@ -1,15 +1,28 @@
 """The infrastructure layer: what administrators configured and what rarely changes."""
 
 from decimal import Decimal
+from functools import partial
 
 from sqlalchemy import CheckConstraint, ForeignKey, Index, Numeric, String, Text, text
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship
 
-from mesh_storage.models.base import Base
-from mesh_storage.models.columns import NOT_EMPTY, ULID, CreatedAt, Status, ULIDKey, UpdatedAt, not_empty, status, ulid
+from mesh_storage.models.base import Entity, new_id
+from mesh_storage.models.columns import (
+    NOT_EMPTY,
+    PENDING,
+    ULID,
+    CreatedAt,
+    Status,
+    ULIDKey,
+    UpdatedAt,
+    not_empty,
+    status,
+    ulid,
+)
+from mesh_storage.models.runtime import NodeState
 
 
-class Mesh(Base):
+class Mesh(Entity):
     """A mesh network: its name, who may join it, and the keys it is known by."""
 
     __tablename__ = "mesh"
@@ -19,19 +32,22 @@ class Mesh(Base):
         status(),
     )
 
-    id: Mapped[ULIDKey] = mapped_column("mesh_id")
+    id: Mapped[ULIDKey] = mapped_column("mesh_id", default=partial(new_id, "mesh"))
     name: Mapped[str] = mapped_column("mesh_name", String(255), unique=True, info=NOT_EMPTY)
     description: Mapped[str | None] = mapped_column("mesh_description", Text, default="", server_default="")
     allow_join: Mapped[bool | None] = mapped_column(default=False, server_default=text("false"))
-    status: Mapped[Status]
-    created: Mapped[CreatedAt]
-    updated: Mapped[UpdatedAt]
+    status: Mapped[Status] = mapped_column(default=PENDING)
+    created: Mapped[CreatedAt] = mapped_column(default=None)
+    updated: Mapped[UpdatedAt] = mapped_column(default=None)
     public_key: Mapped[str] = mapped_column("mesh_public_key", Text, default="", server_default="")
-    join_key_hash: Mapped[str | None] = mapped_column("mesh_join_key_hash", Text)
-    """The join key as `meshes.set_join_key` leaves it: a salted scrypt hash (RFC 7914), never the key."""
+    join_key_hash: Mapped[str | None] = mapped_column(
+        "mesh_join_key_hash", Text, default=None, deferred=True, deferred_raiseload=True
+    )
+    """The join key as `meshes.set_join_key` leaves it: a salted scrypt hash (RFC 7914), never the key. It is in what a
+    session loads with `undefer(Mesh.join_key_hash)`, and in no other mesh."""
 
 
-class Node(Base):
+class Node(Entity):
     """A node that may take part in the mesh: where it is and how it is reached."""
 
     __tablename__ = "nodes"
@@ -45,24 +61,39 @@ class Node(Base):
         Index(None, "region_id", "node_id"),
     )
 
-    id: Mapped[ULIDKey] = mapped_column("node_id")
+    id: Mapped[ULIDKey] = mapped_column("node_id", default=partial(new_id, "node"))
     name: Mapped[str] = mapped_column("node_name", String(255), unique=True, info=NOT_EMPTY)
     description: Mapped[str | None] = mapped_column("node_description", Text, default="", server_default="")
     platform: Mapped[str | None] = mapped_column(
         "node_platform", String(255), default="linux-amd64", server_default="linux-amd64"
     )
     version: Mapped[str | None] = mapped_column("node_version", String(255), default="1.0.0", server_default="1.0.0")
-    region_id: Mapped[str | None] = mapped_column(Text, info=NOT_EMPTY)
+    region_id: Mapped[str | None] = mapped_column(Text, default=None, info=NOT_EMPTY)
     """The id of a region, which another system keeps."""
     public_key: Mapped[str | None] = mapped_column("node_public_key", Text, default="", server_default="")
     ip_address: Mapped[str] = mapped_column(String(255), info=NOT_EMPTY)
     port: Mapped[int | None] = mapped_column(default=8443, server_default=text("8443"))
-    status: Mapped[Status]
-    created: Mapped[CreatedAt]
-    updated: Mapped[UpdatedAt]
+    status: Mapped[Status] = mapped_column(default=PENDING)
+    created: Mapped[CreatedAt] = mapped_column(default=None)
+    updated: Mapped[UpdatedAt] = mapped_column(default=None)
+
+    # Nothing is loaded that was not asked for: an access without `selectinload()` or its like is an error. The rows
+    # behind a node that is deleted are the database's to delete.
+    routes_out: Mapped[list["Route"]] = relationship(
+        foreign_keys="Route.source_node_id", back_populates="source", lazy="raise_on_sql", passive_deletes="all"
+    )
+    """The routes that begin here."""
+    routes_in: Mapped[list["Route"]] = relationship(
+        foreign_keys="Route.target_node_id", back_populates="target", lazy="raise_on_sql", passive_deletes="all"
+    )
+    """The routes that end here."""
+    state: Mapped[NodeState | None] = relationship(
+        primaryjoin=lambda: Node.id == foreign(NodeState.node_id), lazy="raise_on_sql", viewonly=True
+    )
+    """What the node last said about itself; to read only, since nodes and their states come and go independently."""
 
 
-class Route(Base):
+class Route(Entity):
     """A configured network path between two nodes, with what it costs."""
 
     __tablename__ = "routes"
@@ -77,7 +108,7 @@ class Route(Base):
         Index(None, "target_node_id", "route_id"),
     )
 
-    id: Mapped[ULIDKey] = mapped_column("route_id")
+    id: Mapped[ULIDKey] = mapped_column("route_id", default=partial(new_id, "route"))
     source_node_id: Mapped[str] = mapped_column(
         ForeignKey("nodes.node_id", ondelete="CASCADE", onupdate="CASCADE"), info=ULID
     )
@@ -95,6 +126,11 @@ class Route(Base):
     """Megabits a second."""
     cost: Mapped[int | None] = mapped_column("route_cost", default=100, server_default=text("100"))
     """What routing prefers to keep low; no unit."""
-    status: Mapped[Status]
-    created: Mapped[CreatedAt]
-    updated: Mapped[UpdatedAt]
+    status: Mapped[Status] = mapped_column(default=PENDING)
+    created: Mapped[CreatedAt] = mapped_column(default=None)
+    updated: Mapped[UpdatedAt] = mapped_column(default=None)
+
+    source: Mapped[Node] = relationship(foreign_keys=source_node_id, back_populates="routes_out", lazy="raise_on_sql")
+    """The node where it begins."""
+    target: Mapped[Node] = relationship(foreign_keys=target_node_id, back_populates="routes_in", lazy="raise_on_sql")
+    """The node where it ends."""

@@ -3,7 +3,7 @@
 from sqlalchemy import BigInteger, CheckConstraint, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from mesh_storage.models.base import Base
+from mesh_storage.models.base import Entity
 from mesh_storage.models.columns import (
     NOT_REFLECTED,
     Content,
@@ -20,7 +20,7 @@ from mesh_storage.models.columns import (
 HALF_FULL = {"postgresql_with": {"fillfactor": 50}}
 
 
-class Message(Base):
+class Message(Entity):
     """A message on its way from one node to another."""
 
     __tablename__ = "mesh_messages"
@@ -38,12 +38,14 @@ class Message(Base):
     from_node: Mapped[NodeName]
     to_node: Mapped[NodeName]
     content: Mapped[Content]
-    timestamp: Mapped[int] = mapped_column(BigInteger, server_default=text("EXTRACT(epoch FROM now())::bigint"))
+    timestamp: Mapped[int] = mapped_column(
+        BigInteger, default=None, server_default=text("EXTRACT(epoch FROM now())::bigint")
+    )
     """Unix seconds; the database's clock at `store` when none is given."""
-    created_at: Mapped[CreatedAt]
+    created_at: Mapped[CreatedAt] = mapped_column(default=None)
 
 
-class StateEntry(Base):
+class StateEntry(Entity):
     """A value that all nodes share, as bytes."""
 
     __tablename__ = "mesh_state"
@@ -54,11 +56,11 @@ class StateEntry(Base):
 
     key: Mapped[Key]
     value: Mapped[Content]
-    created_at: Mapped[CreatedAt]
-    updated_at: Mapped[UpdatedAt]
+    created_at: Mapped[CreatedAt] = mapped_column(default=None)
+    updated_at: Mapped[UpdatedAt] = mapped_column(default=None)
 
 
-class NodeState(Base):
+class NodeState(Entity):
     """What one node last said about itself."""
 
     __tablename__ = "mesh_node_state"
@@ -66,11 +68,11 @@ class NodeState(Base):
 
     node_id: Mapped[Id64]
     state: Mapped[JsonValue]
-    created_at: Mapped[CreatedAt]
-    updated_at: Mapped[UpdatedAt]
+    created_at: Mapped[CreatedAt] = mapped_column(default=None)
+    updated_at: Mapped[UpdatedAt] = mapped_column(default=None)
 
 
-class LogEntry(Base):
+class LogEntry(Entity):
     """An entry of the consensus log (Raft: Ongaro and Ousterhout, "In Search of ...", section 5.3)."""
 
     __tablename__ = "mesh_consensus_log"
@@ -83,10 +85,10 @@ class LogEntry(Base):
     term: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     index: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     entry: Mapped[JsonValue]
-    created_at: Mapped[CreatedAt]
+    created_at: Mapped[CreatedAt] = mapped_column(default=None)
 
 
-class RoutingEntry(Base):
+class RoutingEntry(Entity):
     """The best way to reach a destination right now."""
 
     __tablename__ = "mesh_routing_table"
@@ -94,11 +96,11 @@ class RoutingEntry(Base):
 
     destination: Mapped[Key]
     route: Mapped[JsonValue]
-    created_at: Mapped[CreatedAt]
-    updated_at: Mapped[UpdatedAt]
+    created_at: Mapped[CreatedAt] = mapped_column(default=None)
+    updated_at: Mapped[UpdatedAt] = mapped_column(default=None)
 
 
-class ConfigEntry(Base):
+class ConfigEntry(Entity):
     """An operational setting that may change while the mesh runs."""
 
     __tablename__ = "mesh_runtime_config"
@@ -109,5 +111,5 @@ class ConfigEntry(Base):
 
     key: Mapped[Key]
     value: Mapped[JsonValue]
-    created_at: Mapped[CreatedAt]
-    updated_at: Mapped[UpdatedAt]
+    created_at: Mapped[CreatedAt] = mapped_column(default=None)
+    updated_at: Mapped[UpdatedAt] = mapped_column(default=None)

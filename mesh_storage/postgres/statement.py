@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
+from typing import Any
 
 import sqlalchemy
 from sqlalchemy.engine import make_url
 from sqlalchemy.sql import Executable
 from sqlalchemy.sql.elements import CompilerElement
+
+Row = tuple[Any, ...]
+Parameters = Mapping[str, Any]
 
 # As text, psycopg would escape each element of an array with a regular expression, which costs four times the binary.
 _ARRAY_PARAMETER = re.compile(r"%\((\w+)\)s(::[^,)%]*?\[\])")

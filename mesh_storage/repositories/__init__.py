@@ -1,9 +1,9 @@
 """One repository for each aggregate: the only place where SQL is."""
 
-from mesh_storage.repositories.base import Page
 from mesh_storage.repositories.infrastructure.meshes import MeshRepository
 from mesh_storage.repositories.infrastructure.nodes import NodeRepository
 from mesh_storage.repositories.infrastructure.routes import RouteRepository
+from mesh_storage.repositories.pages import Page
 from mesh_storage.repositories.runtime.consensus_log import ConsensusLogRepository
 from mesh_storage.repositories.runtime.messages import MessageRepository
 from mesh_storage.repositories.runtime.node_states import NodeStateRepository

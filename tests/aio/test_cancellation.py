@@ -201,7 +201,7 @@ def test_cancelled_between_rows_while_the_server_waits_for_a_lock(
                     return id_
 
                 used: list[str] = []
-                monkeypatch.setattr("mesh_storage.repositories.infrastructure.base.new_id", made)
+                monkeypatch.setattr("mesh_storage.aio.repositories.infrastructure.base.new_id", made)
                 with pytest.raises(asyncio.CancelledError):
                     await task
                 assert len(used) < 2500

@@ -1,36 +1,29 @@
-"""Shows that the asyncio side has the names and signatures of the sync side, and that its generator guards that."""
+"""Shows that both sides have the same names and signatures, and that the derived one is what its source says."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+import tomllib
 from pathlib import Path
-from types import FunctionType, ModuleType
-from typing import Any, overload
+from typing import Any
 
 import pytest
 from sqlalchemy.util import ro_memoized_property
 
 from mesh_storage import MeshStorage, UnitOfWork, aio, repositories
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
-from mesh_storage.models import StateEntry
 from mesh_storage.repositories.base import Repository
 
 ROOT = Path(__file__).parents[2]
-GENERATOR = ROOT / "tools" / "generate_aio.py"
 
 REPOSITORIES = [
     value for value in vars(repositories).values() if isinstance(value, type) and issubclass(value, Repository)
 ]
-ONLY_SYNC = {"use_session"}
-"""The door by which the asyncio side brings its own session."""
 
 
 def members(class_: type) -> dict[str, Any]:
@@ -50,7 +43,7 @@ def annotations(function: Any) -> dict[str, str]:
 
 def in_async_words(annotation: str) -> str:
     words = {
-        r"\b(Async)?Generator\b": "AsyncGenerator",
+        r"\bGenerator\[(.*), None, None\]": r"AsyncGenerator[\1, None]",
         r"\b(Abstract)(Async)?ContextManager\b": "AbstractAsyncContextManager",
         r"\b(Async)?UnitOfWork\b": "AsyncUnitOfWork",
         r"\bAsyncUnitOfWork\], T\]": "AsyncUnitOfWork], Awaitable[T]]",
@@ -76,7 +69,7 @@ def test_every_repository_has_a_twin_that_is_exported() -> None:
 @pytest.mark.parametrize("class_", [MeshStorage, UnitOfWork, *REPOSITORIES], ids=lambda class_: class_.__name__)
 def test_names_and_signatures_are_the_same(class_: type) -> None:
     ours, theirs = members(class_), members(twin(class_))
-    assert set(theirs) == set(ours) - ONLY_SYNC
+    assert set(theirs) == set(ours)
     for name, member in theirs.items():
         if isinstance(member, (property, ro_memoized_property)):
             assert isinstance(ours[name], (property, ro_memoized_property)), name
@@ -96,10 +89,9 @@ def test_annotations_of_the_shells_are_the_same(class_: type) -> None:
 
 @pytest.mark.parametrize("class_", REPOSITORIES, ids=lambda class_: class_.__name__)
 def test_annotations_and_docstrings_of_the_repositories_are_the_same(class_: type) -> None:
-    model = class_.__orig_bases__[0].__args__[0].__name__  # type: ignore[attr-defined]
     for name, member in members(twin(class_)).items():
         original = getattr(class_, name)
-        expected = {key: re.sub(r"\bM\b", model, text) for key, text in annotations(original).items()}
+        expected = annotations(original)
         assert annotations(member) == expected, name
         assert inspect.getdoc(member) == inspect.getdoc(original), name
         assert inspect.iscoroutinefunction(member) != expected["return"].startswith("AsyncGenerator["), name
@@ -119,122 +111,59 @@ def test_opening_takes_what_the_sync_side_takes() -> None:
     assert parameters(AsyncMeshStorage.open) == parameters(MeshStorage.open)
 
 
-# The generator
+# What is derived
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Return a copy of the generator that works on a copy of its target."""
-    for name in ("pyproject.toml", "tools/generate_aio.py", "mesh_storage/aio/repositories.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+    """Return a copy of the package and of what is said about deriving it."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "mesh_storage", tmp_path / "mesh_storage", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 
-def generate(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(directory / "tools" / "generate_aio.py"), *arguments]
+def derive(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "unasyncd"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
 
 
-def test_the_committed_file_is_what_the_generator_writes() -> None:
-    checked = generate(ROOT, "--check")
-    assert (checked.returncode, checked.stderr) == (0, "")
+def derived() -> dict[str, str]:
+    """Return the derived files by their sources."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    files: dict[str, str] = project["tool"]["unasyncd"]["files"]
+    return files
 
 
-def test_a_stale_or_missing_file_fails_the_check_and_is_mended(copy: Path) -> None:
-    target = copy / "mesh_storage" / "aio" / "repositories.py"
-    original = target.read_text()
-    stale = original.replace("async def last_term", "async def last_time")
-    target.write_text(stale)
-    checked = generate(copy, "--check")
-    assert checked.returncode == 1
-    assert "tools/generate_aio.py" in checked.stderr
-    assert target.read_text() == stale
-    target.unlink()
-    assert generate(copy, "--check").returncode == 1
-    assert generate(copy).returncode == 0
-    assert target.read_text() == original
+def test_what_is_committed_is_what_is_derived_to_the_letter(copy: Path) -> None:
+    ran = derive(copy, "--force")
+    assert ran.returncode == 0, ran.stderr
+    for target in derived().values():
+        assert (copy / target).read_text() == (ROOT / target).read_text(), target
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    """Return the generator as a module."""
-    spec = importlib.util.spec_from_file_location("generate_aio", GENERATOR)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_a_stale_file_fails_make_lint_and_is_mended(copy: Path) -> None:
+    assert derive(copy, "--force").returncode == 0
+    stale = copy / "mesh_storage" / "repositories" / "runtime" / "consensus_log.py"
+    original = stale.read_text()
+    stale.write_text(original.replace("def last_term", "def last_time"))
+    assert derive(copy, "--force").returncode != 0
+    assert stale.read_text() == original
 
 
-class Unfit:
-    def no_annotation(self, key) -> None: ...  # type: ignore[no-untyped-def]  # noqa: ANN001
-
-    def no_result(self, key: str): ...  # type: ignore[no-untyped-def]  # noqa: ANN201
-
-    def takes_a_function(self, key: Callable[[str], int]) -> None: ...  # type: ignore[name-defined]  # noqa: F821
-
-    def streams_without_a_batch_size(self) -> Generator[int]:
-        yield 1
-
-    def streams_in_disguise(self) -> Iterator[int]:
-        yield 1
-
-    def takes_any_number(self, *keys: str) -> None: ...
-
-    def takes_any_keyword(self, **keys: str) -> None: ...
+def test_each_derived_file_says_what_to_edit_instead() -> None:
+    for source, target in derived().items():
+        first, second = (ROOT / target).read_text().splitlines()[:2]
+        assert first.startswith("# Do not edit this file"), target
+        assert second == f"# {source}"
 
 
-@pytest.mark.parametrize("name", [name for name in vars(Unfit) if not name.startswith("_")])
-def test_the_generator_refuses_a_method_that_cannot_cross_the_bridge(generator: ModuleType, name: str) -> None:
-    with pytest.raises(TypeError, match=f"Unfit.{name}"):
-        generator.twin_of_method(getattr(Unfit, name), "StateEntry")
-
-
-class WithProperty(Repository[StateEntry]):
-    @property
-    def unfit(self) -> int:
-        return 1
-
-
-class WithContext(Repository[StateEntry]):
-    @contextmanager
-    def unfit(self) -> Generator[int]:
-        yield 1
-
-
-class WithOverloads(Repository[StateEntry]):
-    @overload
-    def unfit(self, key: str) -> str: ...
-    @overload
-    def unfit(self, key: int) -> int: ...
-    def unfit(self, key: Any) -> Any:
-        return key
-
-
-class WithStatic(Repository[StateEntry]):
-    @staticmethod
-    def unfit(key: str) -> str:
-        return key
-
-
-@pytest.mark.parametrize(
-    "class_", [WithProperty, WithContext, WithOverloads, WithStatic], ids=lambda class_: class_.__name__
-)
-def test_the_generator_refuses_what_is_no_plain_method(generator: ModuleType, class_: type) -> None:
-    with pytest.raises(TypeError, match="unfit"):
-        generator.twin_of_class(class_)
-
-
-def test_the_generator_takes_what_can_cross(generator: ModuleType) -> None:
-    def fit(self: Any, key: str, *, default: Any = ..., limit: int = 5) -> M | None:  # type: ignore[name-defined]  # noqa: F821
-        """Return it."""
-
-    assert isinstance(fit, FunctionType)
-    source = generator.twin_of_method(fit, "Mesh")
-    assert "async def fit(self, key: str, *, default: Any = ..., limit: int = 5) -> Mesh | None:" in source
-    assert '"""Give it."""' in source
-    assert "self._repository.fit, key, default=default, limit=limit)" in source
+def test_no_derived_file_knows_the_asyncio_side() -> None:
+    for target in derived().values():
+        text = (ROOT / target).read_text()
+        lines = [
+            line for line in text.splitlines()[2:] if re.search(r"asyncio|\baio\b|\bawait\b|\basync\b|Async[A-Z]", line)
+        ]
+        assert not lines, (target, lines)
 
 
 # Imports

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from mesh_storage import MeshStorage, Settings, UnitOfWork
 from mesh_storage.aio import AsyncMeshStorage
+from mesh_storage.aio.unit_of_work import AsyncScope
 from tests.pgbouncer import pgbouncer
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop] | None] = {"asyncio": None, "uvloop": uvloop.new_event_loop}
@@ -42,6 +43,8 @@ class Blocking:
         return self._wait(self._wrapped.run(lambda uow: asyncio.to_thread(work, self._adapt(uow)), **given))
 
     def _adapt(self, value: Any) -> Any:
+        if isinstance(value, AsyncScope):
+            return self._enter(value)
         if type(value).__name__.startswith("Async"):
             return Blocking(value, self._loop)
         if inspect.iscoroutine(value):

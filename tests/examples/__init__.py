@@ -1,1 +1,1 @@
-"""Tests; packages, so that each folder has a conftest of its own to import from."""
+"""Tests of the examples, which are run as programs of their own."""

@@ -5,26 +5,18 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
 
 from mesh_storage import testing
 from mesh_storage.schema import head
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-GRAPHML = (
-    '<graphml xmlns="http://graphml.graphdrawing.org/xmlns">{keys}<graph edgedefault="{kind}">{body}</graph></graphml>'
-)
-KEYS = "".join(
-    f'<key id="{name}" for="node" attr.name="{name}" attr.type="{kind}"/>'
-    for name, kind in {"label": "string", "Country": "string", "Latitude": "double", "Longitude": "double"}.items()
-)
+from tests.examples.days import EXAMPLES, graphml, live, rows, run
 
 
 @pytest.fixture
@@ -32,25 +24,6 @@ def url(mesh_storage_databases: testing.Databases) -> Iterator[str]:
     """Yield the URL of an empty database: the example deploys the schema itself."""
     with mesh_storage_databases.fresh(with_schema=False) as made:
         yield made
-
-
-def live(url: str | None = None, network: Path | None = None) -> str:
-    environment = {**os.environ, **({"MESH_STORAGE_URL": url} if url else {})}
-    ran = subprocess.run(
-        [sys.executable, str(EXAMPLES / "mesh_day.py"), *([str(network)] if network else [])],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=120,
-    )
-    assert (ran.returncode, ran.stderr) == (0, "")
-    return ran.stdout
-
-
-def rows(url: str, query: str) -> list[tuple[Any, ...]]:
-    with psycopg.connect(url) as connection:
-        return connection.execute(query.encode()).fetchall()
 
 
 def numbers(report: str, words: str) -> list[int]:
@@ -66,38 +39,54 @@ def check(report: str, url: str) -> None:
         table: rows(url, f"SELECT count(*) FROM {table}")[0][0]
         for table in ("nodes", "routes", "mesh_node_state", "mesh_messages", "mesh_routing_table")
     }
-    assert numbers(report, "N nodes, N report their state; N routes") == [
-        counts["nodes"],
-        counts["mesh_node_state"],
-        counts["routes"],
-    ]
-    assert numbers(report, "N messages; N best routes") == [counts["mesh_messages"], counts["mesh_routing_table"]]
-    log = rows(url, "SELECT min(index), max(index), max(term) FROM mesh_consensus_log")[0]
-    assert numbers(report, "consensus log: indexes N to N, term N") == list(log)
-    config = dict(rows(url, "SELECT key, value FROM mesh_runtime_config ORDER BY key"))
-    assert f"runtime config: {config}" in report
-    ((mesh_id, name, join_key_hash),) = rows(url, "SELECT mesh_id, mesh_name, mesh_join_key_hash FROM mesh")
-    assert f"mesh {name} ({mesh_id}): the join key admits True, a wrong one False" in report
+    assert numbers(report, "\n  N node") == [counts["nodes"]]
+    assert numbers(report, "\n  N node state") == [counts["mesh_node_state"]]
+    assert numbers(report, "\n  N route") == [counts["routes"]]
+    assert numbers(report, "\n  N message") == [counts["mesh_messages"]]
+    assert numbers(report, "\n  N best route") == [counts["mesh_routing_table"]]
+    log = rows(url, "SELECT count(*), min(index), max(index), max(term) FROM mesh_consensus_log")[0]
+    entries, first, last, term = log
+    assert numbers(report, "\n  N log entries") == [entries]
+    assert numbers(report, "the leader of term N") == [term]
+    assert numbers(report, "; indexes N to N") == [first, last]
+    config = rows(url, "SELECT key, value FROM mesh_runtime_config ORDER BY key")
+    assert f"  {len(config)} settings: " + ", ".join(f"{key} = {value}" for key, value in config) in report
+    ((name, join_key_hash),) = rows(url, "SELECT mesh_name, mesh_join_key_hash FROM mesh")
+    assert f"the mesh {name} admits a node that shows the join key, and refuses one that guesses" in report
     assert join_key_hash.startswith("scrypt$")
     assert "failed half-way left nothing behind" in report
     assert rows(url, "SELECT FROM mesh_state") == []
-    assert f"healthy: True (schema {head()}, " in report
+    assert f"it is healthy, and its schema is revision {head()}\n" in report
     table = dict(rows(url, "SELECT destination, route FROM mesh_routing_table"))
-    for destination, then in re.findall(r"^    (.+): by .+, then (.+)$", report, re.MULTILINE):
-        route = table.get(destination)
-        assert then == ("none" if route is None else f"by {route['next_hop']} in {route['latency_ms']} ms")
+    source = re.search(r"those that begin in (.+) \(\d+, and no city has more\)", report)
+    for target, now in re.findall(r"^    to (.+?)  .+  now (.+)$", report, re.MULTILINE):
+        assert source is not None
+        route = table.get(f"{source[1]} > {target.rstrip()}")
+        if route is None:
+            assert now == "unreachable"
+        else:
+            way = "directly" if route["next_hop"] == target.rstrip() else f"via {route['next_hop']}"
+            assert now == f"{route['latency_ms']:.1f} ms {way}"
 
 
 def test_two_days_on_one_database(url: str) -> None:
     for day in (1, 2):
         report = live(url)
         check(report, url)
-        assert numbers(report, "N cities, N links") == [11, 14]
-        assert numbers(report, "N nodes, N report their state; N routes") == [11, 11, 14]
-        assert numbers(report, "N messages; N best routes") == [110 * day, 110]
-        assert numbers(report, "consensus log: indexes N to N, term N") == [1, 12 * day, day]
+        assert numbers(report, "N cities and N links") == [11, 14]
+        assert "  11 nodes: one for each city\n" in report
+        assert "  11 node states: what each node reported last; none of them older than an hour\n" in report
+        assert "  14 routes: one for each link" in report
+        assert "  110 best routes in the routing table: one from each city to each other city, 11 x 10\n" in report
+        reasons = {
+            "messages": "one from each city to each other city, 11 x 10",
+            "log entries": f"one for the leader of term {day} and one for each city that joined",
+        }
+        for noun, each in (("messages", 110), ("log entries", 12)):
+            before = f"{each} of this day ({reasons[noun]}) and {each} from before"
+            assert f"  {each * day} {noun}: {reasons[noun] if day == 1 else before}" in report
         # The link that failed on an earlier day is repaired before one fails on this one.
-        failed = re.search(r"link (.+) - (.+) failed", report)
+        failed = re.search(r"link between (.+) and (.+) failed", report)
         assert failed is not None
         assert rows(
             url,
@@ -113,7 +102,7 @@ def test_two_days_on_one_database(url: str) -> None:
 
 def test_latencies_are_those_of_light_in_fibre_along_the_best_path(url: str) -> None:
     report = live(url)
-    failed = re.search(r"link (.+) - (.+) failed", report)
+    failed = re.search(r"link between (.+) and (.+) failed", report)
     assert failed is not None
     links = {
         (a.removeprefix("abilene/"), b.removeprefix("abilene/")): float(latency)
@@ -149,33 +138,16 @@ def test_latencies_are_those_of_light_in_fibre_along_the_best_path(url: str) -> 
 
 
 def test_missing_positions_shared_names_loops_and_parallel_links(url: str, tmp_path: Path) -> None:
-    places = {
-        0: ("A", 0, 0),
-        1: ("A", 0, 10),
-        2: ("Ünlü ' %", 0, 20),
-        3: ("Nowhere", None, None),
-        4: (None, None, None),
-    }
-    body = "".join(
-        f'<node id="{number}">'
-        + (f'<data key="label">{label}</data>' if label else "")
-        + (
-            f'<data key="Latitude">{latitude}</data><data key="Longitude">{longitude}</data>'
-            if latitude is not None
-            else ""
-        )
-        + "</node>"
-        for number, (label, latitude, longitude) in places.items()
-    )
-    for a, b in ((0, 1), (1, 0), (0, 1), (1, 2), (2, 2), (2, 3), (0, 2)):
-        body += f'<edge source="{a}" target="{b}"/>'
     network = tmp_path / "odd.graphml"
-    network.write_text(GRAPHML.format(keys=KEYS, kind="directed", body=body))
+    places = [("A", 0, 0), ("A", 0, 10), ("Ünlü ' %", 0, 20), ("Nowhere", None, None), (None, None, None)]
+    links = [(0, 1), (1, 0), (0, 1), (1, 2), (2, 2), (2, 3), (0, 2)]
+    network.write_text(graphml(places, links), encoding="utf-8")
     for day in (1, 2):
         report = live(url, network)
         check(report, url)
-        assert numbers(report, "N cities, N links") == [5, 4]
-        assert numbers(report, "N messages; N best routes")[0] == 20 * day
+        assert numbers(report, "N cities and N links") == [5, 4]
+        assert numbers(report, "\n  N messages") == [20 * day]
+        assert "one from each city to each other city that it can reach\n" in report
     names = [name for (name,) in rows(url, "SELECT node_name FROM nodes ORDER BY node_id")]
     assert sorted(names) == sorted(f"odd/{name}" for name in ("A", "A (2)", "Ünlü ' %", "Nowhere", "node 4"))
     degree = math.pi / 180 * 6371 / 200  # Of the equator, in milliseconds.
@@ -189,15 +161,58 @@ def test_missing_positions_shared_names_loops_and_parallel_links(url: str, tmp_p
 @pytest.mark.parametrize("cities", [1, 2])
 def test_cities_without_links(url: str, tmp_path: Path, cities: int) -> None:
     network = tmp_path / "still.graphml"
-    body = "".join(f'<node id="{number}"/>' for number in range(cities))
-    network.write_text(GRAPHML.format(keys="", kind="undirected", body=body))
+    network.write_text(graphml([(None, None, None)] * cities, []))
     report = live(url, network)
     check(report, url)
-    assert numbers(report, "N messages; N best routes") == [cities * (cities - 1), 0]
+    assert numbers(report, "\n  N message") == [cities * (cities - 1)]
+    assert numbers(report, "\n  N best route") == [0]
     assert "failed:" not in report
+
+
+def test_a_link_that_no_best_route_takes_may_fail(url: str, tmp_path: Path) -> None:
+    network = tmp_path / "detour.graphml"
+    # All in one line; by their rounded latencies the direct way from A to C is a little longer than that through B.
+    network.write_text(graphml([("A", 0, 0), ("B", 0, 1.0006), ("C", 0, 2.0012)], [(0, 1), (1, 2), (0, 2)]))
+    report = live(url, network)
+    check(report, url)
+    assert "\nThe link between A and C failed:\n  0 of the 6 best routes changed\n\n" in report
 
 
 def test_a_day_on_a_throw_away_database_of_its_own() -> None:
     report = live()
-    assert numbers(report, "N messages; N best routes") == [110, 110]
-    assert "healthy: True" in report
+    started, lived = report.splitlines()[:2]
+    assert re.fullmatch(r"Starting a PostgreSQL for this day alone \.\.\. \d+\.\d s", started)
+    assert re.fullmatch(r"Living a day of abilene, a network of 11 cities and 14 links \.\.\. \d+\.\d s", lived)
+    assert numbers(report, "\n  N messages") == [110]
+    assert "  it is healthy, " in report
+    assert numbers(report, "\n  N of the N best routes changed") == [22, 110]
+    assert numbers(report, "begin in Sunnyvale (N, and") == [len(re.findall(r"\n    to ", report))] == [7]
+
+
+def test_a_step_that_fails_says_so(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / "mesh_day.py", "--picture", tmp_path / "day.svg"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MESH_STORAGE_URL": "postgresql://nobody@127.0.0.1:1/none"},
+    )
+    assert ran.returncode == 1
+    assert ran.stdout == "Deploying the schema to the database of MESH_STORAGE_URL ... failed\n"
+    assert "UnavailableError" in ran.stderr
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_picture_is_in_the_checkout_or_else_among_the_temporary_files(tmp_path: Path, writable: bool) -> None:
+    examples = shutil.copytree(EXAMPLES, tmp_path / "checkout" / "examples")
+    build, temporary = tmp_path / "checkout" / "build", tmp_path / "temporary"
+    temporary.mkdir()
+    if not writable:
+        build.touch()  # Not by permissions, which do not hold root back.
+    report = run(examples / "mesh_day.py", TMPDIR=str(temporary))
+    found = re.search(r"A picture of it, to open in a browser: (.+)\n$", report)
+    assert found is not None
+    picture = Path(found[1])
+    assert picture.parent == build if writable else picture.parent.parent == temporary
+    assert picture.name == "abilene.svg"
+    assert picture.read_text(encoding="utf-8").startswith("<svg ")

@@ -1,4 +1,4 @@
-"""How many texts go as one: any texts come to the server as they were, none missing and none more."""
+"""Many rows as arrays: any texts come to the server as they were, none missing and none more."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def connection(mesh_storage_databases: Databases) -> Iterator[psycopg.Connection
 def test_texts_and_none_come_as_they_were(
     connection: psycopg.Connection[tuple[str | None, str | None]], rows: list[tuple[str, str | None]]
 ) -> None:
-    parameters = BATCH.parameters({"one": [one for one, _ in rows], "two": [two for _, two in rows]})
+    parameters = {"one": [one for one, _ in rows], "two": [two for _, two in rows]}
     assert connection.execute(ECHO.sql, parameters).fetchall() == rows
 
 
@@ -46,15 +46,14 @@ def test_texts_and_none_come_as_they_were(
         ["{a,b}", "NULL", '"', "\\", "'", ",", "a\nb\tc", "é\u2028🕸"],
     ],
 )
-def test_texts_that_look_like_marks(
+def test_texts_that_look_like_parts_of_an_array(
     connection: psycopg.Connection[tuple[str | None, str | None]], texts: list[str]
 ) -> None:
     two = [None, *texts[1:]]
-    parameters = BATCH.parameters({"one": texts, "two": two})
-    assert connection.execute(ECHO.sql, parameters).fetchall() == list(zip(texts, two, strict=True))
+    assert connection.execute(ECHO.sql, {"one": texts, "two": two}).fetchall() == list(zip(texts, two, strict=True))
 
 
-def test_a_message_may_hold_the_marks(storage: MeshStorage) -> None:
+def test_a_message_may_hold_control_characters(storage: MeshStorage) -> None:
     froms = ["\x1f", "\x1e", "\x01\x02\x1f"]
     with storage.begin() as uow:
         uow.messages.store_many(

@@ -39,7 +39,11 @@ def key_of(kind: str, aggregate: Any) -> str:
 
 
 def columns_of(aggregate: Any) -> dict[str, Any]:
-    return {column.key: getattr(aggregate, column.key) for column in aggregate.__mapper__.column_attrs}
+    return {
+        column.key: getattr(aggregate, column.key)
+        for column in aggregate.__mapper__.column_attrs
+        if not column.deferred
+    }
 
 
 def keys_of(kind: str, aggregates: Any) -> list[str]:

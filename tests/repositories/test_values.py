@@ -156,7 +156,7 @@ JSONS = [
     Json("RoutingEntry.route", replace_trip),
     Json("LogEntry.entry", log_trip),
     Json("LogEntry.entry", log_many_trip),
-    Json("NodeState.patch", merge_trip),
+    Json("patch", merge_trip),
 ]
 every_json = pytest.mark.parametrize("kind", JSONS, ids=lambda kind: kind.trip.__name__)
 
@@ -355,7 +355,7 @@ REFUSED = {
 @every_json
 @pytest.mark.parametrize("value", (NUMBERS | OTHERS).values(), ids=list(NUMBERS | OTHERS))
 def test_a_json_value_comes_out_equal_and_of_the_same_type(shared: MeshStorage, kind: Json, value: Any) -> None:
-    if kind.field == "NodeState.patch" and strict(value) == strict(nested(200)):
+    if kind.field == "patch" and strict(value) == strict(nested(200)):
         value = nested(199)
     with shared.unit_of_work() as uow:
         found = kind.trip(uow, value)

@@ -24,6 +24,7 @@ from mesh_storage import (
     StateEntry,
 )
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+from mesh_storage.testing import LogEntryFactory, MeshFactory, NodeFactory, RouteFactory
 
 
 async def of_the_storage(storage: AsyncMeshStorage) -> None:
@@ -51,7 +52,7 @@ async def of_the_unit_of_work(uow: AsyncUnitOfWork) -> None:
     assert_type((await uow.nodes.page()).items[0].port, int | None)
     assert_type((await uow.nodes.page()).next, str | None)
     assert_type(await uow.routes.between("a", "b"), list[Route])
-    assert_type(await uow.messages.store(Message(id="m")), Message)
+    assert_type(await uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"")), Message)
     assert_type(await uow.messages.store_many([]), int)
     assert_type(uow.messages.stream(since=5), AsyncGenerator[Message, None])
     assert_type(await uow.state.put("k", b"v"), StateEntry)
@@ -69,6 +70,15 @@ async def of_the_unit_of_work(uow: AsyncUnitOfWork) -> None:
         assert_type(state, NodeState | None)
     async for message in uow.messages.stream():
         assert_type(message.content, bytes)
+
+
+async def of_the_factories(uow: AsyncUnitOfWork) -> None:
+    assert_type(NodeFactory.build(name="n"), Node)
+    assert_type(NodeFactory.build_batch(2), list[Node])
+    assert_type(await NodeFactory.create(uow=uow, name="n"), Node)
+    assert_type(await RouteFactory.create(uow=uow), Route)
+    assert_type(await MeshFactory.create_batch(2, uow=uow), list[Mesh])
+    assert_type(await LogEntryFactory.create_batch(2, uow=uow), list[LogEntry])
 
 
 def of_an_error(error: NotFoundError) -> None:

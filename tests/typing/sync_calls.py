@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager
-from datetime import timedelta
+from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any, assert_type
 
-from sqlalchemy.orm import Session
+from pydantic import SecretStr
+from sqlalchemy import ForeignKey, Select, select
+from sqlalchemy.orm import Mapped, Session, mapped_column, relationship
 
 from mesh_storage import (
     ConfigEntry,
@@ -22,9 +25,12 @@ from mesh_storage import (
     Page,
     Route,
     RoutingEntry,
+    Settings,
     StateEntry,
     UnitOfWork,
 )
+from mesh_storage.models import Base
+from mesh_storage.testing import LogEntryFactory, MeshFactory, NodeFactory, RouteFactory
 
 
 def of_the_storage(storage: MeshStorage) -> None:
@@ -50,7 +56,7 @@ def of_the_unit_of_work(uow: UnitOfWork) -> None:
     assert_type(uow.nodes.page().items[0].port, int | None)
     assert_type(uow.nodes.page().next, str | None)
     assert_type(uow.routes.between("a", "b"), list[Route])
-    assert_type(uow.messages.store(Message(id="m")), Message)
+    assert_type(uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"")), Message)
     assert_type(uow.messages.store_many([]), int)
     assert_type(uow.messages.stream(since=5), Generator[Message, None, None])
     assert_type(uow.state.put("k", b"v"), StateEntry)
@@ -68,6 +74,51 @@ def of_the_unit_of_work(uow: UnitOfWork) -> None:
         assert_type(state, NodeState | None)
     for message in uow.messages.stream():
         assert_type(message.content, bytes)
+
+
+def of_the_factories(uow: UnitOfWork) -> None:
+    assert_type(NodeFactory.build(name="n"), Node)
+    assert_type(NodeFactory.build_batch(2), list[Node])
+    assert_type(NodeFactory.create(uow=uow, name="n"), Node)
+    assert_type(RouteFactory.create(uow=uow), Route)
+    assert_type(MeshFactory.create_batch(2, uow=uow), list[Mesh])
+    assert_type(LogEntryFactory.create_batch(2, uow=uow), list[LogEntry])
+
+
+def of_the_models(now: datetime) -> None:
+    Mesh(name="m", description=None, allow_join=True, status="STATUS_CONNECTED", public_key="", created=now)
+    node = Node(id="n", name="n", ip_address="i", port=1, region_id="r", platform="p", version="1", updated=now)
+    route = Route(source_node_id="a", target_node_id="b", latency_ms=Decimal(1), cost=1, source=node, target=node)
+    Message(id="m", from_node="a", to_node="b", content=b"", timestamp=1)
+    StateEntry(key="k", value=b"")
+    NodeState(node_id="n", state={"load": [1, None]})
+    LogEntry(term=1, index=1, entry="e")
+    RoutingEntry(destination="d", route=None)
+    ConfigEntry(key="k", value=5)
+    assert_type(route.latency_ms, Decimal | None)
+    assert_type(route.source, Node)
+    assert_type(node.routes_out, list[Route])
+    assert_type(node.state, NodeState | None)
+    assert_type({node: node.id}, dict[Node, str])
+    assert_type(select(Node).join(Node.routes_out), Select[Node])
+
+
+def of_the_settings() -> None:
+    assert_type(Settings(pool_size=3, url=SecretStr("memory:"), port="5432,5433").pool_size, int)
+
+
+class Alert(Base):
+    """A service's own model, whose constructor is SQLAlchemy's: what the database makes need not be given."""
+
+    __tablename__ = "alerts"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    node_id: Mapped[str] = mapped_column(ForeignKey("nodes.node_id"))
+    node: Mapped[Node] = relationship()
+
+
+def of_a_service(node: Node) -> None:
+    assert_type(Alert(node=node).node, Node)
 
 
 def of_an_error(error: NotFoundError) -> None:

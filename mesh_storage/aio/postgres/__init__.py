@@ -1,0 +1,1 @@
+"""How a unit of work of the asyncio side reaches the server."""

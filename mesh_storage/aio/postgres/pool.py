@@ -1,0 +1,220 @@
+"""The pool of the asyncio side: connections to one database, lent to one unit of work each.
+
+`mesh_storage/postgres/pool.py` says why the pool is ours. This one is written by hand as well: what a thread waits for
+and what a task waits for differ, and a task may be cancelled while its connection is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import psycopg
+import sqlalchemy.exc
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from mesh_storage.aio.postgres.concurrency import finished, in_background, sync_connection
+from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
+from mesh_storage.aio.postgres.driver import AsyncDriver
+from mesh_storage.aio.postgres.timed import AsyncTimedConnection
+from mesh_storage.errors import MeshStorageError
+from mesh_storage.postgres.characteristics import Characteristics, Deadline
+from mesh_storage.postgres.engine import connect_before, engine_arguments, share_time
+from mesh_storage.postgres.events import Events
+from mesh_storage.postgres.pool import (
+    check_open,
+    exhausted,
+    keep_for_parent,
+    renew_after_fork,
+    response_timeout,
+    unreachable,
+    wait_limit,
+)
+from mesh_storage.postgres.pooling import Pooling
+from mesh_storage.postgres.server import Server
+from mesh_storage.settings import Settings
+
+T = TypeVar("T")
+
+
+class AsyncPool:
+    """The connections of one storage, for all tasks of one event loop."""
+
+    def __init__(self, settings: Settings, server: Server) -> None:
+        self.size = settings.pool_size
+        self.in_use = 0
+        """The number of connections that are lent at this moment."""
+        self.closed = False
+        self._timeout = settings.pool_timeout
+        self._response_timeout = response_timeout(settings)
+        self._pooling = Pooling.of(settings, server.local_parameters)
+        self._server = server
+        connect = server.connect | {"async_creator_fn": _connect}
+        self._engine = create_async_engine(**engine_arguments(connect))
+        self._idle: deque[AsyncDriver] = deque()
+        self._free = asyncio.Semaphore(self.size)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connecting: set[asyncio.Task[Any]] = set()
+        self._condemned = 0.0
+        renew_after_fork(self)
+
+    async def acquire(self, characteristics: Characteristics) -> AsyncUnitOfWorkConnection:
+        """Lend a connection; `release` must follow.
+
+        Raises:
+            ClosedError: The pool was closed.
+            MeshStorageError: The storage belongs to another event loop.
+            UnavailableError: None is free in time, or the server cannot be reached.
+            StorageTimeoutError: The caller's time is over.
+        """
+        characteristics.check()
+        deadline = characteristics.deadline()
+        check_open(closed=self.closed)
+        self._check_loop()
+        if self._free.locked():
+            await self._wait(characteristics.timeout)
+        else:
+            await self._free.acquire()
+        if self.closed:  # It was closed while we waited.
+            self._free.release()
+            check_open(closed=True)
+        driver = self._idle_driver()
+        # A task of its own, since a connection that is half made when it is cancelled would stay open.
+        connecting = None if driver else self._keep_running(self._connect(deadline))
+        try:
+            if connecting is not None:
+                driver = await asyncio.shield(connecting)
+            assert driver is not None, "it was idle, or was just made"
+            limit = None if deadline is None else Deadline(deadline)
+            connection = AsyncUnitOfWorkConnection(driver, characteristics, limit, self._pooling)
+            await connection.prepare()
+        except BaseException:
+            self._keep_running(self._give_up(driver, connecting))
+            raise
+        self.in_use += 1
+        return connection
+
+    async def release(self, connection: AsyncUnitOfWorkConnection) -> None:
+        """Take a connection back; what was not committed is rolled back, also when this task is cancelled meanwhile."""
+        if connection.owner.inherited:
+            keep_for_parent(connection)
+        elif connection.joined is None and connection.settled() and not self.closed:
+            await connection.close()
+            self._put_back(connection)
+        else:
+            await asyncio.shield(in_background(self._clean(connection)))
+
+    async def close(self) -> None:
+        """Close the connections that are not lent; the others are closed when they come back."""
+        self.closed = True
+        # Who waits for a connection learns of it at once: this wakes one, and each wakes the next.
+        self._free.release()
+        await self._close_idle()
+        while self._connecting:  # Nobody waits for these any more.
+            await asyncio.wait(self._connecting)
+
+    def after_fork(self) -> None:
+        """In a forked child, begin with no connections and leave the parent's alone."""
+        keep_for_parent((self._idle, self._connecting))
+        self._idle = deque()
+        self._connecting = set()
+        self._free = asyncio.Semaphore(self.size)
+        self._loop = None
+        self.in_use = 0
+        if self._server.embedded is not None and not self.closed:
+            self._server.embedded.after_fork()
+
+    def _check_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise MeshStorageError(
+                "this storage belongs to another event loop; open one for each loop, inside of the loop that uses it"
+            )
+
+    async def _wait(self, timeout: float | None) -> None:
+        try:
+            async with asyncio.timeout(wait_limit(self._timeout, timeout)):
+                await self._free.acquire()
+        except TimeoutError:
+            raise exhausted(self.size, self._timeout, timeout) from None
+
+    async def _clean(self, connection: AsyncUnitOfWorkConnection) -> None:
+        try:
+            await finished(connection.owner)  # A savepoint or rollback whose task was cancelled a second time.
+            await connection.close()
+            if connection.is_lost:
+                self._condemned = time.monotonic()
+                await self._close_idle()
+            if self.closed or not connection.reusable() or connection.driver.liveness.born <= self._condemned:
+                await connection.driver.discard()
+        finally:
+            self._put_back(connection)
+
+    def _put_back(self, connection: AsyncUnitOfWorkConnection) -> None:
+        if connection.reusable():
+            self._idle.append(connection.driver)
+        self.in_use -= 1
+        self._free.release()
+
+    async def _close_idle(self) -> None:
+        while self._idle:
+            await self._idle.pop().discard()
+
+    def _idle_driver(self) -> AsyncDriver | None:
+        """Return the idle connection that was used last, if there is one that still works."""
+        while self._idle:
+            driver = self._idle.pop()
+            if driver.liveness.usable() and driver.liveness.born > self._condemned:
+                return driver
+            self._keep_running(driver.discard())
+        return None
+
+    async def _connect(self, deadline: float | None) -> AsyncDriver:
+        try:
+            with connect_before(deadline):
+                made = await self._engine.connect()
+        except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
+            refused, cause = unreachable(error, deadline)
+        else:
+            connection: Any = sync_connection(made).connection.driver_connection
+            connection.response_timeout = self._response_timeout
+            return AsyncDriver(made, connection, Events(sync_connection(made)))
+        raise refused from cause
+
+    def _keep_running(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._connecting.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._connecting.discard(task)
+        if not task.cancelled():
+            task.exception()  # Whoever waits for it has it.
+
+    async def _give_up(self, driver: AsyncDriver | None, connecting: asyncio.Task[AsyncDriver] | None) -> None:
+        """Discard a connection that nobody waits for any more; only then may another be made."""
+        try:
+            if driver is None and connecting is not None:
+                with suppress(MeshStorageError):
+                    driver = await connecting
+            if driver is not None:
+                await driver.discard()
+        finally:
+            self._free.release()
+
+
+async def _connect(**parameters: Any) -> AsyncTimedConnection:
+    """Connect within the time for all hosts together."""
+    seconds = share_time(parameters)
+    try:
+        async with asyncio.timeout(seconds):
+            return await AsyncTimedConnection.connect(**parameters)
+    except TimeoutError:
+        raise psycopg.errors.ConnectionTimeout(f"no server has answered within {seconds:g} s") from None

@@ -1,0 +1,1 @@
+"""The repositories of the infrastructure layer: what administrators configure."""

@@ -1,0 +1,124 @@
+"""What the three infrastructure tables share: aggregates with an id of their own that are added and updated whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
+from typing import Any
+
+from sqlalchemy import func, inspect, select
+from sqlalchemy.orm.attributes import set_committed_value
+
+from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
+from mesh_storage.aio.repositories.base import AsyncKeyedRepository
+from mesh_storage.errors import InvalidInputError, NotFoundError
+from mesh_storage.models.base import mark_written, new_id
+from mesh_storage.postgres.statement import Statement
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.aggregates import TIMES, Infrastructure
+from mesh_storage.repositories.loading import M
+
+_NOW = Statement(lambda: select(func.now()), writes=True)  # It is asked for what is about to be written.
+
+
+class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
+    """A kind of infrastructure that administrators define."""
+
+    def __init__(self, connection: AsyncUnitOfWorkConnection, infrastructure: Infrastructure[M]) -> None:
+        super().__init__(connection, infrastructure)
+        self._infrastructure = infrastructure
+
+    async def add(self, entity: M) -> M:
+        """Add one and return it with its id (made where it has none), its defaults and its times.
+
+        Raises:
+            AlreadyExistsError: The id or the name is taken.
+            MissingReferenceError: It refers to something that is not there.
+            InvalidInputError: Names the field.
+        """
+        kind = self._infrastructure
+        [instance] = kind.attributes(kind.name, [entity])
+        id_ = instance.get("id")
+        values = kind.values({**instance, "id": new_id(kind.prefix) if id_ is None else id_})
+        times = await self._connection.fetch_one(kind.add, values)
+        assert times is not None, "a row was added"
+        values.update(zip(TIMES, times, strict=True))
+        instance.update((name, value) for name, value in values.items() if instance.get(name) is None)
+        for name in kind.deferred:
+            del instance[name]
+        mark_written(entity, self._connection.writes)
+        return entity
+
+    async def add_many(self, entities: Iterable[M]) -> list[M]:
+        """Add many, all or none, and return them as `add` does; they go by COPY."""
+        kind = self._infrastructure
+        given = checks.many("entities", entities)
+        instances = kind.attributes(kind.name, given)
+        if len(set(map(id, given))) < len(given):  # It would be stored under two ids, of which it has one.
+            raise InvalidInputError(f"entities must not have the same {kind.name} twice", field="entities")
+        if not given:
+            return given
+        named = set(chain.from_iterable(instances))
+        ids = [instance.get("id") for instance in instances]
+        kind.checks["id"].column([id_ for id_ in ids if id_ is not None])
+        # What none of them says is the same in all rows; the database's own default for a time is its now.
+        shared = {name: kind.column(name, [None])[0] for name in kind.others if name not in named}
+        columns = {
+            name: kind.column(name, [instance.get(name) for instance in instances])
+            for name in kind.others
+            if name in named
+        }
+        now = await self._fetch_value(_NOW)
+        for name in TIMES:
+            if name in columns:
+                columns[name] = [now if value is None else value for value in columns[name]]
+        sent: dict[str, Iterable[Any]] = {
+            **{name: repeat(value) for name, value in shared.items() if value is not None},
+            **columns,
+        }
+        shared |= {name: now for name in TIMES if name in shared}
+        columns["id"] = []
+        rows = zip(_ids(kind.prefix, ids, columns["id"]), *sent.values(), strict=False)
+        await self._connection.copy(kind.table.name, [kind.columns[name].name for name in ("id", *sent)], rows)
+        for name, values in columns.items():
+            for instance, value in zip(instances, values, strict=True):
+                if instance.get(name) is None:
+                    instance[name] = value
+        for instance, entity in zip(instances, given, strict=True):
+            instance.update(shared)
+            for name in kind.deferred:
+                del instance[name]
+            mark_written(entity, self._connection.writes)
+        return given
+
+    async def update(self, entity: M) -> M:
+        """Store what was changed in an aggregate, by its id, and return it with its new `updated`.
+
+        `created` stays as it is stored; a default stands in for None, as for `add`.
+
+        Raises:
+            NotFoundError: It is not there.
+            AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
+        """
+        kind = self._infrastructure
+        kind.attributes(kind.name, [entity])
+        values = kind.values({name: getattr(entity, name) for name in kind.columns if name not in kind.deferred})
+        row = await self._connection.fetch_one(kind.update, values)
+        if row is None:
+            raise NotFoundError(kind.name, values["id"])
+        # To a session there is nothing left to store.
+        history = inspect(entity).committed_state
+        for name in kind.changed:
+            given = getattr(entity, name)
+            if name in history or (given is None and values[name] is not None):
+                set_committed_value(entity, name, values[name] if given is None else given)
+        set_committed_value(entity, "updated", row[0])
+        mark_written(entity, self._connection.writes)
+        return entity
+
+
+def _ids(prefix: str, given: Iterable[str | None], used: list[str]) -> Iterator[str]:
+    """Yield an id for each, made where none is given, and keep it."""
+    for id_ in given:
+        used.append(new_id(prefix) if id_ is None else id_)
+        yield used[-1]

@@ -1,0 +1,1 @@
+"""The repositories of the runtime layer: what the mesh is doing now."""

@@ -1,0 +1,223 @@
+"""Messages: stored once under an id, listed in the order of their time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from operator import itemgetter, lt
+from typing import Any
+
+from sqlalchemy import ARRAY, BigInteger, Column, ColumnElement, Text, bindparam, cast, func, select, tuple_
+from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy.sql.dml import ReturningInsert
+
+from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
+from mesh_storage.aio.repositories.base import AsyncKeyedRepository, AsyncListing
+from mesh_storage.errors import AlreadyExistsError, ConflictError
+from mesh_storage.models import Message
+from mesh_storage.models.base import mark_written
+from mesh_storage.postgres.batch import Batch
+from mesh_storage.postgres.statement import Row, Statement
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.aggregates import LIMIT, Aggregate
+from mesh_storage.repositories.pages import Page, Position
+
+_MESSAGES = Aggregate(Message)
+_TABLE = _MESSAGES.table
+_COLUMNS: list[Column[Any]] = [_TABLE.c.id, _TABLE.c.from_node, _TABLE.c.to_node, _TABLE.c.content, _TABLE.c.timestamp]
+_BATCH = Batch({column.name: column.type for column in _COLUMNS})
+_CHECKS = {column.name: checks.of_column(f"Message.{column.name}", column) for column in _COLUMNS}
+_CHECKS["timestamp"] = _CHECKS["timestamp"].optional()
+
+
+def _or_now(timestamp: ColumnElement[Any]) -> ColumnElement[Any]:
+    return func.coalesce(timestamp, cast(func.extract("epoch", func.now()), BigInteger))
+
+
+def _store() -> ReturningInsert[Any]:
+    values: dict[Column[Any], ColumnElement[Any]] = {column: bindparam(column.name) for column in _COLUMNS}
+    values[_TABLE.c.timestamp] = _or_now(bindparam("timestamp", type_=BigInteger))
+    times: list[Column[Any]] = [_TABLE.c.timestamp, _TABLE.c.created_at]
+    return insert(_TABLE).values(values).on_conflict_do_nothing().returning(*times)
+
+
+def _store_many() -> Insert:
+    rows = _BATCH.table()
+    values = [*(rows.c[column.name] for column in _COLUMNS[:-1]), _or_now(rows.c.timestamp)]
+    return insert(_TABLE).from_select(_COLUMNS, select(*values)).on_conflict_do_nothing()
+
+
+_STORE = Statement(_store)
+_STORE_MANY = Statement(_store_many)
+_SELECT_MANY = Statement(lambda: select(_TABLE).where(_TABLE.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))))
+
+
+class _Traffic:
+    """The statements that list the messages to a node, from a node, between two, or all."""
+
+    def __init__(self, *ends: Column[Any]) -> None:
+        self._ends = ends
+        by_time = (_TABLE.c.timestamp, _TABLE.c.id)
+        self.page = Statement(lambda: select(_TABLE).where(*self._within()).order_by(*by_time).limit(LIMIT))
+        self.count = Statement(lambda: select(func.count()).select_from(_TABLE).where(*self._within()))
+
+    def _within(self) -> Iterable[ColumnElement[bool]]:
+        yield from (end == bindparam(end.name) for end in self._ends)
+        start = tuple_(bindparam("time", type_=BigInteger), bindparam("id", type_=Text))
+        yield tuple_(_TABLE.c.timestamp, _TABLE.c.id) > start
+        yield _TABLE.c.timestamp <= bindparam("last", type_=BigInteger)
+
+
+_TRAFFIC = {
+    (False, False): _Traffic(),
+    (True, False): _Traffic(_TABLE.c.to_node),
+    (False, True): _Traffic(_TABLE.c.from_node),
+    (True, True): _Traffic(_TABLE.c.from_node, _TABLE.c.to_node),
+}
+
+
+class AsyncMessageRepository(AsyncKeyedRepository[Message]):
+    """The messages of the mesh."""
+
+    def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
+        super().__init__(connection, _MESSAGES)
+
+    async def store(self, message: Message) -> Message:
+        """Store a message and give it back with its `timestamp` and `created_at`; the same again changes nothing.
+
+        A message without a timestamp gets the database's clock.
+
+        Raises:
+            AlreadyExistsError: A different message has this id.
+            InvalidInputError: Names the field.
+        """
+        (given,) = _MESSAGES.attributes("message", [message])
+        values = {name: check(given.get(name)) for name, check in _CHECKS.items()}
+        for _ in range(3):  # The row in the way may be deleted before it is read.
+            row = await self._connection.fetch_one(_STORE, values)
+            if row is None:
+                found = await self.find(message.id)
+                if found is None:
+                    continue
+                if not _same(found, values):
+                    raise AlreadyExistsError(f"another message is stored under {message.id!r}")
+                row = (found.timestamp, found.created_at)
+            given.update(timestamp=row[0], created_at=row[1])
+            mark_written(message, self._connection.writes)
+            return message
+        raise ConflictError(f"others store and delete {message.id!r} at this moment", retryable=True)
+
+    async def store_many(self, messages: Iterable[Message]) -> int:
+        """Store many messages in one statement and give the number of those that were not there before.
+
+        Raises:
+            AlreadyExistsError: A different message has one of the ids; the unit of work can only roll back.
+            InvalidInputError: Names the field; nothing was stored.
+        """
+        given = _MESSAGES.attributes("message", messages)
+        if not given:
+            return 0
+        columns = {name: check.column([instance.get(name) for instance in given]) for name, check in _CHECKS.items()}
+        if not all(map(lt, columns["id"], columns["id"][1:])):
+            columns = _in_order(columns)
+        stored = await self._connection.execute(_STORE_MANY, columns)
+        if stored < len(columns["id"]):
+            by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
+            for found in await self._fetch_all(_SELECT_MANY, ids=list(by_id)):
+                if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
+                    raise self._connection.fail(AlreadyExistsError(f"another message is stored under {found.id!r}"))
+        return stored
+
+    async def page(
+        self,
+        *,
+        to_node: str | None = None,
+        from_node: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> Page[Message]:
+        """Return up to `limit` (10,000 at most) messages in the order of their time, from behind the cursor `after`.
+
+        `since` (included) and `until` (not included) are Unix seconds.
+        """
+        return await self._by_time(to_node, from_node, since, until).page(after, limit)
+
+    def stream(
+        self,
+        *,
+        to_node: str | None = None,
+        from_node: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        batch_size: int = 1000,
+    ) -> AsyncGenerator[Message, None]:
+        """Yield all messages in the order of their time, with no more than `batch_size` in memory.
+
+        `since` (included) and `until` (not included) are Unix seconds.
+        """
+        return self._by_time(to_node, from_node, since, until).stream(batch_size)
+
+    async def count(
+        self,
+        *,
+        to_node: str | None = None,
+        from_node: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+    ) -> int:
+        """Count messages; exact, so it reads the index of all that it counts.
+
+        `since` (included) and `until` (not included) are Unix seconds.
+        """
+        traffic, parameters = _traffic(to_node, from_node, since, until)
+        return int(await self._fetch_value(traffic.count, **parameters))
+
+    def _by_time(
+        self, to_node: str | None, from_node: str | None, since: int | None, until: int | None
+    ) -> AsyncListing[Message]:
+        traffic, parameters = _traffic(to_node, from_node, since, until)
+
+        async def fetch(after: Position | None, limit: int) -> list[Row]:
+            start = {} if after is None or after[0] < parameters["time"] else {"time": after[0], "id": after[1]}
+            return await self._connection.fetch_all(traffic.page, {**parameters, **start, "limit": limit})
+
+        return AsyncListing(fetch, _MESSAGES.load.many, itemgetter(_MESSAGES.names.index("timestamp"), 0), (int, str))
+
+
+def _in_order(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Sort messages by their ids, each of which is to be there once, so that two stores cannot deadlock.
+
+    Raises:
+        AlreadyExistsError: Two different messages have one id.
+    """
+    rows = sorted(zip(*columns.values(), strict=True), key=itemgetter(0))
+    by_id = {row[0]: row for row in rows}
+    if len(by_id) < len(rows):
+        for row in rows:
+            if row != by_id[row[0]]:
+                raise AlreadyExistsError(f"two different messages are given for {row[0]!r}")
+    return dict(zip(columns, map(list, zip(*by_id.values(), strict=True)), strict=True))
+
+
+def _same(found: Message, values: dict[str, Any]) -> bool:
+    return all(
+        getattr(found, name) == value for name, value in values.items() if value is not None or name != "timestamp"
+    )
+
+
+def _traffic(
+    to_node: str | None, from_node: str | None, since: int | None, until: int | None
+) -> tuple[_Traffic, dict[str, Any]]:
+    """Choose the statements for a filter and make their parameters; no id is empty, so ('since', '') is before all."""
+    parameters: dict[str, Any] = {
+        "time": checks.INT64_MIN if since is None else checks.integer("since", since),
+        "id": "",
+        "last": checks.INT64_MAX if until is None else checks.integer("until", until) - 1,
+    }
+    if parameters["last"] < checks.INT64_MIN:  # Nothing is before the first second, and so nothing may be found.
+        parameters |= {"time": checks.INT64_MAX, "last": checks.INT64_MIN}
+    for name, node in (("to_node", to_node), ("from_node", from_node)):
+        if node is not None:
+            parameters[name] = checks.text(name, node, 64)
+    return _TRAFFIC[to_node is not None, from_node is not None], parameters

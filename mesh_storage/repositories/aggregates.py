@@ -1,0 +1,191 @@
+"""The kinds of aggregates: what the repositories of both sides know of each, its statements and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Generic, TypeAlias
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Integer,
+    Select,
+    Table,
+    Text,
+    bindparam,
+    cast,
+    collate,
+    delete,
+    func,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
+from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
+from sqlalchemy.sql.schema import ScalarElementColumnDefault
+
+from mesh_storage.errors import InvalidInputError
+from mesh_storage.models import JSON
+from mesh_storage.models.base import attribute_names, deferred_names, table_of
+from mesh_storage.postgres import jsonb
+from mesh_storage.postgres.batch import Batch, parameter_type
+from mesh_storage.postgres.statement import Row, Statement
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.loading import Loader, M
+
+LIMIT = bindparam("limit", type_=Integer)
+Rows: TypeAlias = Select[*tuple[Any, ...]]
+"""A select of any columns."""
+TIMES = ("created", "updated")
+"""The attributes of infrastructure that the database's clock sets."""
+
+
+class Aggregate(Generic[M]):
+    """The statements of one kind of aggregate, compiled once, and the maker of its objects."""
+
+    def __init__(self, model: type[M]) -> None:
+        self.model = model
+        self.name = model.__name__
+        table: Table[Any] = table_of(model)
+        self.table = table
+        self.names = attribute_names(model)
+        key: Column[Any] = table.primary_key.columns[0]
+        self.key_name = self.names[list(table.columns).index(key)]
+        self.check_key = checks.of_key(f"{self.name}.{self.key_name}", key)
+        self.select = Statement(lambda: select(table).where(key == bindparam("key")))
+        self.delete = Statement(lambda: delete(table).where(key == bindparam("key")))
+        self.count = Statement(lambda: select(func.count()).select_from(table))
+        self.page = Statement(lambda: select(table).where(key > bindparam("after")).order_by(key).limit(LIMIT))
+
+    @cached_property
+    def load(self) -> Loader[M]:
+        """What makes aggregates of rows; writing its code takes as long as all the rest."""
+        return Loader(self.model)
+
+    def attributes(self, field: str, entities: Iterable[M]) -> list[dict[str, Any]]:
+        """Return what aggregates hold: new ones have nothing to load, and instrumented access costs five times that.
+
+        Raises:
+            InvalidInputError: One is no aggregate of this kind; names the field.
+        """
+        given = checks.many(field, entities)
+        for kind in set(map(type, given)):
+            if not issubclass(kind, self.model):
+                raise InvalidInputError(f"a {self.name} is needed, not a {kind.__name__}", field=field)
+        return list(map(vars, given))
+
+
+class Infrastructure(Aggregate[M]):
+    """How one kind of infrastructure is added and updated: all its columns at once."""
+
+    def __init__(self, model: type[M], *, prefix: str) -> None:
+        """Build the statements; `prefix` begins new ids, and an update leaves deferred attributes alone."""
+        super().__init__(model)
+        self.prefix = prefix
+        self.columns: dict[str, Column[Any]] = dict(zip(self.names, self.table.columns, strict=True))
+        self.checks = {
+            name: check.optional() if column.nullable else check
+            for name, column in self.columns.items()
+            for check in [checks.of_column(f"{self.name}.{name}", column)]
+        }
+        self.defaults: dict[str, Any] = {
+            name: column.default.arg
+            for name, column in self.columns.items()
+            if isinstance(column.default, ScalarElementColumnDefault)
+        }
+        self.others = [name for name in self.columns if name != "id"]
+        self.deferred = deferred_names(model)
+        self.changed = [name for name in self.columns if name not in ("id", *TIMES, *self.deferred)]
+        self.add = Statement(self._add)
+        self.update = Statement(self._update)
+
+    def _add(self) -> ReturningInsert[Any]:
+        values: dict[str, ColumnElement[Any]] = {
+            name: bindparam(name, type_=parameter_type(column.type)) for name, column in self.columns.items()
+        }
+        values |= {name: func.coalesce(values[name], func.now()) for name in TIMES}
+        added = insert(self.table).values({self.columns[name]: value for name, value in values.items()})
+        return added.returning(*(self.columns[name] for name in TIMES))
+
+    def _update(self) -> ReturningUpdate[Any]:
+        values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in self.changed}
+        values[self.columns["updated"]] = func.now()
+        changed = update(self.table).where(self.columns["id"] == bindparam("id")).values(values)
+        return changed.returning(self.columns["updated"])
+
+    def values(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Check what one aggregate holds and return what is sent for it; a default stands in for None."""
+        return {name: self.column(name, [attributes.get(name)])[0] for name in self.columns}
+
+    def column(self, name: str, values: list[Any]) -> list[Any]:
+        """Check the values of one attribute and return what is sent; a default stands in for None."""
+        default = self.defaults.get(name)
+        if default is not None and None in values:
+            values = [default if value is None else value for value in values]
+        return self.checks[name].column(values)
+
+
+class Entries(Aggregate[M]):
+    """A key, a value (bytes or JSON) and the times of the database's clock, by which an entry is put."""
+
+    def __init__(self, model: type[M]) -> None:
+        super().__init__(model)
+        columns: tuple[Column[Any], ...] = tuple(self.table.columns)
+        self.key, self.value, self.created_at, self.updated_at = columns
+        self.is_json = isinstance(self.value.type, JSONB)
+        self._field = f"{self.name}.{self.names[1]}"
+        self._check_bytes = None if self.is_json else checks.of_column(self._field, self.value)
+        self.batch = Batch({"key": Text(), "value": Text() if self.is_json else self.value.type})
+        self.put = Statement(lambda: self.replacing(self._insert()).returning(self.created_at, self.updated_at))
+        self.put_many = Statement(
+            lambda: self.replacing(self.insert_many()).returning(self.key, self.created_at, self.updated_at)
+        )
+
+    def _insert(self) -> Insert:
+        return insert(self.table).values(
+            {self.key: bindparam("key", type_=Text), self.value: bindparam("value", type_=self.value.type)}
+        )
+
+    def insert_many(self) -> Insert:
+        """Insert the arrays `key` and `value`, a row for each position."""
+        rows = self.batch.table()
+        value = cast(rows.c.value, self.value.type) if self.is_json else rows.c.value
+        return insert(self.table).from_select([self.key, self.value], select(rows.c.key, value))
+
+    def replacing(self, statement: Insert, where: ColumnElement[bool] | None = None) -> Insert:
+        """Let an insert replace the value of a key that is there (PostgreSQL manual, INSERT, ON CONFLICT)."""
+        return statement.on_conflict_do_update(
+            index_elements=[self.key],
+            set_={self.value: statement.excluded[self.value.name], self.updated_at: func.now()},
+            where=where,
+        )
+
+    def check_values(self, values: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Check values; give what is sent for them, and what is stored, which shares nothing with the caller's."""
+        if self._check_bytes is None:
+            return jsonb.write(values, self._field)
+        checked = self._check_bytes.column(values)
+        return checked, checked
+
+
+class PrefixEntries(Entries[M]):
+    """Entries whose keys have an order by code point (collation "C") beside that of the database."""
+
+    def __init__(self, model: type[M]) -> None:
+        super().__init__(model)
+        self.page = Statement(lambda: self._in_range(select(self.table)).order_by(self._ordered_key).limit(LIMIT))
+        self.all = Statement(lambda: self._in_range(select(self.key, self.value)).order_by(self._ordered_key))
+        self.count = Statement(lambda: self._in_range(select(func.count()).select_from(self.table)))
+
+    @cached_property
+    def _ordered_key(self) -> ColumnElement[str]:
+        return collate(self.key, "C")
+
+    def _in_range(self, rows: Rows) -> Rows:
+        return rows.where(self._ordered_key >= bindparam("start"), self._ordered_key < bindparam("stop"))
+
+
+def values_by_key(rows: Sequence[Row]) -> dict[str, JSON]:
+    """Read rows of a key and a JSON value."""
+    return dict(zip([row[0] for row in rows], jsonb.read_all(row[1] for row in rows), strict=True))
