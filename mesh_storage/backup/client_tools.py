@@ -1,4 +1,4 @@
-"""PostgreSQL's pg_dump and pg_restore: which ones to use, with which connection, and how their failures are reported."""
+"""PostgreSQL's pg_dump and pg_restore: which ones to use, with which connection, and how failures are reported."""
 
 from __future__ import annotations
 

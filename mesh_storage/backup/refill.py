@@ -91,8 +91,8 @@ def bring_to(session: sqlalchemy.Connection, connection: Connection, location: L
     if lacking:
         raise ConflictError(
             f"the tables {', '.join(sorted(location.tables))} exist at revision {location.revision or 'none'}, but "
-            f"not {', '.join(lacking)}, so they cannot be migrated to {revision}, the revision of the backup; {_UNCHANGED}"
-            ". Restore a backup of the same revision, or drop or rename the existing tables"
+            f"not {', '.join(lacking)}, so they cannot be migrated to {revision}, as in the backup; {_UNCHANGED}. "
+            "Restore a backup of the same revision, or drop or rename the existing tables"
         )
     kept = connection.execute("SELECT current_setting('lock_timeout'), current_setting('search_path')").fetchone()
     path = sql.Identifier(location.namespace).as_string()
