@@ -1,5 +1,4 @@
-"""Backup and restore of a million messages, compared with plain pg_dump and pg_restore on the same server in the same
-run.
+"""Backup and restore of a million messages, compared with plain pg_dump and pg_restore on the same server.
 
 python benchmarks/backup.py [--rows N] [--size BYTES] [--jobs N] [--repeat N]
 """

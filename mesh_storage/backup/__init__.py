@@ -94,10 +94,10 @@ def backup(
         UnavailableError: The disk is full, or the database cannot be reached.
     """
     server.require_session()
-    target, report = _path(path), progress or _silent
+    target, report = _path(path), progress or _ignore_progress
     check_jobs(jobs)
     if os.path.lexists(target):
-        raise _in_the_way(target)
+        raise _already_exists(target)
     with _path_errors(target):
         unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=target.parent))
     try:
@@ -106,7 +106,7 @@ def backup(
         with _path_errors(target):
             manifest = manifest.write(unfinished, lambda done, total: report(Progress("sum", done, total)))
         if verify:
-            _prove(unfinished, jobs, report)
+            _test_restore(unfinished, jobs, report)
         with _path_errors(target):
             _rename(unfinished, target)
     finally:
@@ -151,7 +151,7 @@ def restore(
         UnavailableError: The database cannot be reached, or its disk is full.
     """
     server.require_session()
-    source, report = _path(path), progress or _silent
+    source, report = _path(path), progress or _ignore_progress
     check_jobs(jobs)
     manifest = _check(source, report)
     with migration.turn(server.connect), catalog.transaction(server) as (session, connection):
@@ -175,7 +175,7 @@ def verify(path: str | os.PathLike[str], *, jobs: int = JOBS, progress: Report |
         UnavailableError: It could not be verified here: the bundled server does not start, or a disk is full.
     """
     check_jobs(jobs)
-    return _prove(_path(path), jobs, progress or _silent)
+    return _test_restore(_path(path), jobs, progress or _ignore_progress)
 
 
 def check_jobs(jobs: int) -> None:
@@ -385,7 +385,7 @@ def _select(connection: Connection, manifest: Manifest, location: Location) -> a
     )
 
 
-def _prove(source: Path, jobs: int, report: Report) -> Manifest:
+def _test_restore(source: Path, jobs: int, report: Report) -> Manifest:
     """Test-restore a backup into a temporary server.
 
     Raises:
@@ -417,7 +417,7 @@ def _rename(unfinished: Path, target: Path) -> None:
         unfinished.rename(target)
     except OSError as error:
         if os.path.lexists(target):
-            raise _in_the_way(target) from error
+            raise _already_exists(target) from error
         raise
     try:
         directory = os.open(target.parent, os.O_RDONLY)
@@ -436,7 +436,7 @@ def _rename(unfinished: Path, target: Path) -> None:
         )
 
 
-def _in_the_way(target: Path) -> AlreadyExistsError:
+def _already_exists(target: Path) -> AlreadyExistsError:
     return AlreadyExistsError(f"{str(target)!r} already exists; a backup never replaces existing files")
 
 
@@ -448,5 +448,5 @@ def _path_errors(path: Path) -> Generator[None]:
         raise path_error(path, error) from error
 
 
-def _silent(_progress: Progress) -> None:
+def _ignore_progress(_progress: Progress) -> None:
     """Ignore the progress."""

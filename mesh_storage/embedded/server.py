@@ -30,7 +30,7 @@ _SOCKET_PATH_LIMIT = 80  # the limit of 107 bytes, less the name of the socket
 
 _PARAMETERS = ["listen_addresses=", "unix_socket_permissions=0700", "max_connections=200", "log_min_messages=fatal"]
 # A temporary server need not survive a crash (PostgreSQL manual, 14.5), and should not fill RAM with old WAL.
-_THROW_AWAY = [
+_TEMPORARY_OPTIONS = [
     "fsync=off",
     "synchronous_commit=off",
     "full_page_writes=off",
@@ -39,9 +39,9 @@ _THROW_AWAY = [
     "max_wal_size=128MB",
 ]
 _RAM_DISK = Path("/dev/shm")  # noqa: S108 - a private directory is created in it
-_ROOM = 512 << 20
+_FREE_BYTES = 512 << 20
 """Free bytes required for a temporary server: an empty cluster takes 40 MB, the WAL up to 160 MB."""
-_LEAST_ROOM = 96 << 20
+_MIN_FREE_BYTES = 96 << 20
 """Free bytes below which not even an empty cluster works."""
 
 
@@ -90,7 +90,7 @@ class EmbeddedServer:
             UnavailableError: The server does not start, or no disk has enough space.
         """
         try:
-            home = Path(tempfile.mkdtemp(prefix="mesh_storage-", dir=_roomy(space)))
+            home = Path(tempfile.mkdtemp(prefix="mesh_storage-", dir=_choose_directory(space)))
             try:
                 return cls._join(home, version, throw_away=True)
             except BaseException:
@@ -226,14 +226,14 @@ def _spawn(home: Path, lock: int, version: str, *, throw_away: bool) -> None:
                 f"({error.strerror}); run as an ordinary user, or set MESH_STORAGE_URL to the URL of a server"
             ) from error
         for directory in (bin_directory, home, sockets):
-            _let_through(directory)
+            _allow_traversal(directory)
     elif not version_file.exists():
         _check_account()
     config = {
         "home": str(home),
         "sockets": str(sockets),
         "programs": str(bin_directory),
-        "parameters": [*_PARAMETERS, *(_THROW_AWAY if throw_away else ()), *_shared_memory()],
+        "parameters": [*_PARAMETERS, *(_TEMPORARY_OPTIONS if throw_away else ()), *_shared_memory()],
         "user": user,
         "group": group,
         "throw_away": throw_away,
@@ -313,14 +313,14 @@ def _takes_sockets(directory: Path) -> bool:
     return len(path) <= _SOCKET_PATH_LIMIT and b"," not in path
 
 
-def _roomy(space: int) -> Path:
+def _choose_directory(space: int) -> Path:
     """Return a directory with enough space for a temporary server, in RAM if possible."""
     places = {Path(place): _free(Path(place)) for place in (_RAM_DISK, tempfile.gettempdir(), "/var/tmp")}  # noqa: S108 - a private directory is created in it
-    enough = [place for place, free in places.items() if free >= _ROOM + space]
+    enough = [place for place, free in places.items() if free >= _FREE_BYTES + space]
     place = enough[0] if enough else max(places, key=places.__getitem__)
-    if places[place] < _LEAST_ROOM + space:
+    if places[place] < _MIN_FREE_BYTES + space:
         raise UnavailableError(
-            f"not enough space for a temporary PostgreSQL server: {_LEAST_ROOM + space >> 20} MB must be free in "
+            f"not enough space for a temporary PostgreSQL server: {_MIN_FREE_BYTES + space >> 20} MB must be free in "
             f"one of {', '.join(map(str, places))}; set TMPDIR to a directory with enough space",
             retryable=False,
         )
@@ -336,10 +336,10 @@ def _free(directory: Path) -> int:
 
 def _shared_memory() -> list[str]:
     """Use files for the shared memory of parallel workers if /dev/shm is too small."""
-    return [] if _free(_RAM_DISK) >= _ROOM else ["dynamic_shared_memory_type=mmap"]
+    return [] if _free(_RAM_DISK) >= _FREE_BYTES else ["dynamic_shared_memory_type=mmap"]
 
 
-def _let_through(directory: Path) -> None:
+def _allow_traversal(directory: Path) -> None:
     """Grant other accounts search (not read) permission on the parents of a directory that the server needs."""
     for parent in (directory, *directory.parents):
         mode = parent.stat().st_mode

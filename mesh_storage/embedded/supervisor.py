@@ -66,7 +66,7 @@ class Supervisor:
         wakeup_read.setblocking(False)
         wakeup_write.setblocking(False)
         signal.set_wakeup_fd(wakeup_write.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, _wake_up)
+        signal.signal(signal.SIGCHLD, _ignore_signal)
         signal.signal(signal.SIGTERM, _end)
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(wakeup_read, selectors.EVENT_READ)
@@ -80,12 +80,12 @@ class Supervisor:
             waiting = self.server is not None and not self.ready
             for key, _ in self.selector.select(0.02 if waiting else 1.0):
                 if key.fileobj is self.listener:
-                    self._welcome()
+                    self._accept()
                 elif key.fileobj is wakeup_read:
                     with suppress(BlockingIOError):
                         wakeup_read.recv(4096)
                 else:
-                    self._part(key.fileobj)
+                    self._disconnect(key.fileobj)
             self._stay_reachable()
             self._watch()
         self.listener.close()
@@ -266,21 +266,21 @@ class Supervisor:
                 if told and (self.sockets / SOCKET).exists():
                     self.ready = True
                     self.crashes = 0
-                    self._tell_all()
+                    self._notify_all()
 
     def _fail(self, failure: str) -> None:
         self.failure = failure
         self.server = None
-        self._tell_all()
+        self._notify_all()
 
-    def _welcome(self) -> None:
+    def _accept(self) -> None:
         user, _ = self.listener.accept()
         self.users.add(user)
         self.selector.register(user, selectors.EVENT_READ)
         if self.ready or self.failure:
-            self._tell(user)
+            self._notify(user)
 
-    def _part(self, user: Any) -> None:
+    def _disconnect(self, user: Any) -> None:
         with suppress(OSError):
             if user.recv(1):
                 return
@@ -291,16 +291,16 @@ class Supervisor:
         else:
             self.last = user  # open until this process ends, which the last user waits for
 
-    def _tell_all(self) -> None:
+    def _notify_all(self) -> None:
         for user in self.users:
-            self._tell(user)
+            self._notify(user)
 
-    def _tell(self, user: socket.socket) -> None:
+    def _notify(self, user: socket.socket) -> None:
         with suppress(OSError):
             user.sendall((self.failure or "ready").encode() + b"\n")
 
 
-def _wake_up(_number: int, _frame: object) -> None:
+def _ignore_signal(_number: int, _frame: object) -> None:
     """Do nothing: the signal has already interrupted the wait."""
 
 
