@@ -157,6 +157,24 @@ get_message = _reading("msg", plain.GET_MESSAGE, lambda uow, key: uow.messages.g
 get_state = _reading("key", plain.GET_STATE, lambda uow, key: uow.state.get(key))
 get_route = _reading("dest", plain.GET_ROUTE, lambda uow, key: uow.routing_table.get(key))
 
+
+@contextmanager
+def with_a_timeout(database: Database) -> Generator[Contest]:
+    """Put and get one state with a timeout, against the same without one."""
+
+    def work(calls: int, timeout: float | None) -> None:
+        for key in _random_keys("key", database, calls):
+            with database.storage.begin(timeout=timeout) as uow:
+                uow.state.put(key, CONTENT)
+            with database.storage.begin(read_only=True, timeout=timeout) as uow:
+                uow.state.get(key)
+
+    yield Contest(
+        lambda calls: work(calls, 30.0),
+        [Rival("mesh_storage without a timeout", lambda calls: work(calls, None), Target(cpu=1.1))],
+    )
+
+
 WORKLOADS = [
     Workload("store one message", store_message, calls=500, quick_calls=20),
     Workload("put one state", put_state, calls=500, quick_calls=20),
@@ -165,4 +183,5 @@ WORKLOADS = [
     Workload("get one state", get_state, calls=2000, quick_calls=50),
     Workload("get one route", get_route, calls=2000, quick_calls=50),
     Workload("five calls in one unit of work", mixed, calls=300, quick_calls=10),
+    Workload("put and get with a timeout", with_a_timeout, calls=300, quick_calls=10),
 ]
