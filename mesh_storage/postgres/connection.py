@@ -23,10 +23,10 @@ from mesh_storage.postgres.driver import Driver
 from mesh_storage.postgres.failure import committed_locally, failed_before, judge, not_committed
 from mesh_storage.postgres.joined import JoinedSession
 from mesh_storage.postgres.ownership import Ownership
-from mesh_storage.postgres.pooling import Pooling
 from mesh_storage.postgres.savepoints import Savepoints
 from mesh_storage.postgres.statement import Parameters, Row, Statement
 from mesh_storage.postgres.transaction import UnitOfWorkTransaction
+from mesh_storage.postgres.transaction_pooling import Pooling
 
 logger = logging.getLogger("mesh_storage")
 

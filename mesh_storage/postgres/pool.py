@@ -26,8 +26,8 @@ from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.driver import Driver
 from mesh_storage.postgres.engine import connect_before, create_engine
 from mesh_storage.postgres.events import Events
-from mesh_storage.postgres.pooling import Pooling
 from mesh_storage.postgres.server import Server
+from mesh_storage.postgres.transaction_pooling import Pooling
 from mesh_storage.settings import Settings
 
 

@@ -22,9 +22,9 @@ from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.deadline import Deadline
 from mesh_storage.postgres.failure import committed_locally, failed_before, judge, not_committed
 from mesh_storage.postgres.ownership import Ownership
-from mesh_storage.postgres.pooling import Pooling
 from mesh_storage.postgres.savepoints import Savepoints
 from mesh_storage.postgres.statement import Parameters, Row, Statement
+from mesh_storage.postgres.transaction_pooling import Pooling
 
 logger = logging.getLogger("mesh_storage")
 

@@ -34,8 +34,8 @@ from mesh_storage.postgres.pool import (
     unreachable,
     wait_limit,
 )
-from mesh_storage.postgres.pooling import Pooling
 from mesh_storage.postgres.server import Server
+from mesh_storage.postgres.transaction_pooling import Pooling
 from mesh_storage.settings import Settings
 
 T = TypeVar("T")

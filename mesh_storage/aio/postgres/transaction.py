@@ -17,7 +17,7 @@ from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.errors import StorageTimeoutError, UnavailableError
 from mesh_storage.postgres.characteristics import Characteristics, Mode
 from mesh_storage.postgres.deadline import Deadline
-from mesh_storage.postgres.pooling import Pooling
+from mesh_storage.postgres.transaction_pooling import Pooling
 
 _SHORTEST_WAIT_S = 2.0
 """Minimum wait for a pooler's server connection, the same as libpq's for connections, since a busy machine may respond
