@@ -29,7 +29,7 @@ Content = Annotated[bytes, mapped_column(LargeBinary)]
 JsonValue = Annotated[JSON, mapped_column(JSONB, nullable=False)]
 PENDING = "STATUS_PENDING"
 Status = Annotated[str | None, mapped_column(String(255), server_default=PENDING)]
-"""What state the thing is in, such as `STATUS_PENDING` or `STATUS_CONNECTED`."""
+"""Its state: `STATUS_`, then capitals and underscores, as in `STATUS_CONNECTED`."""
 ULIDKey = Annotated[str, mapped_column(Text, primary_key=True, info=ULID)]
 
 
