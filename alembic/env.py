@@ -13,10 +13,11 @@ from alembic import context
 from alembic.util import CommandError
 from sqlalchemy.dialects.postgresql import DOMAIN
 
+from mesh_storage import schema
 from mesh_storage.errors import MeshStorageError
 from mesh_storage.models import Base
 from mesh_storage.postgres.server import open_server
-from mesh_storage.schema import adoption, migration
+from mesh_storage.schema import adoption, migration, tables
 from mesh_storage.settings import Settings
 
 config = context.config
@@ -28,21 +29,19 @@ if config.config_file_name is not None and config.file_config.has_section("logge
 NOT_REFLECTED = {
     index.name for table in Base.metadata.tables.values() for index in table.indexes if index.info.get("not_reflected")
 }
+MODELLED = tables.SINCE.keys() & Base.metadata.tables.keys()
+"""Our tables that have a model; a service's own models may be on our `Base` too."""
 TIMES, CHECKS, VALIDATED, STALE, INDEXES = "0003", "0004", "0005", "0006", "0007"
 """The revisions that change the types of times, add the checks, hold all rows against them, and make what is new."""
 
 
 def include_object(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:  # noqa: FBT001 - Alembic's signature
-    """Leave alone what is not ours: other systems' tables, and what refers to them from ours."""
+    """Leave alone what is not ours: other tables, whoever declares them, and what others have put onto ours."""
+    if kind == "table":
+        return name in MODELLED and item.schema is None
     if kind == "index" and name in NOT_REFLECTED:
         return False
-    if not reflected or compare_to is not None:
-        return True
-    if kind == "table":
-        return name in Base.metadata.tables
-    if kind == "foreign_key_constraint":
-        return item.referred_table.name in Base.metadata.tables
-    return True
+    return not reflected or compare_to is not None
 
 
 def compare_type(_context: Any, _column: Any, _metadata_column: Any, inspected: Any, _metadata: Any) -> bool | None:
@@ -59,6 +58,7 @@ def compare_server_default(
 
 OPTIONS: dict[str, Any] = {
     "target_metadata": Base.metadata,
+    "version_table": tables.VERSION_TABLE,
     "transaction_per_migration": True,
     "include_object": include_object,
     "compare_type": compare_type,
@@ -66,12 +66,17 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+def changes_revision() -> bool:
+    """Whether the command goes from one revision to another: upgrade, downgrade and stamp."""
+    return "destination_rev" in context.get_context().opts
+
+
 def check_before_upgrade(connection: sqlalchemy.Connection) -> None:
     """Before an upgrade changes anything, find everything that would stop it half-way."""
     runner = context.get_context()
     command = runner.opts.get("fn")
-    if "destination_rev" not in runner.opts or getattr(command, "__name__", "") in {"downgrade", "do_stamp"}:
-        return  # Only those three commands go from one revision to another.
+    if not changes_revision() or getattr(command, "__name__", "") in {"downgrade", "do_stamp"}:
+        return
     current = max(runner.get_current_heads(), default="")
     if current < INDEXES:
         revision = context.script.get_revision
@@ -99,18 +104,30 @@ def run_online(connect: dict[str, Any]) -> None:
     """Run the migrations; one that gets no lock in time is undone and tried again, so that the traffic goes on."""
     engine = migration.create_engine(connect)
 
+    def migrate(connection: sqlalchemy.Connection, check_turn: Callable[[], None]) -> None:
+        options = OPTIONS | {"connection": connection, "on_version_apply": lambda **_: check_turn()}
+        context.configure(**options)
+        location = migration.settle(connection, changes=changes_revision())
+        if changes_revision() and location.revision not in (None, *schema.revisions()):
+            schema.check(location.revision)
+        if location.version_table == tables.FORMER_VERSION_TABLE and not location.shared:
+            context.configure(**options | {"version_table": location.version_table})
+        check_before_upgrade(connection)
+        try:
+            with context.begin_transaction():
+                context.run_migrations()
+        except sqlalchemy.exc.IntegrityError:
+            # A service added such a row since the check, which says which one it is.
+            connection.rollback()
+            check_before_upgrade(connection)
+            raise
+
     def run(check_turn: Callable[[], None]) -> None:
         with engine.connect() as connection:
-            context.configure(connection=connection, on_version_apply=lambda **_: check_turn(), **OPTIONS)
-            check_before_upgrade(connection)
             try:
-                with context.begin_transaction():
-                    context.run_migrations()
-            except sqlalchemy.exc.IntegrityError:
-                # A service added such a row since the check, which says which one it is.
-                connection.rollback()
-                check_before_upgrade(connection)
-                raise
+                migrate(connection, check_turn)
+            except sqlalchemy.exc.PendingRollbackError as error:
+                raise migration.what_ended(error) from error
 
     with migration.turn(connect) as check_turn:
         migration.patiently(lambda: run(check_turn))

@@ -1,31 +1,37 @@
-"""The command line for operators: health, schema, upgrade, backup and restore, with exit codes for scripts."""
+"""The command line for operators: health, schema, upgrade, backup, restore, verify, psql; exit codes for scripts."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import IntEnum
+from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 from pydantic import SecretStr
 
 from mesh_storage import backup, schema
-from mesh_storage.backup import Progress
+from mesh_storage.backup import Progress, client_tools
 from mesh_storage.backup.manifest import Manifest
+from mesh_storage.embedded import server as embedded
 from mesh_storage.errors import (
     ConfigurationError,
+    InvalidInputError,
     MeshStorageError,
     SchemaMismatchError,
     StorageTimeoutError,
     UnavailableError,
 )
 from mesh_storage.health import Health
+from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.storage import MeshStorage
@@ -60,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        status, facts, words = _run(given)
+        run: Callable[[argparse.Namespace], Answer] = given.run
+        status, facts, words = run(given)
     except KeyboardInterrupt:
         return _fail(given, Exit.INTERRUPTED, "KeyboardInterrupt", "interrupted")
     except MeshStorageError as error:
@@ -79,8 +86,9 @@ def _fail(given: argparse.Namespace, status: Exit, error: str, message: str) -> 
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--url", help="where the database is; a password is safer in MESH_STORAGE_URL")
     common.add_argument("--json", action="store_true", help="print one JSON object")
+    reaching = argparse.ArgumentParser(add_help=False)
+    reaching.add_argument("--url", help="where the database is; a password is safer in MESH_STORAGE_URL")
     parser = argparse.ArgumentParser(
         prog="mesh-storage",
         description="Look after a database of mesh_storage. Settings come from the environment (MESH_STORAGE_URL, ...) "
@@ -93,8 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     def add(
         name: str, run: Callable[[argparse.Namespace, Server], Answer], words: str, *, create: bool = True
     ) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[common], help=words, description=words[0].upper() + words[1:])
-        command.set_defaults(run=run, create=create)
+        command = commands.add_parser(
+            name, parents=[reaching, common], help=words, description=words[0].upper() + words[1:]
+        )
+        command.set_defaults(run=partial(_on_server, run, create=create))
         return command
 
     add("health", _health, "say whether the database answers, takes writes and has the right schema", create=False)
@@ -103,21 +113,37 @@ def _parser() -> argparse.ArgumentParser:
     taking = add("backup", _backup, "write a backup while the traffic goes on", create=False)
     taking.add_argument("path", help="the directory to make")
     taking.add_argument("--verify", action="store_true", help="restore it into a throw-away server before it counts")
+    asking = add("psql", _psql, "start psql on the database", create=False)
+    asking.add_argument("arguments", nargs="*", help="for psql; options go behind --")
     giving = add("restore", _restore, "restore a backup, all or nothing")
     giving.add_argument("path", help="the directory of the backup")
     giving.add_argument("--overwrite", action="store_true", help="replace what the tables hold")
-    for command in (taking, giving):
+    words = "prove a backup by restoring it into a throw-away server"
+    proving = commands.add_parser("verify", parents=[common], help=words, description=words[0].upper() + words[1:])
+    proving.set_defaults(run=_verify)
+    proving.add_argument("path", help="the directory of the backup")
+    for command in (taking, giving, proving):
         command.add_argument(
-            "--jobs", type=int, default=backup.JOBS, metavar="N", help="processes at once (%(default)s)"
+            "--jobs", type=_jobs, default=backup.JOBS, metavar="N", help="processes at once (%(default)s)"
         )
     return parser
 
 
-def _run(given: argparse.Namespace) -> Answer:
-    settings = Settings() if given.url is None else Settings(url=SecretStr(given.url))
-    server = open_server(settings, create=given.create)
+def _jobs(words: str) -> int:
+    jobs = int(words)
     try:
-        run: Callable[[argparse.Namespace, Server], Answer] = given.run
+        backup.check_jobs(jobs)
+    except InvalidInputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return jobs
+
+
+def _on_server(
+    run: Callable[[argparse.Namespace, Server], Answer], given: argparse.Namespace, *, create: bool
+) -> Answer:
+    settings = Settings() if given.url is None else Settings(url=SecretStr(given.url))
+    server = open_server(settings, create=create)
+    try:
         return run(given, server)
     finally:
         server.close()
@@ -186,6 +212,24 @@ def _restore(given: argparse.Namespace, server: Server) -> Answer:
         made = backup.restore(server, given.path, overwrite=given.overwrite, jobs=given.jobs, progress=progress)
     upgraded = "" if made.revision == schema.head() else f", upgraded to {schema.head()}"
     return Exit.OK, _facts(given, made), f"restored: {given.path} ({_summary(made)}{upgraded})"
+
+
+def _psql(given: argparse.Namespace, server: Server) -> NoReturn:
+    with engine.connect(server.connect) as connection:
+        environment, public = client_tools.same_server(connection)
+    program = shutil.which("psql") or embedded.programs() / "psql"
+    signal.signal(signal.SIGINT, _leave_to_psql)
+    raise SystemExit(subprocess.call([program, f"--dbname={public}", *given.arguments], env=environment))
+
+
+def _leave_to_psql(_number: int, _frame: object) -> None:
+    """Do nothing: Ctrl-C reaches psql as well, whose statement it cancels."""
+
+
+def _verify(given: argparse.Namespace) -> Answer:
+    with _progress_bar() as progress:
+        made = backup.verify(given.path, jobs=given.jobs, progress=progress)
+    return Exit.OK, _facts(given, made), f"verified: {given.path} ({_summary(made)})"
 
 
 def _facts(given: argparse.Namespace, made: Manifest) -> dict[str, Any]:

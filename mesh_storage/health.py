@@ -42,7 +42,7 @@ class Health:
     pool_in_use: int
     """Connections that units of work had when the check began."""
     error: MeshStorageError | None = None
-    """Why it is not connected."""
+    """Why it is not connected, or why the revision is not known."""
 
     @property
     def ok(self) -> bool:
@@ -51,9 +51,15 @@ class Health:
 
 
 def answered(
-    row: Row | None, revision: str | None, *, round_trip_ms: float, pool_size: int, pool_in_use: int
+    row: Row | None,
+    revision: str | None,
+    unclear: MeshStorageError | None,
+    *,
+    round_trip_ms: float,
+    pool_size: int,
+    pool_in_use: int,
 ) -> Health:
-    """Return what was found of a database that answered `READ_ONLY` with this row."""
+    """Return what was found of a database that answered `READ_ONLY` with this row, and which schema it has."""
     return Health(
         connected=True,
         writable=row is not None and not row[0],
@@ -62,6 +68,7 @@ def answered(
         head=schema.head(),
         pool_size=pool_size,
         pool_in_use=pool_in_use,
+        error=unclear,
     )
 
 

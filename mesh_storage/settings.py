@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mesh_storage.errors import ConfigurationError
 
@@ -16,6 +18,8 @@ SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-
 SSL_MODES: tuple[SslMode, ...] = get_args(SslMode)
 
 ENV_PREFIX = "MESH_STORAGE_"
+_OF_TESTS = "TEST_"
+"""How the names behind the prefix begin that are for `mesh_storage.testing`."""
 
 
 class _Checked(BaseSettings):
@@ -31,6 +35,8 @@ class _Checked(BaseSettings):
                 super().__init__(**values)
             except UnicodeError:
                 problem = ".env: it is no UTF-8"
+            except OSError as error:
+                problem = f".env: it cannot be read: {error.strerror}; let this user read it, or start elsewhere"
             except ValidationError as error:
                 problem = "; ".join(
                     f"{'.'.join(str(part) for part in detail['loc'][:1])}: {detail['msg']}"
@@ -97,7 +103,44 @@ class Settings(_Checked):
     slow_unit_of_work: Seconds = 1.0
     """Seconds from which a unit of work is logged as slow; 0 to log none."""
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources in their order, once no variable in them is misspelt.
+
+        Raises:
+            ConfigurationError: A variable has our prefix and names no setting.
+        """
+        del settings_cls
+        for source in (env_settings, dotenv_settings):
+            if isinstance(source, EnvSettingsSource):
+                _check_variables(source.env_vars, set(cls.model_fields))
+        return init_settings, env_settings, dotenv_settings, file_secret_settings
+
 
 def _unknown(values: dict[str, Any], known: set[str]) -> str | None:
     unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
-    return f"{', '.join(unknown)}: there is no such setting" if unknown else None
+    return _no_such(unknown, known) if unknown else None
+
+
+def _check_variables(variables: Iterable[str], known: set[str]) -> None:
+    ours = {name.upper().removeprefix(ENV_PREFIX) for name in variables if name.upper().startswith(ENV_PREFIX)}
+    known = {name.upper() for name in known}
+    unknown = sorted(name for name in ours - known if not name.startswith(_OF_TESTS))
+    if unknown:
+        raise ConfigurationError(f"bad setting {_no_such(unknown, known, ENV_PREFIX)}")
+
+
+def _no_such(names: list[str], known: set[str], prefix: str = "") -> str:
+    problems: list[str] = []
+    for name in names:
+        close = difflib.get_close_matches(name, known, n=1)
+        proposal = f"; did you mean {prefix}{close[0]}?" if close else ""
+        problems.append(f"{prefix}{name}: there is no such setting{proposal}")
+    return "; ".join(problems)

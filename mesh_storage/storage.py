@@ -15,11 +15,17 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from pydantic import SecretStr
 
 from mesh_storage import health, schema
-from mesh_storage.errors import ClosedError, ConfigurationError, InvalidInputError, MeshStorageError
+from mesh_storage.errors import (
+    ClosedError,
+    ConfigurationError,
+    InvalidInputError,
+    MeshStorageError,
+    SchemaMismatchError,
+)
 from mesh_storage.health import Health
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
 from mesh_storage.postgres.pool import Pool, check_open
-from mesh_storage.postgres.retry import check_attempts, pause
+from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.unit_of_work import Scope, UnitOfWork
@@ -114,6 +120,7 @@ class MeshStorage:
         work: Callable[[UnitOfWork], T],
         *,
         attempts: int = 5,
+        within: float | None = None,
         read_only: bool = False,
         isolation: Isolation | None = None,
         durability: Durability = "strict",
@@ -122,31 +129,34 @@ class MeshStorage:
         """Call `work` with a unit of work, commit, and return its result; do it again after a retryable error.
 
         Each attempt has a fresh unit of work and its own `timeout`; the pauses between them grow, with jitter, from
-        20 ms to 2 s. When the connection is lost during a commit, nobody can tell whether it was made, and `work` is
-        done again: it should be safe to do twice, as the repositories' `store`, `put` and `append` are.
+        20 ms to 2 s. With `within`, it goes on for so many seconds instead of so many `attempts`, over a failover of
+        the server say; no attempt outlasts that time. When the connection is lost during a commit, nobody can tell
+        whether it was made (`.committed` of the error is `unknown`), and `work` is done again: it should be safe to do
+        twice, as the repositories' `store`, `put` and `append` are. What is committed locally, while its synchronous
+        standby was not waited for, is not done again.
 
         Raises:
             InvalidInputError: `work` is a coroutine function, which is for `AsyncMeshStorage`.
             MeshStorageError: What the last attempt raised, or one that is not retryable.
         """
-        check_attempts(attempts)
+        retry = Retry(attempts, within, timeout)
         if inspect.iscoroutinefunction(work):
             raise InvalidInputError(
                 "work is a coroutine function: give a plain one, or use AsyncMeshStorage", field="work"
             )
-        for attempt in range(1, attempts + 1):
+        while True:
             try:
                 with self.begin(
-                    read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
+                    read_only=read_only, isolation=isolation, durability=durability, timeout=retry.timeout()
                 ) as uow:
                     result = work(uow)
             except MeshStorageError as error:
-                if not error.retryable or attempt == attempts:
+                pause = retry.pause(error)
+                if pause is None:
                     raise
-                time.sleep(pause(error, attempt))
+                time.sleep(pause)
             else:
                 return result
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def health(self) -> Health:
         """Check within 2 s that the database answers, takes writes and has the right schema; writes nothing.
@@ -161,10 +171,14 @@ class MeshStorage:
                 begun = time.perf_counter()
                 row = connection.fetch_one(health.READ_ONLY)
                 round_trip_ms = (time.perf_counter() - begun) * 1000
-                revision = connection.perform(schema.current, connection.driver.sqlalchemy)
+                revision, unclear = None, None
+                try:
+                    revision = connection.perform(schema.current, connection.driver.sqlalchemy)
+                except (ConfigurationError, SchemaMismatchError) as error:
+                    unclear = error
             finally:
                 self._pool.release(connection)
-            return health.answered(row, revision, round_trip_ms=round_trip_ms, **pool)
+            return health.answered(row, revision, unclear, round_trip_ms=round_trip_ms, **pool)
         except ClosedError:
             raise
         except MeshStorageError as error:

@@ -19,10 +19,10 @@ from urllib.parse import quote, urlencode
 import factory
 import pytest
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 
 from mesh_storage import MeshStorage, schema
 from mesh_storage.embedded.server import EmbeddedServer
+from mesh_storage.errors import ConfigurationError
 from mesh_storage.models import (
     ConfigEntry,
     LogEntry,
@@ -51,14 +51,14 @@ class Databases:
     """Fresh databases on one server, each a copy of a template that has the schema."""
 
     def __init__(self, connect: dict[str, Any]) -> None:
-        self._connect = connect
-        self._admin = engine.connect(connect)
+        self._connect = {"client_encoding": "UTF8", **connect}
+        self._admin = engine.connect(self._connect)
         # No number of a process: those of several machines may share a server.
         self._prefix = f"mesh_storage_{secrets.token_hex(6)}"
         self._numbers = itertools.count(1)
         self._template = f"{self._prefix}_template"
         self._execute("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'", self._template)
-        schema.upgrade_server(Server({**connect, "dbname": self._template}))
+        schema.upgrade_server(Server({**self._connect, "dbname": self._template}))
 
     @contextmanager
     def fresh(self, *, with_schema: bool = True) -> Generator[str]:
@@ -81,31 +81,43 @@ class Databases:
         self._admin.execute(sql.SQL(template).format(*map(sql.Identifier, names)))
 
     def _url(self, name: str) -> str:
-        parameters = {**self._connect, "dbname": name}
+        parameters = {**self._connect}
         user, password = quote(str(parameters.pop("user", "")), ""), parameters.pop("password", None)
         login = f"{user}:{quote(str(password), '')}@" if password else f"{user}@" if user else ""
-        return f"postgresql://{login}/{quote(parameters.pop('dbname'), '')}?{urlencode(parameters)}"
+        parameters.pop("dbname", None)
+        for setting, nothing in {"application_name": "", "connect_timeout": "0", "options": ""}.items():
+            if parameters.get(setting) == nothing:
+                del parameters[setting]
+        query = urlencode(parameters, quote_via=quote)  # libpq takes "+" for itself, not for a space.
+        return f"postgresql://{login}/{quote(name, '')}?{query}"
 
 
 @contextmanager
 def databases() -> Generator[Databases]:
     """Yield what makes fresh databases: on a server of its own, or on the one of `MESH_STORAGE_TEST_URL`."""
-    url = os.environ.get("MESH_STORAGE_TEST_URL")
-    server = None if url else EmbeddedServer.throw_away()
-    connect: dict[str, Any]
-    if server is None:
-        connect = dict(conninfo_to_dict(url or ""))
-    else:
-        connect = {**server.connect_arguments, "dbname": "postgres"}
-    try:
+    with _server() as connect:
         made = Databases(connect)
         try:
             yield made
         finally:
             made.close()
+
+
+@contextmanager
+def _server() -> Generator[dict[str, Any]]:
+    url = os.environ.get("MESH_STORAGE_TEST_URL")
+    if url:
+        try:
+            connect = engine.parse_url(url)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"MESH_STORAGE_TEST_URL: {error}") from None
+        yield connect
+        return
+    server = EmbeddedServer.throw_away()
+    try:
+        yield {**server.connect_arguments, "dbname": "postgres"}
     finally:
-        if server is not None:
-            server.close()
+        server.close()
 
 
 @pytest.fixture(scope="session")

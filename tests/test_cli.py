@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -166,7 +167,7 @@ def test_upgrade(bare: str, call: Call) -> None:
 
 
 def test_a_schema_that_is_ahead(url: str, call: Call, tmp_path: Path) -> None:
-    execute(url, "UPDATE alembic_version SET version_num = '9999'")
+    execute(url, "UPDATE mesh_alembic_version SET version_num = '9999'")
     for arguments in (("health",), ("schema",), ("upgrade",), ("backup", tmp_path / "backup")):
         assert call(*arguments)[0] == Exit.SCHEMA_MISMATCH
     assert json.loads(call("schema", "--json")[1])["pending"] == []
@@ -210,7 +211,7 @@ def test_an_older_schema_is_backed_up_and_its_restore_upgraded(url: str, bare: s
         (["schema", "--url", NOWHERE], Exit.UNAVAILABLE, "UnavailableError"),
         (["upgrade", "--url", NOWHERE], Exit.UNAVAILABLE, "UnavailableError"),
         (["restore", "nowhere", "--url", NOWHERE], Exit.FAILED, "NotFoundError"),
-        (["backup", "x", "--jobs", "0"], Exit.FAILED, "InvalidInputError"),
+        (["verify", "nowhere"], Exit.FAILED, "NotFoundError"),
     ],
 )
 def test_an_error_is_one_json_object_and_an_exit_code(
@@ -236,7 +237,19 @@ def test_missing_tools_are_a_matter_of_configuration(
     assert "install postgresql-client-" in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["backup"], ["restore", "x", "--jobs", "many"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["backup"],
+        ["verify"],
+        *(
+            [command, "x", "--jobs", jobs]
+            for command, jobs in [("restore", "many"), ("backup", "0"), ("restore", "-1"), ("verify", "65")]
+        ),
+    ],
+)
 def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -250,7 +263,7 @@ def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0
     words = capsys.readouterr().out
     assert "Exit codes" in words
-    assert all(name in words for name in ("health", "schema", "upgrade", "backup", "restore"))
+    assert all(name in words for name in ("health", "schema", "upgrade", "backup", "restore", "verify"))
 
 
 def test_ctrl_c(url: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,3 +329,23 @@ def test_the_bar_is_drawn_ten_times_a_second_at_most(monkeypatch: pytest.MonkeyP
             drawn += os.read(screen, 100_000).decode()
     assert 1 < drawn.count("load") < 10
     assert "1,000/1,000" in drawn
+
+
+@pytest.mark.parametrize("bundled", [True, False])
+def test_psql_is_started_on_the_database(bundled: bool, mesh_storage_url: str, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        url = f"embedded:{home}/mesh" if bundled else mesh_storage_url
+        with MeshStorage.open(url) as storage, storage.begin() as uow:
+            uow.state.put("k", b"v")
+        command = [sys.executable, "-m", "mesh_storage", "psql", "--url", url, "--", "-X", "-At", "-c"]
+        environment = os.environ | {"PGHOSTADDR": "192.0.2.1"} if bundled else os.environ
+        for query, printed, status in (("SELECT key FROM mesh_state", "k\n", 0), ("nonsense", "", 1)):
+            done = subprocess.run(
+                [*command, query], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            assert (done.stdout, done.returncode) == (printed, status), done.stderr
+
+
+def test_psql_makes_no_database(call: Call, tmp_path: Path) -> None:
+    assert call("psql", "--url", f"embedded:{tmp_path / 'none'}")[0] == Exit.UNAVAILABLE
+    assert not (tmp_path / "none").exists()

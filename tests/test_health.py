@@ -56,9 +56,9 @@ def test_another_schema_is_seen_and_not_opened(mesh_storage_url: str, revision: 
     with MeshStorage.open(mesh_storage_url) as storage:
         with storage.begin() as uow:
             change = (
-                "DELETE FROM alembic_version"
+                "DELETE FROM mesh_alembic_version"
                 if revision is None
-                else f"UPDATE alembic_version SET version_num = '{revision}'"
+                else f"UPDATE mesh_alembic_version SET version_num = '{revision}'"
             )
             uow.session.execute(text(change))
         health = storage.health()

@@ -7,20 +7,23 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
+from sqlalchemy import text
 
 from mesh_storage import ConfigurationError, MeshStorage, MeshStorageError, Settings, UnavailableError, schema
 from mesh_storage.embedded.server import EmbeddedServer
 from mesh_storage.postgres.engine import connect_arguments
+from mesh_storage.testing import databases
 
 CANARY = "c4n4ry-s3cr3t"
 ROOT = Path(__file__).parent.parent
@@ -386,3 +389,283 @@ def test_no_command_shows_a_password(command: str, rest: str) -> None:
     )
     assert done.returncode not in (0, 2)
     assert CANARY not in done.stdout + done.stderr
+
+
+@pytest.fixture
+def server(mesh_storage_url: str) -> dict[str, str]:
+    """Return the address of a database, as one of a server, about which libpq's environment has a say."""
+    there = conninfo_to_dict(mesh_storage_url)
+    return {name: str(there[name]) for name in ("host", "port", "user", "dbname")}
+
+
+def url_to(server: dict[str, str], **more: str) -> str:
+    return "postgresql:///?" + urlencode(server | more, quote_via=quote)
+
+
+def shown(url: str | None, *names: str, **settings: Any) -> list[str]:
+    """Return parameters of a session as the server has them."""
+    with MeshStorage.open(settings=Settings(url=url, **settings)) as storage, storage.begin(read_only=True) as uow:
+        return [str(uow.session.execute(text(f"SHOW {name}")).scalar_one()) for name in names]
+
+
+@pytest.fixture(params=["PGOPTIONS", "service of the URL", "service of PGSERVICE"])
+def with_options(
+    request: pytest.FixtureRequest, server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Return a URL that gets options from outside."""
+    options = "-c statement_timeout=7s -c work_mem=5MB"
+    if request.param == "PGOPTIONS":
+        monkeypatch.setenv("PGOPTIONS", options)
+        return url_to(server)
+    file = tmp_path / "services"
+    file.write_text(f"[mesh]\noptions={options}\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    if request.param == "service of the URL":
+        return url_to(server, service="mesh")
+    monkeypatch.setenv("PGSERVICE", "mesh")
+    return url_to(server)
+
+
+def test_options_from_outside_are_obeyed_as_psql_does_and_settings_go_before_them(with_options: str) -> None:
+    names = ("statement_timeout", "work_mem", "lock_timeout", "timezone")
+    assert shown(with_options, *names) == ["7s", "5MB", "10s", "UTC"]
+    assert shown(with_options, *names, statement_timeout=3) == ["3s", "5MB", "10s", "UTC"]
+    # Those of the URL take their place, as anywhere with libpq.
+    assert shown(f"{with_options}&options=-c%20lock_timeout%3D4s", *names[:3]) == ["30s", "4MB", "4s"]
+
+
+@pytest.mark.parametrize("variable", ["PGOPTIONS", "PGAPPNAME", "PGCONNECT_TIMEOUT"])
+def test_a_default_of_ours_does_not_hide_a_variable(
+    variable: str, server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, {"PGAPPNAME": "theirs", "PGCONNECT_TIMEOUT": "9"}.get(variable, ""))
+    arguments = connect_arguments(Settings(url=url_to(server)))
+    assert arguments["application_name"] == ("theirs" if variable == "PGAPPNAME" else "mesh_storage")
+    assert arguments["connect_timeout"] == (9 if variable == "PGCONNECT_TIMEOUT" else 5)
+    assert connect_arguments(Settings(url=url_to(server), application_name="ours"))["application_name"] == "ours"
+
+
+@pytest.mark.parametrize("place", ["PGHOST", "PGPORT", "PGUSER", "PGDATABASE", "service"])
+def test_the_address_may_come_from_outside(
+    place: str, server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "service":
+        (tmp_path / "services").write_text("[mesh]\n" + "".join(f"{name}={value}\n" for name, value in server.items()))
+        monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+        url = "postgresql://?service=mesh"
+    else:
+        name = {"PGDATABASE": "dbname"}.get(place, place.removeprefix("PG").lower())
+        monkeypatch.setenv(place, server.pop(name))
+        url = url_to(server)
+    with MeshStorage.open(url) as storage:
+        assert storage.health().ok
+
+
+@pytest.mark.parametrize("service", ["in no file", "in no such file", "in a broken file"])
+def test_a_service_that_is_not_there_is_a_setting(service: str, tmp_path: Path, monkeypatch: Any) -> None:
+    file = tmp_path / "services"
+    if service != "in no such file":
+        file.write_text("[other]\n" if service == "in no file" else "[mesh]\nnonsense\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    with pytest.raises(ConfigurationError, match="PGSERVICE"):
+        MeshStorage.open("postgresql://127.0.0.1:1/mesh?service=mesh")
+
+
+@pytest.mark.parametrize("variable", ["PGTZ", "PGDATESTYLE"])
+def test_times_are_read_whatever_the_environment_says_about_them(
+    variable: str, server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, {"PGTZ": "Asia/Tokyo", "PGDATESTYLE": "German"}[variable])
+    for options, style in (("", "ISO, MDY"), ("-c datestyle=German,YMD", "ISO, YMD")):
+        monkeypatch.setenv("PGOPTIONS", options)
+        assert shown(url_to(server), "timezone", "datestyle") == ["UTC", style]
+        with MeshStorage.open(url_to(server)) as storage, storage.begin() as uow:
+            assert uow.state.put("k", b"v").created_at.tzname() == "UTC"
+            assert uow.session.execute(text("SELECT now()")).scalar_one().tzname() == "UTC"
+
+
+@pytest.mark.parametrize(
+    ("address", "setting", "ports"),
+    [
+        ("a,b", 5433, "5433,5433"),
+        ("a,b", "5433,5434", "5433,5434"),
+        ("a:1,b", 5433, "1,5433"),
+        ("a,b:1,c", "5,6,7", "5,1,7"),
+        ("a:1,b:2", 5433, "1,2"),
+        ("a", 5433, "5433"),
+        ("a:1", 5433, "1"),
+        ("a,b", None, ","),
+    ],
+)
+def test_a_port_stands_where_the_url_has_none(address: str, setting: object, ports: str) -> None:
+    assert str(connect_arguments(Settings(url=f"postgresql://{address}/mesh", port=setting))["port"]) == ports
+
+
+def test_a_host_stands_where_the_url_has_none() -> None:
+    assert url_of(Settings(url="postgresql://a,,c/mesh", host="b"))["host"] == "a,b,c"
+    assert url_of(Settings(url="postgresql://:5433/mesh", host="b"))["host"] == "b"
+
+
+@pytest.mark.parametrize("number", ["1,2", "1,2,3,4"])
+def test_ports_that_do_not_match_the_hosts_of_the_url_are_refused(number: str) -> None:
+    assert "port" in refused(url="postgresql://a,b,c/mesh", port=number)
+
+
+@pytest.mark.parametrize("name", ["a@b", "@b", "a@b@c"])
+def test_a_database_may_have_an_at_in_its_name(name: str, server: dict[str, str], mesh_storage_url: str) -> None:
+    with psycopg.connect(mesh_storage_url, autocommit=True) as admin:
+        admin.execute(f'CREATE DATABASE "{name}"'.encode())
+    try:
+        place = url_to({"host": server["host"], "port": server["port"]}).partition("?")[2]
+        schema.upgrade(f"postgresql://postgres@/{name}?{place}")
+        for values in (
+            {"url": f"postgresql://postgres@/{name}?{place}"},
+            {"url": f"postgresql://postgres@/{quote(name)}?{place}"},
+            {"url": f"postgresql:///?{place}&user=postgres&dbname={name}"},
+            {"url": f"postgresql://postgres@/?{place}", "database": name},
+            {**server, "database": name},
+        ):
+            with MeshStorage.open(settings=Settings(**{k: v for k, v in values.items() if k != "dbname"})) as storage:
+                assert storage.health().ok
+    finally:
+        with psycopg.connect(mesh_storage_url, autocommit=True) as admin:
+            admin.execute(f'DROP DATABASE "{name}" WITH (FORCE)'.encode())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"url": "postgresql:///mesh?host=@name"},
+        {"url": "postgresql://%40name/mesh"},
+        {"host": "@name"},
+        {"url": "postgresql://me:p%40ss@%40name/mesh"},
+    ],
+    ids=str,
+)
+def test_an_abstract_socket_is_a_host(values: dict[str, str]) -> None:
+    assert url_of(Settings(**values))["host"] == "@name"
+    with pytest.raises(UnavailableError, match="@name"):
+        MeshStorage.open(settings=Settings(**values))
+
+
+@pytest.mark.parametrize(
+    "rest", [f"me:x@@{CANARY}@h/mesh", f"me:12/{CANARY}@h:1/mesh", f"me:x@1/{CANARY}@h/mesh", f"@{CANARY}@h/mesh"]
+)
+def test_an_at_that_was_not_encoded_in_a_password_is_none_in_a_host_or_database(rest: str) -> None:
+    assert "percent-encode" in refused(url=f"postgresql://{rest}")
+
+
+def test_a_plus_in_a_url_is_no_space(server: dict[str, str]) -> None:
+    assert shown(url_to(server) + "&application_name=a+b%20c", "application_name") == ["a+b c"]
+    assert "%20" in refused(url=url_to(server) + "&options=-c+search_path%3Dx")
+    assert "%20" in refused(url=url_to(server) + "&options=-c%20a%3Db+-c+search_path%3Dx")
+
+
+@pytest.fixture(params=["SQL_ASCII", "LATIN1"])
+def other_encoding(request: pytest.FixtureRequest, server: dict[str, str], mesh_storage_url: str) -> Iterator[str]:
+    """Yield the URL of a database that is not in UTF8."""
+    with psycopg.connect(mesh_storage_url, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE encoded ENCODING '{request.param}' LOCALE 'C' TEMPLATE template0".encode())
+        yield url_to(server | {"dbname": "encoded"})
+        admin.execute(b"DROP DATABASE encoded WITH (FORCE)")
+
+
+def test_a_database_of_another_encoding_gives_text_as_it_came(other_encoding: str) -> None:
+    schema.upgrade(other_encoding)
+    with MeshStorage.open(other_encoding) as storage:
+        assert storage.health().revision == schema.head()
+        with storage.begin() as uow:
+            uow.state.put("schlüssel", b"v")
+        with storage.begin(read_only=True) as uow:
+            assert uow.state.get("schlüssel").key == "schlüssel"
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1", "nonsense"])
+def test_the_encoding_of_a_client_is_not_for_the_environment_to_say(
+    encoding: str, server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", encoding)
+    with MeshStorage.open(url_to(server)) as storage:
+        assert storage.health().revision == schema.head()
+    assert shown(url_to(server, client_encoding="utf-8"), "client_encoding") == ["UTF8"]
+    assert "client_encoding" in refused(url=url_to(server, client_encoding=encoding))
+
+
+@pytest.mark.parametrize("url", [None, "postgresql://127.0.0.1:1/mesh"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be a user who may not read a file")
+def test_a_file_that_cannot_be_read_is_named(url: str | None) -> None:
+    code = "import os, sys\nfrom mesh_storage import ConfigurationError, MeshStorage\nos.setuid(54321)\n"
+    code += "try:\n    MeshStorage.open(*sys.argv[1:])\nexcept ConfigurationError as error:\n    print(error)"
+    Path(".env").write_text("MESH_STORAGE_POOL_SIZE=3\n")
+    Path(".env").chmod(0o600)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *([url] if url else [])],
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith("bad setting .env: it cannot be read"), done.stderr
+
+
+@pytest.mark.parametrize("source", ["environment", ".env"])
+@pytest.mark.parametrize(
+    ("name", "proposed"),
+    [
+        ("MESH_STORAGE_POOLSIZE", "MESH_STORAGE_POOL_SIZE"),
+        ("MESH_STORAGE_ULR", "MESH_STORAGE_URL"),
+        ("mesh_storage_passwort", "MESH_STORAGE_PASSWORD"),
+        ("MESH_STORAGE_XYZZY", None),
+    ],
+)
+def test_a_misspelt_variable_is_named(name: str, proposed: str | None, source: str, monkeypatch: Any) -> None:
+    if source == ".env":
+        Path(".env").write_text(f"{name}={CANARY}\n")
+    else:
+        monkeypatch.setenv(name, CANARY)
+    said = refused(url="memory:")
+    assert name.upper() in said
+    assert (proposed or "?") in said + ("" if proposed else "?")
+    assert ("did you mean" in said) == (proposed is not None)
+
+
+def test_variables_of_tests_and_of_others_are_none_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_STORAGE_TEST_URL", "postgresql://h/x")
+    Path(".env").write_text("MESH_STORAGE_TEST_OTHER=1\nMESH=1\nmesh_storage_pool_size=3\n")
+    assert Settings().pool_size == 3
+
+
+def test_a_misspelt_argument_is_named_with_the_right_one() -> None:
+    with pytest.raises(ConfigurationError, match=r"pool_sise: there is no such setting; did you mean pool_size\?"):
+        Settings(pool_sise=1)
+
+
+def test_without_a_url_the_first_database_is_made_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        monkeypatch.setenv("XDG_DATA_HOME", home)
+        for opened in range(2):
+            with MeshStorage.open():
+                pass
+            warned = [record for record in caplog.records if record.levelno == logging.WARNING]
+            assert [home in record.getMessage() for record in warned] == [True], opened
+        caplog.clear()
+        with MeshStorage.open("embedded:"):
+            pass
+    assert "WARNING" not in [record.levelname for record in caplog.records]
+    del tmp_path
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
+def test_the_fixtures_take_the_same_urls(scheme: str, server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_STORAGE_TEST_URL", url_to(server).replace("postgresql", scheme, 1))
+    with databases() as made, made.fresh() as url, MeshStorage.open(url) as storage:
+        assert storage.health().ok
+
+
+@pytest.mark.parametrize("url", ["mysql://h/x", "memory:", "postgresql://h:port/x"])
+def test_a_url_that_is_none_for_the_fixtures_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_STORAGE_TEST_URL", url)
+    with pytest.raises(ConfigurationError, match="MESH_STORAGE_TEST_URL"), databases():
+        pass

@@ -143,8 +143,16 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Drop the tables, but leave them where they are the Go service's own: where there is its domain for ids."""
     migration.lock(*TABLES)
+    if not _is_of_the_go_service():
+        migration.announce_lost_grants(*TABLES)
     drops = "".join(f"DROP TABLE IF EXISTS {name}; " for name in reversed(TABLES))
     op.execute(f"DO $$ BEGIN IF to_regtype('ulid') IS NULL THEN {drops}END IF; END $$")
+
+
+def _is_of_the_go_service() -> bool:
+    if op.get_context().as_sql:
+        return False
+    return op.get_bind().exec_driver_sql("SELECT to_regtype('ulid')").scalar() is not None
 
 
 def _exists(table: str) -> bool:

@@ -43,4 +43,5 @@ def downgrade() -> None:
         "SELECT DISTINCT ON (term, index) term, index, entry, created_at FROM mesh_consensus_log_stale "
         "ORDER BY term, index, set_aside_at DESC ON CONFLICT DO NOTHING"
     )
+    migration.announce_lost_grants("mesh_consensus_log_stale")
     op.execute("DROP TABLE mesh_consensus_log_stale")

@@ -19,11 +19,17 @@ from mesh_storage.aio.postgres.concurrency import in_background, in_greenlet, sy
 from mesh_storage.aio.postgres.pool import AsyncPool
 from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
-from mesh_storage.errors import ClosedError, InvalidInputError, MeshStorageError
+from mesh_storage.errors import (
+    ClosedError,
+    ConfigurationError,
+    InvalidInputError,
+    MeshStorageError,
+    SchemaMismatchError,
+)
 from mesh_storage.health import Health
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
 from mesh_storage.postgres.pool import check_open
-from mesh_storage.postgres.retry import check_attempts, pause
+from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.storage import choose_settings
@@ -138,6 +144,7 @@ class AsyncMeshStorage:
         work: Callable[[AsyncUnitOfWork], Awaitable[T]],
         *,
         attempts: int = 5,
+        within: float | None = None,
         read_only: bool = False,
         isolation: Isolation | None = None,
         durability: Durability = "strict",
@@ -147,23 +154,23 @@ class AsyncMeshStorage:
 
         The arguments, pauses and errors are those of `MeshStorage.run`.
         """
-        check_attempts(attempts)
-        for attempt in range(1, attempts + 1):
+        retry = Retry(attempts, within, timeout)
+        while True:
             try:
                 async with self.begin(
-                    read_only=read_only, isolation=isolation, durability=durability, timeout=timeout
+                    read_only=read_only, isolation=isolation, durability=durability, timeout=retry.timeout()
                 ) as uow:
                     working = work(uow)
                     if not inspect.isawaitable(working):
                         raise InvalidInputError("work must be a coroutine function (async def)", field="work")
                     result = await working
             except MeshStorageError as error:
-                if not error.retryable or attempt == attempts:
+                pause = retry.pause(error)
+                if pause is None:
                     raise
-                await asyncio.sleep(pause(error, attempt))
+                await asyncio.sleep(pause)
             else:
                 return result
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def health(self) -> Health:
         """Check within 2 s that the database answers, takes writes and has the right schema; writes nothing.
@@ -179,10 +186,14 @@ class AsyncMeshStorage:
                 row = await connection.fetch_one(health.READ_ONLY)
                 round_trip_ms = (time.perf_counter() - begun) * 1000
                 database = sync_connection(connection.driver.sqlalchemy)
-                revision = await connection.perform(in_greenlet, schema.current, database)
+                revision, unclear = None, None
+                try:
+                    revision = await connection.perform(in_greenlet, schema.current, database)
+                except (ConfigurationError, SchemaMismatchError) as error:
+                    unclear = error
             finally:
                 await self._pool.release(connection)
-            return health.answered(row, revision, round_trip_ms=round_trip_ms, **pool)
+            return health.answered(row, revision, unclear, round_trip_ms=round_trip_ms, **pool)
         except ClosedError:
             raise
         except MeshStorageError as error:

@@ -2,8 +2,8 @@
 
 A backup is a directory: `dump/`, which is pg_dump's directory format, and `manifest.json`. A restore is one transaction
 on one connection: pg_restore makes the SQL, `archive` runs it, and the rows are counted before the commit. So all is
-there or as before, whatever ends the process. What can go on at once within one transaction is the building of each
-index, which the server shares among its own processes.
+there or as before, whatever ends the process. Tables that are there already are emptied and filled, see `refill`. What
+can go on at once within one transaction is the building of each index, which the server shares among its own processes.
 """
 
 from __future__ import annotations
@@ -13,28 +13,33 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import sqlalchemy
 from psycopg import sql
 from pydantic import SecretStr
 
 from mesh_storage import schema
-from mesh_storage.backup import archive, catalog, client_tools, portable
+from mesh_storage.backup import archive, catalog, client_tools, portable, refill
 from mesh_storage.backup.catalog import Connection
 from mesh_storage.backup.client_tools import ClientTools, path_error
 from mesh_storage.backup.manifest import Manifest
 from mesh_storage.errors import (
     AlreadyExistsError,
     ConfigurationError,
+    ConflictError,
     InvalidInputError,
     MeshStorageError,
     SchemaMismatchError,
+    StorageTimeoutError,
+    UnavailableError,
 )
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.schema import migration
+from mesh_storage.schema import migration, tables
+from mesh_storage.schema.tables import Location
 from mesh_storage.settings import Settings
 
 logger = logging.getLogger("mesh_storage")
@@ -90,7 +95,7 @@ def backup(
     """
     server.require_session()
     target, report = _path(path), progress or _silent
-    _check_jobs(jobs)
+    check_jobs(jobs)
     if os.path.lexists(target):
         raise _in_the_way(target)
     with _path_errors(target):
@@ -120,39 +125,38 @@ def restore(
 ) -> Manifest:
     """Restore a backup in one transaction: all of it is there afterwards, or the database is as before.
 
-    The backup is verified first, and its rows are counted before the commit. One of an older schema is upgraded after
-    the commit, by the ordinary migrations. Tables that are replaced keep their owners and grants; domains and functions
-    that they need are created where they are missing; a foreign key into another system's table is restored where that
-    table is.
+    The backup is verified first, and its rows are counted before the commit. Tables that are not there are made, with
+    the domains and functions that they need; a foreign key into another system's table is restored where that table is.
+    Tables that are there are emptied and filled, and what others have put onto them stays; their triggers do not fire.
+    A backup of an older schema is upgraded after the commit, by the ordinary migrations.
 
     Args:
         server: Where the database is.
         path: A backup.
-        overwrite: Replace what the tables hold; without it they must be missing or empty.
+        overwrite: Replace the rows of the tables; without it they must be missing or empty.
         jobs: How many processes of the server work on an index, with 64 MB of memory each.
         progress: Called now and then; what it raises ends the restore, and the database is as before.
 
     Raises:
         NotFoundError: There is no backup at the path.
         InvalidInputError: The backup was truncated or altered, or cannot be read.
-        SchemaMismatchError: The backup or the database has a newer schema than this code.
-        ConflictError: The tables hold rows and `overwrite` was not given, or other systems' foreign keys, views,
-            triggers, policies or publications, which would be lost, depend on the tables.
-        ConfigurationError: pg_restore is missing or too old, this user may not create the tables, or the connection is
-            one of `transaction_pooling`.
+        SchemaMismatchError: The backup or the database has a newer schema than this code, or a table of ours is none.
+        ConflictError: The tables hold rows and `overwrite` was not given, or the rows do not hold with what others have
+            put onto the tables, or that cannot be kept.
+        MissingReferenceError: Foreign keys of others or to others would point nowhere.
+        ConfigurationError: pg_restore is missing or too old, the server lacks something that the tables need, this user
+            may not change the tables, or the connection is one of `transaction_pooling`.
         StorageTimeoutError: A table is in use for longer than `lock_timeout`.
         UnavailableError: The database cannot be reached, or its disk is full.
     """
     server.require_session()
     source, report = _path(path), progress or _silent
-    _check_jobs(jobs)
+    check_jobs(jobs)
     manifest = _check(source, report)
-    with catalog.connected(server) as connection:
+    with migration.turn(server.connect), catalog.transaction(server) as (session, connection):
         tools = client_tools.find(max(manifest.tool_major, client_tools.server_major(connection)))
-        with migration.turn(server.connect), connection.transaction():
-            _load(connection, manifest, tools, source / _DUMP, report, overwrite=overwrite, jobs=jobs)
-        connection.execute(sql.SQL("ANALYZE {}").format(catalog.names(manifest.namespace, manifest.rows)))
-    if manifest.revision != schema.head():
+        _load(session, connection, manifest, tools, source / _DUMP, report=report, overwrite=overwrite, jobs=jobs)
+    if manifest.revision != schema.head() or _version_table(manifest) != tables.VERSION_TABLE:
         schema.upgrade_server(server)
     logger.info("backup restored", extra={"event": "restore", "revision": manifest.revision, "rows": manifest.rows})
     return manifest
@@ -162,26 +166,41 @@ def verify(path: str | os.PathLike[str], *, jobs: int = JOBS, progress: Report |
     """Prove a backup by restoring it into a throw-away bundled server: in RAM where it fits there, else on disk.
 
     Raises:
-        MeshStorageError: The backup is no good; what `restore` raises.
-        ConfigurationError: The extra `embedded` is not installed.
+        NotFoundError: There is no backup at the path.
+        InvalidInputError: The backup is broken: truncated or altered, or not what its manifest says.
+        ConfigurationError: The backup could not be verified here: the extra `embedded` is not installed, or the bundled
+            server lacks what the tables need, such as an extension. It may be restored where that is there.
+        SchemaMismatchError: It has a newer schema than this code, so it could not be verified here either.
+        UnavailableError: It could not be verified here, since the bundled server does not start or a disk is full.
     """
-    _check_jobs(jobs)
+    check_jobs(jobs)
     return _prove(_path(path), jobs, progress or _silent)
+
+
+def check_jobs(jobs: int) -> None:
+    """Refuse an impossible number of jobs.
+
+    Raises:
+        InvalidInputError: It is one.
+    """
+    if not 1 <= jobs <= _MOST_JOBS:
+        raise InvalidInputError(f"jobs must be 1 to {_MOST_JOBS}", field="jobs")
 
 
 def _dump(connection: Connection, directory: Path, jobs: int, report: Report) -> Manifest:
     major, own = client_tools.server_major(connection), client_tools.server_version(connection)
     suitable = client_tools.suitable(major, own=own, tls=client_tools.uses_tls(connection))
     environment, public = client_tools.same_server(connection)
-    namespace = catalog.namespace_of(connection)
-    there = catalog.tables(connection, namespace)
-    if "alembic_version" not in there:
+    location = catalog.locate(connection)
+    if location.version_table is None:
         schema.check(None)
     with connection.transaction():
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         # Before the snapshot, which the statement after it takes: no table changes its shape between that and the dump.
-        connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(catalog.names(namespace, there)))
-        there = catalog.tables(connection, namespace)
+        listed = catalog.names(location.namespace, location.tables)
+        connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(listed))
+        location = catalog.locate(connection)
+        namespace, there = location.namespace, location.tables
         snapshot: str = catalog.value(connection, "SELECT pg_export_snapshot()")
         lock_timeout: str = catalog.value(connection, "SHOW lock_timeout")
         options = [f"--dbname={public}", "--no-password", f"--lock-wait-timeout={lock_timeout}"]
@@ -189,7 +208,7 @@ def _dump(connection: Connection, directory: Path, jobs: int, report: Report) ->
         options += ["--no-publications", "--no-security-labels"]
         options += [f"--table={sql.Identifier(namespace, table).as_string()}" for table in there]
         tools = _choose(connection, suitable, options, environment, directory)
-        manifest = _describe(connection, namespace, there, tools)
+        manifest = _describe(connection, location, tools)
         output = ["--format=directory", f"--file={directory / _DUMP}", f"--jobs={jobs}"]
         copied, total = catalog.copied(connection, there, manifest.rows), sum(manifest.rows.values())
         client_tools.run(
@@ -241,21 +260,29 @@ def _choose(
     )
 
 
-def _describe(connection: Connection, namespace: str, there: dict[str, int], tools: ClientTools) -> Manifest:
+def _describe(connection: Connection, location: Location, tools: ClientTools) -> Manifest:
     """Say what the snapshot of this transaction holds."""
-    revision = catalog.revision(connection, namespace)
+    revision, there = location.revision, location.tables
     if revision is None or revision not in schema.revisions():
         schema.check(revision)
+    if location.missing:
+        raise SchemaMismatchError(
+            f"the database is at revision {revision}, but lacks the tables {', '.join(location.missing)} in the schema "
+            f"{location.namespace}; no backup of what is left would be whole"
+        )
+    catalog.check_kinds(connection, there)
+    catalog.check_heirs(connection, there)
+    catalog.check_sizes(connection, location.namespace, there)
     # So that every name is written with its schema.
     connection.execute("SET LOCAL search_path = ''")
     return Manifest(
         created=catalog.value(connection, "SELECT now()"),
         revision=str(revision),
-        namespace=namespace,
+        namespace=location.namespace,
         server_version=client_tools.server_version(connection),
         tool_version=tools.version,
         size=catalog.size(connection, there),
-        rows={table: catalog.count(connection, namespace, table) for table in there},
+        rows={table: catalog.count(connection, location.namespace, table) for table in there},
         definitions=catalog.definitions(connection, there),
         references=catalog.references(connection, there),
     )
@@ -268,66 +295,112 @@ def _check(source: Path, report: Report) -> Manifest:
             f"the backup has the schema revision {manifest.revision}, which this mesh_storage (at {schema.head()}) "
             "does not know; restore it with a newer mesh_storage"
         )
+    lacking = tables.missing(manifest.revision, manifest.rows)
+    if _version_table(manifest) not in manifest.rows:
+        lacking.append(tables.VERSION_TABLE)
+    if lacking:
+        raise InvalidInputError(
+            f"the backup cannot be used: it lacks the tables {', '.join(lacking)}; take another one", field="path"
+        )
     manifest.verify_files(source, lambda done, total: report(Progress("check", done, total)))
     return manifest
 
 
+def _version_table(manifest: Manifest) -> str:
+    former = tables.FORMER_VERSION_TABLE
+    return former if former in manifest.rows else tables.VERSION_TABLE
+
+
 def _load(
+    session: sqlalchemy.Connection,
     connection: Connection,
     manifest: Manifest,
     tools: ClientTools,
     dump: Path,
-    report: Report,
     *,
+    report: Report,
     overwrite: bool,
     jobs: int,
 ) -> None:
     """Do what is in the transaction of a restore."""
-    namespace = catalog.namespace_of(connection)
+    location = catalog.locate(connection)
+    namespace = location.namespace
     if namespace != manifest.namespace:
         raise ConfigurationError(
             f"the tables of the backup are in the schema {manifest.namespace}, the connection leads to {namespace}; "
             f"change it by the URL's parameter options=-csearch_path={manifest.namespace}"
         )
-    keep = catalog.make_room(connection, namespace, overwrite=overwrite)
-    catalog.define(connection, manifest.definitions)
-    missing = catalog.missing(connection, manifest.references)
-    if missing:
-        logger.warning(
-            "foreign keys left out, for their tables are not there: %s",
-            ", ".join(missing),
-            extra={"event": "restore", "foreign_keys": missing},
-        )
+    refill.check(connection, location, overwrite=overwrite)
+    foreign_keys = refill.empty(connection, location)
+    location = refill.bring_to(session, connection, location, manifest.revision)
+    selection = _select(connection, manifest, location)
     connection.execute(
         "SELECT set_config('max_parallel_maintenance_workers', %s::text, true), set_config('maintenance_work_mem',"
         " greatest(pg_size_bytes(current_setting('maintenance_work_mem')) / 1024, %s)::text || 'kB', true)",
         [jobs - 1, _INDEX_MEMORY_KB * jobs],
     )
     program, rows = tools.directory / "pg_restore", sum(manifest.rows.values())
-    wanted = archive.entries(program, dump, without=missing)
-    archive.load(
-        connection, program, dump, wanted, lambda step, done, total: report(Progress(step, done, total or rows))
-    )
-    for table, statement in keep:
-        if table in manifest.rows:
-            connection.execute(statement.encode())
-    found = {table: catalog.count(connection, namespace, table) for table in manifest.rows}
-    if found != manifest.rows or catalog.revision(connection, namespace) != manifest.revision:
+    with refill.filling(connection, location, foreign_keys, lambda done, total: report(Progress("index", done, total))):
+        archive.load(
+            connection, program, dump, selection, lambda step, done, total: report(Progress(step, done, total or rows))
+        )
+    version_table = tables.VERSION_TABLE if location.tables else _version_table(manifest)
+    expected = {table: number for table, number in manifest.rows.items() if table != _version_table(manifest)}
+    found = {table: catalog.count(connection, namespace, table) for table in expected}
+    if found != expected or catalog.revision(connection, namespace, version_table) != manifest.revision:
         raise InvalidInputError("the dump is not what its manifest says; nothing was restored", field="path")
+    # Before the commit, after which nothing may fail any more.
+    connection.execute(sql.SQL("ANALYZE {}").format(catalog.names(namespace, expected)))
+
+
+def _select(connection: Connection, manifest: Manifest, location: Location) -> archive.Selection:
+    """Choose what of the archive is restored, and make ready what the tables need that it makes."""
+    version_table, here = _version_table(manifest), {table: table for table in location.tables}
+    if here:
+        here[version_table] = tables.VERSION_TABLE
+    elif version_table != tables.VERSION_TABLE:
+        former = sql.Identifier(location.namespace, version_table).as_string()
+        if catalog.value(connection, "SELECT to_regclass(%s)", former):
+            raise ConflictError(
+                f"the backup has its version table under the name {former}, which another service has here; restore it "
+                "into a database of its own, and take a backup there"
+            )
+    made = [table for table in manifest.rows if table not in here]
+    missing = catalog.missing(connection, manifest.references) if made else []
+    if made:
+        with archive.surroundings():
+            catalog.define(connection, manifest.definitions)
+    if missing:
+        logger.warning(
+            "foreign keys left out, for their tables are not there: %s",
+            ", ".join(missing),
+            extra={"event": "restore", "foreign_keys": missing},
+        )
+    written = catalog.written(connection, location.namespace, {*manifest.rows, *here.values()})
+    return archive.Selection(
+        without=missing,
+        made=[written[table] for table in made] if here else None,
+        filled={written[table]: written[here[table]] for table in manifest.rows if table in here},
+    )
 
 
 def _prove(source: Path, jobs: int, report: Report) -> Manifest:
+    """Restore a backup into a throw-away server.
+
+    Raises:
+        MeshStorageError: It is broken, or could not be verified here; the message says which.
+    """
     manifest = Manifest.read(source)
-    ram = Path("/dev/shm")  # noqa: S108 - only asked how much is free
-    fits = not ram.exists() or manifest.size * 2 < shutil.disk_usage(ram).free
-    with tempfile.TemporaryDirectory(prefix="mesh_storage-") as home:
-        server = open_server(Settings(url=SecretStr("memory:" if fits else f"embedded:{home}")))
-        try:
-            if manifest.namespace != "public":
-                server = catalog.with_namespace(server, manifest.namespace)
-            return restore(server, source, jobs=jobs, progress=report)
-        finally:
-            server.close()
+    try:
+        with closing(open_server(Settings(url=SecretStr("memory:")), space=2 * manifest.size)) as server:
+            there = server if manifest.namespace == "public" else catalog.with_namespace(server, manifest.namespace)
+            return restore(there, source, jobs=jobs, progress=report)
+    except (ConfigurationError, SchemaMismatchError, StorageTimeoutError, UnavailableError) as error:
+        raise type(error)(
+            f"the backup could not be verified here, which does not say that it is broken, because {error}",
+            sqlstate=error.sqlstate,
+            retryable=error.retryable,
+        ) from error
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
@@ -335,11 +408,6 @@ def _path(path: str | os.PathLike[str]) -> Path:
     if "\0" in str(found):
         raise InvalidInputError("path must not have a NUL in it", field="path")
     return found
-
-
-def _check_jobs(jobs: int) -> None:
-    if not 1 <= jobs <= _MOST_JOBS:
-        raise InvalidInputError(f"jobs must be 1 to {_MOST_JOBS}", field="jobs")
 
 
 def _rename(unfinished: Path, target: Path) -> None:
@@ -350,11 +418,21 @@ def _rename(unfinished: Path, target: Path) -> None:
         if os.path.lexists(target):
             raise _in_the_way(target) from error
         raise
-    directory = os.open(target.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        # The backup is there and whole, whatever the directory says to this.
+        logger.warning(
+            "the backup is at %s, but its name may be lost if the machine fails soon: the directory cannot be synced, "
+            "%s",
+            target,
+            error.strerror,
+            extra={"event": "backup"},
+        )
 
 
 def _in_the_way(target: Path) -> AlreadyExistsError:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import psycopg
 
-from mesh_storage.backup import client_tools
+from mesh_storage.backup import client_tools, refill
 from mesh_storage.backup.catalog import Connection
-from mesh_storage.errors import InvalidInputError
+from mesh_storage.errors import ConfigurationError, InvalidInputError
+
+logger = logging.getLogger("mesh_storage")
 
 # Less than the pipe from pg_restore holds, so that it can go on while a block is on its way to the server.
 _BLOCK = 1 << 16
@@ -27,44 +32,121 @@ _BEGIN = b"-- Name: "
 _BEGIN_INDEX = re.compile(rb"-- Name: .*; Type: (?:INDEX|(?:FK )?CONSTRAINT); ")
 # What only psql understands.
 _FOR_PSQL = re.compile(rb"\\(?:un)?restrict ")
+_BEGIN_TABLE = re.compile(rb"-- Name: .*; Type: TABLE; ")
+_COMPRESSION = re.compile(rb"ALTER TABLE ONLY .* ALTER COLUMN .* SET COMPRESSION lz4;$")
+_COPY = re.compile(rb"COPY (\S+|.*?\"\S*) \((.*)\) FROM stdin;$")
+_NAME = re.compile(rb'"(?:[^"]|"")*"|[^\s,"]+')
+# What a definition says that a server has not: an object, a function, a table, a schema, a file of an extension, a
+# feature it was built without, a setting or an encoding. Names of PostgreSQL's appendix A.
+_LACKING = frozenset(
+    code.sqlstate
+    for code in (
+        psycopg.errors.UndefinedObject,
+        psycopg.errors.UndefinedFunction,
+        psycopg.errors.UndefinedTable,
+        psycopg.errors.UndefinedParameter,
+        psycopg.errors.InvalidSchemaName,
+        psycopg.errors.InvalidParameterValue,
+        psycopg.errors.FeatureNotSupported,
+        psycopg.errors.UndefinedFile,
+        psycopg.errors.SyntaxError,
+        psycopg.errors.CharacterNotInRepertoire,
+        psycopg.errors.UntranslatableCharacter,
+    )
+)
 # At the head of the SQL; pg_restore knows more settings than an older server.
 _SETTING = re.compile(rb"SET (\w+) = ")
 
 
-def entries(program: Path, dump: Path, *, without: Collection[str]) -> list[str]:
-    """List the entries of an archive, without the foreign keys named and what other systems put onto the tables."""
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What of an archive is restored."""
+
+    without: Collection[str] = ()
+    """The foreign keys that are left out."""
+    made: Collection[str] | None = None
+    """The tables, by their names with the schema, that the archive makes; None for all it has."""
+    filled: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The tables that are there and that it fills: by their names in the archive, their names here."""
+
+
+def entries(program: Path, dump: Path, selection: Selection) -> list[str]:
+    """List the wanted entries of an archive: nothing that other systems have put onto the tables."""
     with client_tools.output([program, "--list", dump], path=dump) as listing:
         lines = listing.read().decode().splitlines(keepends=True)
 
     def wanted(line: str) -> bool:
         foreign_key = _FOREIGN_KEY.match(line)
-        return not _ATTACHED.match(line) and not (foreign_key and foreign_key[1] in without)
+        return not _ATTACHED.match(line) and not (foreign_key and foreign_key[1] in selection.without)
 
+    left_out = [line.split(" ", 3)[3].rsplit(" ", 1)[0] for line in lines if _ATTACHED.match(line)]
+    if left_out and selection.made != []:
+        logger.warning(
+            "left out, since other systems have put it onto the tables: %s",
+            ", ".join(left_out),
+            extra={"event": "restore", "left_out": left_out},
+        )
     return [line for line in lines if wanted(line)]
 
 
 def load(
-    connection: Connection, program: Path, dump: Path, wanted: list[str], report: Callable[[str, int, int], None]
+    connection: Connection,
+    program: Path,
+    dump: Path,
+    selection: Selection,
+    report: Callable[[str, int, int], None],
 ) -> None:
-    """Run the SQL of the wanted entries, and report the rows copied (of 0, for it knows no total) and indexes built."""
+    """Run the SQL of what is selected, and report the rows copied (of 0, for it knows no total) and indexes built.
+
+    Raises:
+        ConfigurationError: The server has not what a definition needs, such as an extension.
+        ConflictError: The rows do not fit into a table that is there.
+    """
+    wanted = entries(program, dump, selection)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8") as chosen:
         chosen.writelines(wanted)
         chosen.flush()
         options = [f"--use-list={chosen.name}", "--no-owner", "--no-privileges", "--no-tablespaces", "--file=-"]
         with client_tools.output([program, *options, dump], path=dump) as script:
-            _Script(connection, report, sum(_INDEX.match(line) is not None for line in wanted)).run(script)
+            indexes = sum(_INDEX.match(line) is not None for line in wanted)
+            _Script(connection, selection, report, indexes).run(script)
+
+
+@contextmanager
+def surroundings() -> Generator[None]:
+    """Tell what the server has not, and a definition in a backup needs, from a backup that is broken.
+
+    Raises:
+        ConfigurationError: In place of the server's error.
+    """
+    try:
+        yield
+    except psycopg.Error as error:
+        if error.sqlstate not in _LACKING:
+            raise
+        raise ConfigurationError(
+            f"this server lacks something that the backup needs: PostgreSQL says {error.diag.message_primary!r} "
+            f"(SQLSTATE {error.sqlstate}); install or create that first, or restore it where that is there",
+            sqlstate=error.sqlstate,
+        ) from error
 
 
 class _Script:
     """The SQL of an archive, run entry by entry in the transaction of a connection."""
 
-    def __init__(self, connection: Connection, report: Callable[[str, int, int], None], indexes: int) -> None:
+    def __init__(
+        self, connection: Connection, selection: Selection, report: Callable[[str, int, int], None], indexes: int
+    ) -> None:
         self._connection = connection
+        self._made = None if selection.made is None else [name.encode() for name in selection.made]
+        self._filled = {name.encode(): here for name, here in selection.filled.items()}
         self._report = report
         self._loaded = 0
         self._indexes, self._built = indexes, 0
         self._entry: list[bytes] = []
         self._settings = {name for (name,) in connection.execute("SELECT name FROM pg_settings")}
+        query = "SELECT 'lz4' = ANY(enumvals) FROM pg_settings WHERE name = 'default_toast_compression'"
+        self._lz4 = connection.execute(query).fetchone() == (True,)
 
     def run(self, script: IO[bytes]) -> None:
         """Run it to its end."""
@@ -80,27 +162,56 @@ class _Script:
         self._execute()
 
     def _for_others(self, line: bytes) -> bool:
-        """Whether a line is for psql, or at the head of the SQL and for a server that has this setting."""
-        in_entry = self._entry and self._entry[0].startswith(_BEGIN)
-        setting = None if in_entry else _SETTING.match(line)
-        return bool(_FOR_PSQL.match(line) or (setting and setting[1].decode() not in self._settings))
+        """Whether a line is for psql, or for a server that has this setting or this way of compression."""
+        if _FOR_PSQL.match(line):
+            return True
+        if self._entry and self._entry[0].startswith(_BEGIN):
+            if self._lz4 or not _COMPRESSION.match(line) or not _BEGIN_TABLE.match(self._entry[0]):
+                return False
+            logger.warning("this server has no lz4: values are compressed by pglz", extra={"event": "restore"})
+            return True
+        setting = _SETTING.match(line)
+        return setting is not None and setting[1].decode() not in self._settings
 
     def _execute(self) -> None:
         entry, self._entry = b"".join(self._entry), []
-        if not entry:
+        if not entry or (self._made is not None and entry.startswith(_BEGIN) and not self._makes(entry)):
             return
-        self._connection.execute(entry)
-        if _BEGIN_INDEX.match(entry):
+        with surroundings():
+            self._connection.execute(entry)
+        if self._made is None and _BEGIN_INDEX.match(entry):
             self._built += 1
             self._report("index", self._built, self._indexes)
 
+    def _makes(self, entry: bytes) -> bool:
+        """Whether an entry is about a table that is to be made."""
+        return any(re.search(rb"(?<![\w.\"])" + re.escape(name) + rb"(?![\w\"])", entry) for name in self._made or ())
+
     def _copy(self, statement: bytes, script: IO[bytes]) -> None:
-        """Pass on the rows up to the line that ends them; no row looks like it, for a backslash is doubled there."""
+        """Pass on the rows of a table, if they are wanted."""
+        header = _COPY.match(statement)
+        if header is None:
+            raise InvalidInputError("the rows of the backup are of a kind that is not known", field="path")
+        table = header[1]
+        rows = iter(script.readline, b"\\.\n")
+        if table in self._filled:
+            here = self._filled[table]
+            refill.check_columns(self._connection, here, [_unquoted(name) for name in _NAME.findall(header[2])])
+            statement = b"COPY %s (%s) FROM stdin;" % (here.encode(), header[2])
+        elif self._made is not None and table not in self._made:
+            for row in rows:
+                _check_more(row)
+            return
+        with surroundings():
+            self._pass_on(statement, rows)
+        self._report("load", self._loaded, 0)
+
+    def _pass_on(self, statement: bytes, rows: Iterator[bytes]) -> None:
+        """Send rows up to the line that ends them; no row looks like it, for a backslash is doubled there."""
         block, size, unreported = list[bytes](), 0, 0
         with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
-            for row in iter(script.readline, b"\\.\n"):
-                if not row:
-                    raise InvalidInputError("the rows of the backup end too early", field="path")
+            for row in rows:
+                _check_more(row)
                 block.append(row)
                 size += len(row)
                 if size > _BLOCK:
@@ -111,8 +222,17 @@ class _Script:
                     self._report("load", self._loaded, 0)
                     unreported = 0
             self._send(copy, block)
-        self._report("load", self._loaded, 0)
 
     def _send(self, copy: psycopg.Copy, block: list[bytes]) -> None:
         copy.write(b"".join(block))
         self._loaded += len(block)
+
+
+def _check_more(row: bytes) -> None:
+    if not row:
+        raise InvalidInputError("the rows of the backup end too early", field="path")
+
+
+def _unquoted(name: bytes) -> str:
+    words = name.decode()
+    return words[1:-1].replace('""', '"') if words.startswith('"') else words

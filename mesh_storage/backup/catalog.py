@@ -1,22 +1,22 @@
-"""What the catalog of a database says about this library's tables, and what must be kept when they are replaced."""
+"""What the catalog of a database says about this library's tables."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, LiteralString, TypeAlias
 
 import psycopg
+import sqlalchemy
+import sqlalchemy.exc
 from psycopg import sql
 
-from mesh_storage import schema
-from mesh_storage.errors import ConfigurationError, ConflictError, translate
-from mesh_storage.models import Base
+from mesh_storage.errors import ConflictError, InvalidInputError, SchemaMismatchError, translate
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
-
-TABLES = (*sorted(Base.metadata.tables), "mesh_consensus_log_stale", "alembic_version")
-"""What is backed up, as far as it is there."""
+from mesh_storage.schema import tables
+from mesh_storage.schema.tables import Location
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
@@ -26,13 +26,32 @@ def connected(server: Server) -> Generator[Connection]:
     """Connect for work that takes long, with no limit but the one for locks."""
     try:
         with engine.connect(server.connect) as connection:
-            connection.execute(
-                "SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('statement_timeout',"
-                " 'idle_in_transaction_session_timeout', 'transaction_timeout', 'idle_session_timeout')"
-            )
+            set_up(connection)
             yield connection
     except psycopg.Error as error:
         raise translate(error) from error
+
+
+@contextmanager
+def transaction(server: Server) -> Generator[tuple[sqlalchemy.Connection, Connection]]:
+    """Begin a transaction for work that takes long, and commit it after the block; in it migrations can take part."""
+    made = engine.create_engine(server.connect).execution_options(isolation_level="READ COMMITTED")
+    try:
+        with made.begin() as session:
+            connection: Connection | None = session.connection.driver_connection
+            assert connection is not None, "it is connected"
+            set_up(connection)
+            yield session, connection
+    except (psycopg.Error, sqlalchemy.exc.DBAPIError) as error:
+        raise translate(error) from error
+
+
+def set_up(connection: Connection) -> None:
+    """Set for a session what work on the tables relies on."""
+    connection.execute(
+        "SELECT set_config(name, %s::jsonb ->> name, false) FROM pg_settings WHERE name = ANY(%s)",
+        [json.dumps(_SETTINGS), list(_SETTINGS)],
+    )
 
 
 def with_namespace(server: Server, namespace: str) -> Server:
@@ -56,29 +75,20 @@ def value(connection: Connection, query: LiteralString | sql.Composed, *paramete
     return None if row is None else row[0]
 
 
-def namespace_of(connection: Connection) -> str:
-    """Find the PostgreSQL schema that the tables are in, or would be created in.
+def locate(connection: Connection) -> Location:
+    """Find the tables, and refuse what no backup could be told apart from.
 
     Raises:
-        ConfigurationError: The search_path leads nowhere.
+        ConfigurationError: It is not clear which tables are ours.
+        ConflictError: Others keep their revision in our version table.
     """
-    found: str | None = value(
-        connection,
-        "SELECT coalesce((SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
-        " WHERE pg_class.oid = to_regclass('alembic_version')), current_schema())",
-    )
-    if found is None:
-        raise ConfigurationError("the search_path of the connection leads to no schema that exists")
-    return found
-
-
-def tables(connection: Connection, namespace: str) -> dict[str, int]:
-    """Find those of our tables that are there, with their object ids."""
-    query = (
-        "SELECT relname, pg_class.oid FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
-        " WHERE nspname = %s AND relname = ANY(%s) AND relkind IN ('r', 'p') ORDER BY relname"
-    )
-    return dict(rows(connection, query, namespace, list(TABLES)))
+    location = tables.locate(tables.by_psycopg(connection))
+    if location.shared:
+        raise ConflictError(
+            f"{location.namespace}.{location.version_table} holds the revisions of others as well; run: mesh-storage "
+            "upgrade, which gives mesh_storage a version table of its own"
+        )
+    return location
 
 
 def names(namespace: str, listed: Iterable[str]) -> sql.Composed:
@@ -86,15 +96,26 @@ def names(namespace: str, listed: Iterable[str]) -> sql.Composed:
     return sql.SQL(", ").join(sql.Identifier(namespace, table) for table in listed)
 
 
+def only(namespace: str, listed: Iterable[str]) -> sql.Composed:
+    """Write a list of tables without those that inherit from them."""
+    return sql.SQL(", ").join(sql.SQL("ONLY {}").format(sql.Identifier(namespace, table)) for table in listed)
+
+
+def written(connection: Connection, namespace: str, listed: Iterable[str]) -> dict[str, str]:
+    """Write the names of tables with their schema, quoted where that is needed, as pg_dump does."""
+    query = "SELECT name, format('%%I.%%I', %s::text, name) FROM unnest(%s::text[]) AS name"
+    return dict(rows(connection, query, namespace, list(listed)))
+
+
 def count(connection: Connection, namespace: str, table: str) -> int:
     """Count the rows of a table."""
-    number: int = value(connection, sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(namespace, table)))
+    number: int = value(connection, sql.SQL("SELECT count(*) FROM ONLY {}").format(sql.Identifier(namespace, table)))
     return number
 
 
-def revision(connection: Connection, namespace: str) -> str | None:
-    """Return the revision of the schema, or None where the table that says it is empty."""
-    query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(namespace, "alembic_version"))
+def revision(connection: Connection, namespace: str, table: str = tables.VERSION_TABLE) -> str | None:
+    """Return the revision in a version table, or None where that is empty."""
+    query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(namespace, table))
     found: str | None = value(connection, query)
     return found
 
@@ -147,43 +168,71 @@ def copied(connection: Connection, there: Mapping[str, int], expected: Mapping[s
     return ask
 
 
-def make_room(connection: Connection, namespace: str, *, overwrite: bool) -> list[tuple[str, str]]:
-    """Drop the tables that are there, and give each one's statements that restore its owner and grants.
+def check_kinds(connection: Connection, there: Mapping[str, int]) -> None:
+    """Refuse what has the name of a table of ours and is none whose rows pg_dump would dump with it.
 
     Raises:
-        ConflictError: They hold rows and `overwrite` was not given, or other systems depend on them.
-        SchemaMismatchError: Their schema is newer than this code, which may not know all tables.
+        SchemaMismatchError: There is such; the message names it.
     """
-    there = tables(connection, namespace)
-    if not there:
-        return []
-    listed, oids = names(namespace, there), list(there.values())
-    connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(listed))
-    if "alembic_version" in there:
-        known = revision(connection, namespace)
-        if known is not None and known not in schema.revisions():
-            schema.check(known)
-    if not overwrite:
-        exists = sql.SQL("SELECT EXISTS (SELECT FROM {})")
-        for table in there.keys() - {"alembic_version"}:
-            if value(connection, exists.format(sql.Identifier(namespace, table))):
-                raise ConflictError(f"the database has rows in {table}; restore with overwrite to replace them all")
-    attached = [name for (name,) in rows(connection, _ATTACHED, oids, oids, oids, oids)]
-    if attached:
-        raise ConflictError(
-            f"other systems have put onto the tables: {', '.join(attached)}; drop that first and create it anew"
+    odd = [f"{name} ({kind})" for name, kind in rows(connection, _KINDS, list(there.values()))]
+    if odd:
+        raise SchemaMismatchError(
+            f"these are not the ordinary tables that mesh_storage makes: {', '.join(odd)}; they can be neither backed "
+            "up nor restored"
         )
-    keep = [(table, statement) for table, statement in rows(connection, _OWNERS_AND_GRANTS, oids, oids)]
-    try:
-        connection.execute(sql.SQL("DROP TABLE {}").format(listed))
-    except psycopg.errors.DependentObjectsStillExist as error:
+
+
+def check_heirs(connection: Connection, there: Mapping[str, int]) -> None:
+    """Refuse a backup where rows of our tables are in tables of others that inherit from them.
+
+    Raises:
+        ConflictError: There are such rows; the message names the tables.
+    """
+    heirs = [name for (name,) in rows(connection, _HEIRS, list(there.values()))]
+    exists = sql.SQL("SELECT EXISTS (SELECT FROM {})")
+    full = [name for name in heirs if value(connection, exists.format(sql.SQL(name)))]
+    if full:
         raise ConflictError(
-            f"other systems depend on the tables: {error.diag.message_detail}; drop that first and create it anew",
-            sqlstate=error.sqlstate,
-        ) from error
-    return keep
+            f"tables that inherit from those of mesh_storage hold rows, which a backup would not have: "
+            f"{', '.join(full)}; end the inheritance, or empty them"
+        )
 
 
+def check_sizes(connection: Connection, namespace: str, there: Mapping[str, int]) -> None:
+    """Refuse a backup where a row is longer than the server can write as text: 1 GB, in which bytes take twice as much.
+
+    Raises:
+        InvalidInputError: There is one; the message says which.
+    """
+    for table, key, bound in rows(connection, _BOUNDS, list(there.values()), _LONGEST_STORED):
+        name = sql.Identifier(namespace, table)
+        query = sql.SQL("SELECT ctid::text, {} FROM ONLY {} WHERE {} > %s")
+        long = rows(connection, query.format(sql.SQL(key), name, sql.SQL(bound)), _LONGEST_LINE)
+        for place, said in long:
+            try:
+                with connection.transaction(), connection.cursor() as cursor:
+                    row = sql.SQL("COPY (SELECT * FROM ONLY {} WHERE ctid = {}) TO STDOUT").format(name, place)
+                    with cursor.copy(row) as copy:
+                        for _ in copy:
+                            pass
+            except (psycopg.errors.ProgramLimitExceeded, psycopg.errors.InternalError_) as error:
+                raise InvalidInputError(
+                    f"the row of {table} with the key {said} cannot be backed up: PostgreSQL writes at most 1 GB as "
+                    "text, in which bytes take twice as much; delete it, or store it in parts",
+                    field=table,
+                    sqlstate=error.sqlstate,
+                ) from error
+
+
+# Nor are rows hidden: where a policy would hide some, the server says so. Definitions are written and read in one way.
+_SETTINGS = {
+    **dict.fromkeys(
+        ("statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout", "idle_session_timeout"), "0"
+    ),
+    "row_security": "off",
+    "standard_conforming_strings": "on",
+    "quote_all_identifiers": "off",
+}
 _COPYING = """
     SELECT relid, tuples_processed FROM pg_stat_progress_copy
     WHERE datname = current_database() AND command = 'COPY TO' AND relid = ANY(%s::oid[])
@@ -210,27 +259,32 @@ _REFERENCES = """
     SELECT conname, confrelid::regclass::text FROM pg_constraint
     WHERE contype = 'f' AND conrelid = ANY(%s::oid[]) AND confrelid <> ALL(%s::oid[])
 """
-_ATTACHED = """
-    SELECT format('trigger %%I on %%s', tgname, tgrelid::regclass) FROM pg_trigger
-    WHERE NOT tgisinternal AND tgrelid = ANY(%s::oid[])
-    UNION ALL
-    SELECT format('rule %%I on %%s', rulename, ev_class::regclass) FROM pg_rewrite WHERE ev_class = ANY(%s::oid[])
-    UNION ALL
-    SELECT format('policy %%I on %%s', polname, polrelid::regclass) FROM pg_policy WHERE polrelid = ANY(%s::oid[])
-    UNION ALL
-    SELECT format('publication %%I of %%s', pubname, prrelid::regclass)
-    FROM pg_publication_rel JOIN pg_publication AS p ON p.oid = prpubid WHERE prrelid = ANY(%s::oid[])
+_KINDS = """
+    SELECT relname, CASE relkind WHEN 'p' THEN 'partitioned' WHEN 'v' THEN 'a view' WHEN 'm' THEN 'a materialized view'
+        WHEN 'f' THEN 'a foreign table' ELSE 'of kind ' || relkind::text END
+    FROM pg_class WHERE oid = ANY(%s::oid[]) AND relkind <> 'r' ORDER BY 1
 """
-_OWNERS_AND_GRANTS = """
-    SELECT relname, format('ALTER TABLE %%I.%%I OWNER TO %%I', nspname, relname, pg_get_userbyid(relowner))
-    FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace
-    WHERE pg_class.oid = ANY(%s::oid[]) AND pg_get_userbyid(relowner) <> current_user
-    UNION ALL
-    SELECT relname, format(
-        'GRANT %%s ON %%I.%%I TO %%s%%s', privilege_type, nspname, relname,
-        CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END,
-        CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END
-    )
-    FROM pg_class JOIN pg_namespace AS n ON n.oid = relnamespace, aclexplode(relacl)
-    WHERE pg_class.oid = ANY(%s::oid[])
+_HEIRS = """
+    SELECT format('%%I.%%I', nspname, relname)
+    FROM pg_inherits JOIN pg_class AS c ON c.oid = inhrelid JOIN pg_namespace AS n ON n.oid = relnamespace
+    WHERE inhparent = ANY(%s::oid[]) ORDER BY 1
+"""
+_LONGEST_LINE = 1_000_000_000
+"""Bytes of a row as text that the server can write for sure."""
+_LONGEST_STORED = 1 << 20
+"""Bytes of stored values of which none is so long as text, however well they are compressed."""
+# Of each table its key and the most that a row may take as text, for those that hold anything large.
+_BOUNDS = """
+    SELECT relname,
+        coalesce((SELECT string_agg(format('%%I::text', attname), $$ || ', ' || $$ ORDER BY attnum)
+                  FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = ANY(indkey)
+                  WHERE indrelid = c.oid AND indisprimary), 'ctid::text'),
+        string_agg(CASE WHEN coalesce(nullif(typbasetype, 0), t.oid)
+                             = ANY('{bytea, text, varchar, bpchar}'::regtype[])
+                        THEN format('coalesce(2 * octet_length(%%I)::bigint, 0)', attname)
+                        ELSE format('coalesce(1000 * pg_column_size(%%I)::bigint, 0)', attname) END, ' + ')
+    FROM pg_class AS c JOIN pg_attribute ON attrelid = c.oid AND attnum > 0 AND NOT attisdropped AND attlen = -1
+    JOIN pg_type AS t ON t.oid = atttypid
+    WHERE c.oid = ANY(%s::oid[]) AND reltoastrelid <> 0 AND pg_relation_size(reltoastrelid) > %s
+    GROUP BY c.oid, relname
 """

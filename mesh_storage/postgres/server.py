@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,13 @@ import psycopg
 
 from mesh_storage.errors import ConfigurationError
 from mesh_storage.postgres import engine
-from mesh_storage.postgres.engine import connect_arguments, split_scheme
+from mesh_storage.postgres.engine import connect_arguments, session_arguments, split_scheme
 from mesh_storage.settings import Settings
 
 if TYPE_CHECKING:  # It loads when needed.
     from mesh_storage.embedded.server import EmbeddedServer
+
+logger = logging.getLogger("mesh_storage")
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,22 @@ class Server:
             self.embedded.close()
 
 
-def open_server(settings: Settings, *, create: bool = True) -> Server:
+def open_server(settings: Settings, *, create: bool = True, space: int = 0) -> Server:
     """Find the server of the settings; start the bundled one if they mean that.
+
+    Without `create`, the bundled one makes no database; one that is thrown away will need `space` bytes.
 
     Raises:
         ConfigurationError: A setting is wrong, or the extra `embedded` is not installed.
         UnavailableError: The bundled server does not start, or it has no data and `create` is off.
     """
-    embedded = _open_embedded(settings, create=create)
+    embedded = _open_embedded(settings, create=create, space=space)
     if embedded is None:
         local = engine.local_parameters(settings) if settings.transaction_pooling else None
         return Server(connect_arguments(settings), local_parameters=local)
-    own = settings.model_copy(update={"url": None, "transaction_pooling": False})
-    connect = connect_arguments(own) | embedded.connect_arguments
+    own = settings.model_copy(update={"transaction_pooling": False})
     try:
+        connect = {**embedded.connect_arguments, **session_arguments(own, {}, {})}
         _create_database(connect)
     except BaseException:
         embedded.close()
@@ -72,18 +77,24 @@ def open_server(settings: Settings, *, create: bool = True) -> Server:
     return Server(connect, embedded)
 
 
-def _open_embedded(settings: Settings, *, create: bool) -> EmbeddedServer | None:
+def _open_embedded(settings: Settings, *, create: bool, space: int) -> EmbeddedServer | None:
     if settings.url is None and settings.host:
         return None
     scheme, rest = ("embedded", "") if settings.url is None else split_scheme(settings.url.get_secret_value())
     if scheme not in ("memory", "embedded"):
         return None
-    from mesh_storage.embedded.server import EmbeddedServer
+    from mesh_storage.embedded.server import EmbeddedServer, default_home
 
     if scheme == "memory":
         if rest not in ("", "//"):
             raise ConfigurationError("bad setting url: nothing may follow memory:; a path goes with embedded:")
-        return EmbeddedServer.throw_away()
+        return EmbeddedServer.throw_away(space=space)
+    if settings.url is None and create and not (home := default_home()).exists():
+        logger.warning(
+            "no URL is set: making a database under %s; set MESH_STORAGE_URL to that of a server, or to embedded:",
+            home,
+            extra={"event": "create", "path": str(home)},
+        )
     path = rest.removeprefix("//")
     return EmbeddedServer.open(Path(path) if path else None, create=create)
 

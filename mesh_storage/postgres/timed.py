@@ -19,8 +19,8 @@ from psycopg import capabilities
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 
+from mesh_storage.postgres.environment import Connection
 from mesh_storage.postgres.liveness import GRACE_S
-from mesh_storage.postgres.statement import Row
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ _POLL_S = 0.1
 """Seconds after which psycopg looks for signals, such as that of Ctrl-C."""
 
 
-class TimedConnection(psycopg.Connection[Row]):
+class TimedConnection(Connection):
     """A connection that waits for the server no longer than to a deadline, and for no single answer beyond a limit."""
 
     deadline: float | None = None

@@ -11,6 +11,7 @@ from mesh_storage.schema.deploy import (
     upgrade,
     upgrade_server,
 )
+from mesh_storage.schema.tables import include_object
 
 __all__ = [
     "alembic_config",
@@ -18,6 +19,7 @@ __all__ = [
     "current",
     "ensure",
     "head",
+    "include_object",
     "revisions",
     "script_location",
     "upgrade",

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import psycopg
 import sqlalchemy
+import sqlalchemy.exc
 
 from mesh_storage.errors import ConflictError
 
@@ -27,6 +29,41 @@ _TYPES = {
     "decimal": "numeric",
 }
 _TEXT = ("text", "character varying", "character")
+
+# The kinds of relations are those of pg_class.relkind.
+_UNSUITABLE = """
+    SELECT name, reason FROM unnest(CAST(:names AS text[])) AS name JOIN pg_class ON pg_class.oid = to_regclass(name),
+    LATERAL (VALUES
+        (relkind = 'p', 'it is partitioned, and no index can be built on it beside the traffic'),
+        (relkind = 'v', 'it is a view, not a table'),
+        (relkind = 'm', 'it is a materialized view, not a table'),
+        (relkind = 'f', 'it is a foreign table'),
+        (relispartition, 'it is a partition of another table'),
+        (EXISTS (SELECT FROM pg_inherits WHERE inhparent = pg_class.oid) AND relkind = 'r',
+         'other tables inherit from it: ' || (SELECT string_agg(inhrelid::regclass::text, ', ' ORDER BY 1)
+                                              FROM pg_inherits WHERE inhparent = pg_class.oid)),
+        (EXISTS (SELECT FROM pg_inherits WHERE inhrelid = pg_class.oid) AND NOT relispartition,
+         'it inherits from another table'),
+        (EXISTS (SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attgenerated <> ''
+                 AND attname IN ('created', 'updated', 'timestamp')), 'a column that gets a default is generated'),
+        (NOT pg_has_role(relowner, 'USAGE'),
+         concat('it belongs to ', pg_get_userbyid(relowner), ', and ', current_user, ' may not alter it')),
+        (row_security_active(pg_class.oid) AND relkind IN ('r', 'p'),
+         concat('its row level security hides rows from ', current_user))
+    ) AS found (holds, reason)
+    WHERE holds ORDER BY name, reason
+"""
+_RIGHTS = """
+    SELECT current_schema(), current_user, has_schema_privilege(current_schema(), 'CREATE')
+    WHERE CAST(:names AS text[]) IS NOT NULL
+"""
+# By command tag, which event triggers go by; each builds on the one before.
+_TRIALS = {
+    "CREATE TABLE": "CREATE TABLE mesh_storage_trial (trial integer)",
+    "ALTER TABLE": "ALTER TABLE mesh_storage_trial ALTER COLUMN trial SET DEFAULT 1",
+    "CREATE INDEX": "CREATE INDEX mesh_storage_trial_idx ON mesh_storage_trial (trial)",
+    "DROP INDEX": "DROP INDEX IF EXISTS mesh_storage_trial_idx",
+}
 
 
 @dataclass(frozen=True)
@@ -61,13 +98,15 @@ def check(
     Raises:
         ConflictError: There is something; the message lists it by table, key and reason.
     """
-    problems: list[str] = []
+    problems: list[str] = _surroundings(connection, [*tables])
     for table, definitions in tables.items():
         found = _columns(connection, table)
         if found:
             if shape:
                 problems += _shape(connection, table, definitions, found)
             problems += _rows(connection, table, _rules(table, definitions, checks.get(table, {}), found), definitions)
+    if new_tables:
+        problems += _deletes(connection)
     if times:
         problems += _dependents(connection, [name for name in tables if "created" in tables[name]])
     problems += _indexes(connection, indexes)
@@ -78,6 +117,68 @@ def check(
             "the database holds what the schema of mesh_storage refuses; nothing was changed. "
             f"Correct this and run the upgrade again:\n{listed}"
         )
+
+
+def _surroundings(connection: sqlalchemy.Connection, tables: list[str]) -> list[str]:
+    """Find what the statements of the migrations cannot be done to, or this role may not do."""
+    problems = [f"table {table}: {reason}" for table, reason in _facts(connection, _UNSUITABLE, tables)]
+    namespace, role, may_create = _facts(connection, _RIGHTS, tables)[0]
+    if not may_create:
+        problems.append(f"schema {namespace}: {role} may not create tables there (GRANT CREATE ON SCHEMA)")
+        return problems
+    return problems + _event_triggers(connection)
+
+
+def _facts(connection: sqlalchemy.Connection, query: str, tables: list[str]) -> Sequence[Any]:
+    return connection.execute(sqlalchemy.text(query), {"names": tables}).fetchall()
+
+
+def _event_triggers(connection: sqlalchemy.Connection) -> list[str]:
+    """Try what the migrations do on a table of its own that does not last, where event triggers may refuse it."""
+    triggers = connection.execute(
+        sqlalchemy.text(
+            "SELECT evtname FROM pg_event_trigger WHERE evtenabled IN ('O', 'A') AND evtevent <> 'login' ORDER BY 1"
+        )
+    ).scalars()
+    listed = ", ".join(triggers)
+    problems: list[str] = []
+    for tag, statement in _TRIALS.items() if listed else ():
+        trial = connection.begin_nested()
+        try:
+            connection.exec_driver_sql(statement)
+            trial.commit()
+        except sqlalchemy.exc.DBAPIError as error:
+            trial.rollback()
+            reason = error.orig.diag.message_primary if isinstance(error.orig, psycopg.Error) else error
+            problems.append(f"{tag} is refused ({reason}); there are the event triggers {listed}")
+            if tag == "CREATE TABLE":
+                break
+    connection.rollback()
+    return problems
+
+
+def _deletes(connection: sqlalchemy.Connection) -> list[str]:
+    """Find what may refuse to let stale entries of the log be set aside: by row, where there are any; else always."""
+    if not _columns(connection, "mesh_consensus_log").keys() >= {"term", "index"}:
+        return []
+    rows = connection.execute(
+        sqlalchemy.text(
+            """
+            SELECT concat('trigger ', tgname) AS name FROM pg_trigger
+            WHERE tgrelid = to_regclass('mesh_consensus_log') AND NOT tgisinternal AND tgenabled IN ('O', 'A')
+            AND tgtype & 8 <> 0
+            AND (tgtype & 1 = 0 OR EXISTS (SELECT FROM mesh_consensus_log GROUP BY index HAVING count(*) > 1))
+            UNION ALL
+            SELECT concat('rule ', rulename) FROM pg_rewrite
+            WHERE ev_class = to_regclass('mesh_consensus_log') AND ev_type = '4' AND ev_enabled IN ('O', 'A')
+            ORDER BY name
+            """
+        )
+    ).scalars()
+    return [
+        f"table mesh_consensus_log: {name} acts on DELETE, which sets stale entries aside; disable it meanwhile"
+        for name in rows
+    ]
 
 
 def _columns(connection: sqlalchemy.Connection, table: str) -> dict[str, _Column]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, LiteralString
+from typing import TYPE_CHECKING
 
 import psycopg
 import sqlalchemy
 from pydantic import SecretStr
 
-from mesh_storage.errors import SchemaMismatchError, translate
+from mesh_storage.errors import MeshStorageError, SchemaMismatchError, translate
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.schema import tables
 from mesh_storage.settings import Settings
 
 if TYPE_CHECKING:
@@ -49,13 +49,7 @@ def head() -> str:
 
 def current(connection: sqlalchemy.Connection) -> str | None:
     """Return the revision of a database, or None where mesh_storage's schema was never deployed."""
-    return _current(lambda query: connection.exec_driver_sql(query).fetchone())
-
-
-def _current(fetch: Callable[[LiteralString], Sequence[Any] | None]) -> str | None:
-    exists = fetch("SELECT to_regclass('alembic_version')")
-    row = fetch("SELECT version_num FROM alembic_version") if exists and exists[0] else None
-    return None if row is None else row[0]
+    return tables.revision_in(tables.by_sqlalchemy(connection))
 
 
 def check(revision: str | None) -> None:
@@ -90,7 +84,7 @@ def ensure(server: Server) -> None:
         with engine.connect(server.connect) as connection:
             if server.local_parameters is not None:
                 connection.execute(f"BEGIN READ ONLY; {server.local_parameters}".encode())
-            revision = _current(lambda query: connection.execute(query).fetchone())
+            revision = tables.revision_in(tables.by_psycopg(connection))
     except psycopg.Error as error:
         raise translate(error) from error
     if server.embedded is not None and (revision is None or revision in revisions()[:-1]):
@@ -121,6 +115,7 @@ def upgrade(url: str | None = None, revision: str = "head") -> None:
         ConfigurationError: The URL or another setting is wrong, `transaction_pooling` among them.
         UnavailableError: The database cannot be reached.
         StorageTimeoutError: A lock was not to be had, or another process migrates for too long.
+        SchemaMismatchError: The schema is ahead of this code.
     """
     server = open_server(Settings() if url is None else Settings(url=SecretStr(url)))
     try:
@@ -132,14 +127,28 @@ def upgrade(url: str | None = None, revision: str = "head") -> None:
 def upgrade_server(server: Server, revision: str = "head") -> None:
     """Bring the schema up to date on a server that is open already."""
     from alembic import command
+    from alembic.util import CommandError
 
     server.require_session()
     logger.info("deploying the schema", extra={"event": "deploy", "server": server.kind, "revision": revision})
     try:
         with _alembic:
             command.upgrade(alembic_config(server.connect), revision)
+    except CommandError as error:
+        raise MeshStorageError(f"the schema cannot be brought to {revision}: {error}") from error
     except Exception as error:
         translated = translate(error)
         if translated is error:
             raise
         raise translated from error
+
+
+def migrate(connection: sqlalchemy.Connection, revision: str) -> None:
+    """Bring the schema to a revision, a newer or an older one, in the transaction of a connection."""
+    from alembic import command
+
+    config = alembic_config()
+    config.attributes["connection"] = connection
+    at = current(connection) or ""
+    with _alembic:
+        (command.upgrade if at < revision else command.downgrade)(config, revision)

@@ -13,18 +13,21 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import psycopg
 import sqlalchemy
+import sqlalchemy.event
 import sqlalchemy.exc
 from alembic import op
 from sqlalchemy.pool import NullPool
 
 from mesh_storage.errors import StorageTimeoutError
-from mesh_storage.postgres import engine
+from mesh_storage.postgres import engine, environment
+from mesh_storage.schema import tables
+from mesh_storage.schema.tables import Location
 
 logger = logging.getLogger("mesh_storage")
 
@@ -55,6 +58,48 @@ _OPTIONS = (
     "-c idle_session_timeout=0 -c client_connection_check_interval=1s "
     "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
 )
+_VERSION_KEY = f"{tables.VERSION_TABLE}_pkc"
+_COPY_GRANTS = """
+    DO $$
+    DECLARE granted record;
+    BEGIN
+        FOR granted IN SELECT privilege_type, is_grantable, grantee
+                       FROM pg_class, aclexplode(relacl) WHERE pg_class.oid = {former} LOOP
+            EXECUTE format(
+                'GRANT %%s ON {ours} TO %%s%%s', granted.privilege_type,
+                CASE granted.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(granted.grantee)) END,
+                CASE WHEN granted.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END
+            );
+        END LOOP;
+    END $$
+"""
+_GRANTS = """
+    SELECT concat('GRANT ', string_agg(privilege_type, ', ' ORDER BY privilege_type), ' ON ', pg_class.oid::regclass,
+                  ' TO ', CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END,
+                  CASE WHEN is_grantable THEN ' WITH GRANT OPTION' END)
+    FROM pg_class, aclexplode(relacl)
+    WHERE pg_class.oid IN ({tables}) AND grantee <> relowner
+    GROUP BY pg_class.oid, grantee, is_grantable ORDER BY 1
+"""
+_OTHER_TRANSACTIONS = """
+    SELECT pid, virtualtransaction, application_name, xact_start IS NOT NULL AS is_old
+    FROM pg_stat_activity JOIN pg_locks USING (pid)
+    WHERE datname = current_database() AND pid <> pg_backend_pid()
+    AND locktype = 'virtualxid' AND mode = 'ExclusiveLock'
+    AND usesysid IS NOT NULL AND coalesce(backend_type, 'client backend') = 'client backend'
+    AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
+    AND coalesce(xact_start < now() - interval '{seconds} s', true)
+    ORDER BY xact_start, pid
+"""
+_PREPARED_TRANSACTIONS = """
+    SELECT DISTINCT gid, owner::text, prepared
+    FROM pg_prepared_xacts JOIN pg_locks AS own ON own.transactionid = transaction
+    JOIN pg_locks AS held ON held.virtualtransaction = own.virtualtransaction AND held.pid IS NULL
+    WHERE pg_prepared_xacts.database = current_database() AND held.relation IN ({oids})
+    AND held.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND own.pid IS NULL AND own.granted AND prepared < now() - interval '{seconds} s'
+    ORDER BY gid
+"""
 
 
 class InUseError(StorageTimeoutError):
@@ -64,8 +109,70 @@ class InUseError(StorageTimeoutError):
 def create_engine(connect: dict[str, Any]) -> sqlalchemy.Engine:
     """Make the engine for migrations; its limits come with the connection, so nothing runs before Alembic begins."""
     arguments = {**connect, "options": f"{connect.get('options', '')} {_OPTIONS}".strip()}
-    return sqlalchemy.create_engine(
+    made = sqlalchemy.create_engine(
         "postgresql+psycopg://", connect_args=arguments, poolclass=NullPool, hide_parameters=True
+    )
+    environment.keep_out(made)
+
+    @sqlalchemy.event.listens_for(made, "connect")
+    def lift(connection: Any, _record: Any) -> None:
+        # Only PostgreSQL 17 and later knows it, and an option that a server does not know is refused.
+        connection.execute("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'")
+        connection.commit()
+
+    return made
+
+
+def settle(connection: sqlalchemy.Connection, *, changes: bool) -> Location:
+    """Find the tables, and let unqualified names lead to their schema for the rest of the session.
+
+    Args:
+        connection: In no transaction.
+        changes: Whether a revision is to be done or undone, for which the version table gets its own name first.
+
+    Raises:
+        ConfigurationError: It is not clear which tables are ours.
+        StorageTimeoutError: A prepared transaction is in the way.
+    """
+    location = tables.locate(tables.by_sqlalchemy(connection))
+    if changes and location.version_table == tables.FORMER_VERSION_TABLE:
+        take_over(connection, location)
+        connection.commit()
+        location = tables.locate(tables.by_sqlalchemy(connection))
+    if changes:
+        _refuse_prepared_transactions(connection, location)
+    path: list[str] = connection.exec_driver_sql("SELECT current_schemas(false)").scalar_one()
+    connection.exec_driver_sql(f"SET search_path TO {tables.leading_to(location.namespace, path)}")
+    connection.commit()
+    return location
+
+
+def take_over(connection: sqlalchemy.Connection, location: Location) -> None:
+    """Give the version table its own name; where it has rows of others, give our row a table of its own.
+
+    A service that may read the one may read the other: grants and the owner stay.
+    """
+    former = tables.qualified(location.namespace, tables.FORMER_VERSION_TABLE)
+    ours = tables.qualified(location.namespace, tables.VERSION_TABLE)
+    connection.exec_driver_sql(f"LOCK TABLE {former} IN ACCESS EXCLUSIVE MODE")
+    if location.shared:
+        connection.exec_driver_sql(f"CREATE TABLE {ours} (LIKE {former})")
+        connection.exec_driver_sql(f"ALTER TABLE {ours} ADD CONSTRAINT {_VERSION_KEY} PRIMARY KEY (version_num)")
+        row = f"'{location.revision}'"
+        connection.exec_driver_sql(f"DELETE FROM {former} WHERE version_num = {row}")  # noqa: S608 - names of ours
+        connection.exec_driver_sql(f"INSERT INTO {ours} VALUES ({row})")  # noqa: S608 - names of ours
+        connection.exec_driver_sql(
+            _COPY_GRANTS.format(former=location.tables[tables.FORMER_VERSION_TABLE], ours=ours.replace("'", "''"))
+        )
+    else:
+        connection.exec_driver_sql(f"ALTER TABLE {former} RENAME TO {tables.VERSION_TABLE}")
+        connection.exec_driver_sql(
+            f"ALTER TABLE {ours} RENAME CONSTRAINT {tables.FORMER_VERSION_TABLE}_pkc TO {_VERSION_KEY}"
+        )
+    logger.info(
+        "the version table is %s from now on",
+        ours,
+        extra={"event": "deploy", "version_table": tables.VERSION_TABLE, "revision": location.revision},
     )
 
 
@@ -119,13 +226,21 @@ def patiently(work: Callable[[], None]) -> None:
         pause = min(5.0, pause * 1.5)
 
 
+def what_ended(error: sqlalchemy.exc.PendingRollbackError) -> BaseException:
+    """Return what broke a transaction off, which SQLAlchemy's words about the transaction itself hide."""
+    found: BaseException = error
+    while isinstance(found, sqlalchemy.exc.PendingRollbackError) and found.__context__ is not None:
+        found = found.__context__
+    return found
+
+
 def _is_in_use(error: Exception) -> bool:
     if isinstance(error, sqlalchemy.exc.DBAPIError):
         return isinstance(error.orig, (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected))
     return isinstance(error, InUseError)
 
 
-def lock(*tables: str) -> None:
+def lock(*names: str) -> None:
     """Lock tables against all use, for the rest of a revision that has little left to do; must be its first act.
 
     First they are locked against other migrations and vacuuming only, which may take a while and holds nobody up. Then
@@ -134,19 +249,34 @@ def lock(*tables: str) -> None:
     Raises:
         InUseError: They did not.
     """
-    names = ", ".join(tables)
+    listed = ", ".join(names)
     wait_longer()
-    op.execute(f"LOCK TABLE {names} IN SHARE UPDATE EXCLUSIVE MODE")
+    op.execute(f"LOCK TABLE {listed} IN SHARE UPDATE EXCLUSIVE MODE")
     # For the statement as a whole: lock_timeout is for each of the tables, and those before it are locked already.
     op.execute(f"SET LOCAL statement_timeout TO '{HOLD_UP_MS}ms'")
+    savepoint = nullcontext() if op.get_context().as_sql else op.get_bind().begin_nested()
     try:
-        op.execute(f"LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE")
+        with savepoint:
+            op.execute(f"LOCK TABLE {listed} IN ACCESS EXCLUSIVE MODE")
     except sqlalchemy.exc.DBAPIError as error:
         if isinstance(error.orig, psycopg.errors.QueryCanceled):
-            raise InUseError(f"transactions that use {names} did not end for {LOCK_PATIENCE_S:.0f} s") from error
+            raise InUseError(
+                f"transactions that use {listed} did not end for {LOCK_PATIENCE_S:.0f} s: {_holders(names)}"
+            ) from error
         raise
     op.execute("SET LOCAL statement_timeout TO 0")
     op.execute(f"SET LOCAL lock_timeout TO '{HOLD_UP_MS}ms'")
+
+
+def _holders(names: Sequence[str]) -> str:
+    """Say whose transactions use the tables now."""
+    listed = ", ".join(f"'{name}'::regclass" for name in names)
+    query = (
+        "SELECT DISTINCT pid, application_name FROM pg_locks JOIN pg_stat_activity USING (pid) "  # noqa: S608 - names of ours
+        f"WHERE relation IN ({listed}) AND granted AND pid <> pg_backend_pid() ORDER BY pid"
+    )
+    holders = op.get_bind().exec_driver_sql(query)
+    return ", ".join(_process(*holder) for holder in holders) or "they come and go"
 
 
 def hold_nobody_up() -> None:
@@ -204,6 +334,20 @@ def create_index(name: str, table: str, columns: str, *, unique: bool = False, r
             return
 
 
+def announce_lost_grants(*names: str) -> None:
+    """Log the grants on tables that a downgrade drops; those of ALTER DEFAULT PRIVILEGES come back by themselves."""
+    if op.get_context().as_sql:
+        return
+    listed = ", ".join(f"to_regclass('{name}')" for name in names)
+    lost = [grant for (grant,) in op.get_bind().exec_driver_sql(_GRANTS.format(tables=listed))]
+    if lost:
+        logger.warning(
+            "the downgrade drops tables and the grants on them; after the next upgrade do: %s",
+            "; ".join(lost),
+            extra={"event": "downgrade", "grants": lost},
+        )
+
+
 def drop_index(name: str) -> None:
     """Drop an index beside the traffic; must run in `beside_traffic()`."""
     op.execute(f"DROP INDEX {'' if _in_callers_transaction() else 'CONCURRENTLY '}IF EXISTS {name}")
@@ -219,15 +363,44 @@ def _is_valid(name: str) -> bool:
 
 
 def _await_old_transactions() -> None:
-    """Refuse to begin what must wait for a long transaction in the end: it would run into the timeout, for nothing."""
-    old = op.get_bind().exec_driver_sql(
-        f"""
-        SELECT pid, application_name FROM pg_stat_activity
-        WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
-        AND xact_start < now() - interval '{_OLD_TRANSACTION_S} s'
-        AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
-        ORDER BY xact_start LIMIT 1
-        """  # noqa: S608 - a number of ours
-    )
-    if (first := old.fetchone()) is not None:
-        raise InUseError(f"a transaction does not end: that of process {first[0]} of the server ({first[1]!r})")
+    """Refuse to begin what must wait for a long transaction in the end: it would run into the timeout, for nothing.
+
+    Who is not a member of pg_monitor is not shown since when the transactions of others go on; which ones are there, it
+    is. Those that are still there after the same time are long ones.
+    """
+    deadline = time.monotonic() + _OLD_TRANSACTION_S
+    young: set[Any] | None = None
+    while True:
+        found = op.get_bind().exec_driver_sql(_OTHER_TRANSACTIONS.format(seconds=_OLD_TRANSACTION_S)).fetchall()
+        old = next((each for each in found if each.is_old), None)
+        unknown = {each for each in found if not each.is_old}
+        young = unknown if young is None else young & unknown
+        if old is None and time.monotonic() > deadline:
+            old = min(young, default=None)
+        if old is not None:
+            raise InUseError(f"a transaction does not end: that of {_process(old.pid, old.application_name)}")
+        if not young:
+            return
+        time.sleep(0.2)
+
+
+def _process(pid: int, application_name: str) -> str:
+    return f"process {pid} of the server ({application_name!r})"
+
+
+def _refuse_prepared_transactions(connection: sqlalchemy.Connection, location: Location) -> None:
+    """Refuse to wait for a prepared transaction, which ends only when somebody says so.
+
+    Raises:
+        StorageTimeoutError: There is one, for longer than it takes to commit in two phases.
+    """
+    oids = ", ".join(str(oid) for oid in location.tables.values())
+    query = _PREPARED_TRANSACTIONS.format(oids=oids, seconds=_OLD_TRANSACTION_S)
+    prepared: Sequence[Any] = connection.exec_driver_sql(query).fetchall() if oids else ()
+    connection.rollback()
+    if prepared:
+        listed = ", ".join(f"{gid!r} of {owner} since {since:%Y-%m-%d %H:%M:%S %Z}" for gid, owner, since in prepared)
+        raise StorageTimeoutError(
+            f"prepared transactions hold locks on the tables: {listed}; end them by COMMIT PREPARED or ROLLBACK "
+            "PREPARED, and run the upgrade again"
+        )

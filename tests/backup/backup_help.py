@@ -15,9 +15,9 @@ from typing import Any
 from psycopg import sql
 
 from mesh_storage import MeshStorage
-from mesh_storage.backup import catalog
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.schema import tables
 from mesh_storage.settings import Settings
 from mesh_storage.testing import (
     ConfigEntryFactory,
@@ -42,6 +42,7 @@ Contents = dict[str, list[tuple[Any, ...]]]
 def system_server(programs: Path, *options: str, prepare: Callable[[Path], object] = lambda _: None) -> Generator[dict]:
     """Run a server of the system's own PostgreSQL, which asks for a password, and give its connect arguments."""
     home = Path(tempfile.mkdtemp(prefix="mesh_storage-test-", dir=RAM if os.access(RAM, os.W_OK) else None))
+    home.chmod(0o711)
     account: dict[str, Any] = {}
     if os.geteuid() == 0:
         known = {entry.pw_name: entry for entry in pwd.getpwall()}
@@ -95,13 +96,21 @@ def fill(storage: MeshStorage, *, messages: int = 50) -> None:
         )
 
 
+def run(server: Server, *statements: str) -> None:
+    with engine.connect(server.connect) as connection:
+        for statement in statements:
+            connection.execute(statement.encode())
+
+
 def contents(server: Server) -> Contents:
     """Read everything that the tables of a database hold."""
     with engine.connect(server.connect) as connection:
-        namespace = catalog.namespace_of(connection)
+        location = tables.locate(tables.by_psycopg(connection))
         found: Contents = {}
-        for table in catalog.tables(connection, namespace):
-            query = sql.SQL("SELECT * FROM {} AS t ORDER BY t::text").format(sql.Identifier(namespace, table))
+        for table in location.tables:
+            query = sql.SQL("SELECT * FROM ONLY {} AS t ORDER BY t::text").format(
+                sql.Identifier(location.namespace, table)
+            )
             found[table] = connection.execute(query).fetchall()
         return found
 

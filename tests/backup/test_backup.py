@@ -26,13 +26,13 @@ from mesh_storage import (
     Settings,
     StorageTimeoutError,
     backup,
-    engine,
     schema,
 )
 from mesh_storage.aio import AsyncMeshStorage
 from mesh_storage.backup import Progress, catalog, client_tools
 from mesh_storage.backup.manifest import Manifest
 from mesh_storage.models import Base
+from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
@@ -94,7 +94,7 @@ def test_only_the_tables_of_this_library_and_its_revision_are_in_it(
     with engine.connect(server.connect) as connection:
         connection.execute("CREATE TABLE foreign_matter (id int)")
     made = storage.backup(tmp_path / "backup")
-    assert set(made.rows) == {*Base.metadata.tables, "mesh_consensus_log_stale", "alembic_version"}
+    assert set(made.rows) == {*Base.metadata.tables, "mesh_consensus_log_stale", "mesh_alembic_version"}
     backup.restore(bare, tmp_path / "backup")
     with engine.connect(bare.connect) as connection:
         tables = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
@@ -267,7 +267,7 @@ def test_a_database_without_the_schema_has_nothing_to_back_up(bare: Server, tmp_
 
 def test_a_database_of_a_newer_schema_is_not_backed_up_in_part(server: Server, tmp_path: Path) -> None:
     with engine.connect(server.connect) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.execute("UPDATE mesh_alembic_version SET version_num = '9999'")
     with pytest.raises(SchemaMismatchError, match="9999"):
         backup.backup(server, tmp_path / "backup")
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,12 +22,12 @@ from mesh_storage import (
     MeshStorageError,
     UnavailableError,
     backup,
-    embedded,
-    engine,
     schema,
 )
 from mesh_storage.backup import client_tools, portable
 from mesh_storage.backup.client_tools import ClientTools
+from mesh_storage.embedded.server import programs
+from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 
@@ -53,7 +54,7 @@ def test_the_newest_is_chosen_of_the_system_the_path_and_the_bundled(
         program(tmp_path / "usr/lib/postgresql/98/bin", name, "98.2 (Debian 98.2-1)")
     monkeypatch.setattr(client_tools, "_PLACES", ())
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert client_tools.find(16).directory == embedded.programs("18")
+    assert client_tools.find(16).directory == programs("18")
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     assert client_tools.find(18) == ClientTools(tmp_path / "path", "97.1")
     monkeypatch.setattr(client_tools, "_PLACES", (str(tmp_path / "usr/lib/postgresql/*/bin").lstrip("/"),))
@@ -146,11 +147,11 @@ def test_programs_older_than_the_marks_of_a_server_are_refused(
     with databases_of("15").fresh() as url, MeshStorage.open(url) as storage:
         if not marks(server_of(url)):
             pytest.skip("this PostgreSQL 15 does not mark columns")
-        only(monkeypatch, embedded.programs("18"), embedded.programs("16"))
+        only(monkeypatch, programs("18"), programs("16"))
         with pytest.raises(ConfigurationError, match=r"by pg_dump 18\.\d+ or 16\.\d+ .*postgresql-client-15 "):
             storage.backup(tmp_path / "backup", verify=True)
         assert list(tmp_path.iterdir()) == []
-        only(monkeypatch, embedded.programs("18"), SYSTEM_15)
+        only(monkeypatch, programs("18"), SYSTEM_15)
         assert storage.backup(tmp_path / "backup", verify=True).tool_version.startswith("15.")
 
 
@@ -257,12 +258,7 @@ def test_rows_that_end_too_early_are_an_error(
     storage: MeshStorage, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = "case \"$1\" in --list) ;; *) echo 'COPY public.mesh_state (key, value) FROM stdin;'; exit 0;; esac"
-    program(
-        tmp_path / "tools",
-        "pg_restore",
-        "99.0",
-        script.replace("COPY", "CREATE TABLE public.mesh_state (key text, value bytea);\nCOPY"),
-    )
+    program(tmp_path / "tools", "pg_restore", "99.0", script)
     program(tmp_path / "tools", "pg_dump", "99.0")
     storage.backup(tmp_path / "backup")
     before = contents(server)
@@ -353,6 +349,24 @@ def test_no_permission(mesh_storage_url: str, locked: tuple[Path, str], storage:
     assert "Permission denied" in words
 
 
+def test_a_directory_that_may_not_be_read_makes_no_failure_of_a_backup_that_is_there(
+    databases_of: Callable[[str], Databases], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may make files in it, but not open it, and so not sync it."""
+    with tempfile.TemporaryDirectory() as name, databases_of("15").fresh() as url:
+        directory, prelude = Path(name), ""
+        monkeypatch.setenv("TMPDIR", "/tmp")  # noqa: S108 - where anybody may write
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            os.chown(directory, nobody.pw_uid, -1)
+            prelude = f"import os; os.seteuid({nobody.pw_uid})"
+        directory.chmod(0o300)
+        words = in_child(url, directory / "backup", "backup", prelude)
+        directory.chmod(0o700)
+        assert words == ""
+        assert backup.verify(directory / "backup").revision == schema.head()
+
+
 LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))"
 
 
@@ -439,7 +453,7 @@ def test_an_encrypted_connection_stays_encrypted(
         server = Server({**connect, "host": "127.0.0.1", "port": port, "sslmode": "require", "options": ""})
         schema.upgrade_server(server)
         assert backup.backup(server, tmp_path / "backup").tool_version.startswith("15.")
-        bundled = [embedded.programs("18"), embedded.programs("16")]
+        bundled = [programs("18"), programs("16")]
         monkeypatch.setattr(client_tools, "_PLACES", ())
         monkeypatch.setenv("PATH", str(tmp_path))
         assert client_tools.find(15).directory in bundled

@@ -411,7 +411,7 @@ def test_health_tells_what_is_wrong(
     disconnect = (
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = %s"
     )
-    other.execute("UPDATE alembic_version SET version_num = '0001'")
+    other.execute("UPDATE mesh_alembic_version SET version_num = '0001'")
     health = storage.health()
     assert (health.ok, health.connected, health.revision) == (False, True, "0001")
     other.execute(f"ALTER DATABASE {database} SET default_transaction_read_only = on")

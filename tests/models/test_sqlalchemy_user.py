@@ -16,6 +16,7 @@ import pytest
 from fastapi.encoders import jsonable_encoder
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Engine, ForeignKey, MetaData, event, func, inspect, select, update
+from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Mapped, backref, joinedload, mapped_column, relationship, selectinload, undefer
 from sqlalchemy.orm.exc import DetachedInstanceError
@@ -81,8 +82,11 @@ def statements() -> Iterator[list[str]]:
     """Yield the statements that sessions send, by their first word and table."""
     sent: list[str] = []
 
-    def note(_connection: Connection, _cursor: object, statement: str, *_: object) -> None:
-        sent.append(" ".join(statement.split()[:3]))
+    def note(
+        _connection: Connection, _cursor: object, statement: str, _parameters: object, context: object, _many: bool
+    ) -> None:
+        if isinstance(context, ExecutionContext):  # Those of repositories have no such context.
+            sent.append(" ".join(statement.split()[:3]))
 
     event.listen(Engine, "before_cursor_execute", note)
     yield sent

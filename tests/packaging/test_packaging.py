@@ -97,7 +97,7 @@ def url(mesh_storage_databases: Databases) -> Iterator[str]:
 
 def revision(url: str) -> str:
     with psycopg.connect(url) as connection:
-        row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        row = connection.execute("SELECT version_num FROM mesh_alembic_version").fetchone()
     assert row is not None
     return str(row[0])
 

@@ -228,7 +228,7 @@ def test_a_statement_and_a_lock_are_limited_also_where_one_reads(
             uow.session.execute(text("SELECT pg_sleep(30)"))
         assert error.value.sqlstate == "57014"
     with opens(pooled, lock_timeout=0.1) as storage, server.transaction():
-        server.execute("LOCK TABLE mesh_state, alembic_version")
+        server.execute("LOCK TABLE mesh_state, mesh_alembic_version")
         with pytest.raises(StorageTimeoutError) as error, storage.begin(read_only=True) as uow:
             uow.state.find("k")
         assert error.value.sqlstate == "55P03"

@@ -112,7 +112,7 @@ def test_the_way_back_gives_the_database_of_the_go_service(legacy_url: str, conn
     server = open_server(Settings(url=legacy_url))
     command.downgrade(schema.alembic_config(server.connect), "base")
     after = legacy.structure(connection)
-    assert [row for row in after if row[1] != "alembic_version"] == before[2]
+    assert [row for row in after if row[1] != "mesh_alembic_version"] == before[2]
     assert (legacy.rows(connection), legacy.others(connection)) == before[:2]
     schema.upgrade(legacy_url)
     assert legacy.rows(connection) == before[0]

@@ -100,7 +100,7 @@ def test_the_commands_need_nothing_but_the_url(url: str) -> None:
     assert "No new upgrade operations" in alembic(url, "check")
     assert schema.head() in alembic(url, "current")
     alembic(url, "downgrade", "base")
-    assert [row for row in structure(url) if row[1] != "alembic_version"] == []
+    assert [row for row in structure(url) if row[1] != "mesh_alembic_version"] == []
     alembic(url, "upgrade", "head")
 
 
@@ -183,7 +183,7 @@ def test_names_follow_the_convention_and_nothing_is_redundant(mesh_storage_url: 
     wrong = [
         name
         for table, name, kind in constraints
-        if name != "alembic_version_pkc"
+        if name != "mesh_alembic_version_pkc"
         and not (name.startswith(table) and name.endswith(endings[kind.decode() if isinstance(kind, bytes) else kind]))
     ]
     assert wrong == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,7 +108,7 @@ def insert(connection: legacy.Connection, constraint: str) -> tuple[str, str]:
 def unchanged(connection: legacy.Connection) -> Iterator[None]:
     """See that a test that is refused has changed nothing, and left nothing."""
     yield
-    assert not legacy.exists(connection, "alembic_version")
+    assert not legacy.exists(connection, "mesh_alembic_version")
     names = {row[1] for row in legacy.structure(connection) if row[1] != "-"}  # a domain has constraints too
     assert names == {*legacy.TABLES, *legacy.OTHER_TABLES}
 
@@ -332,7 +333,7 @@ def test_an_index_that_is_not_ours_is_reported_at_a_later_revision_as_well(
     connection.execute("CREATE INDEX nodes_status_node_id_idx ON nodes (port)")
     with pytest.raises(ConflictError, match="table nodes: nodes_status_node_id_idx is there already"):
         schema.upgrade(legacy_url)
-    assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("0006",)
+    assert connection.execute("SELECT version_num FROM mesh_alembic_version").fetchone() == ("0006",)
     connection.execute("DROP INDEX nodes_status_node_id_idx")
     schema.upgrade(legacy_url)
 
@@ -353,7 +354,7 @@ def test_a_row_that_comes_while_the_migrations_run_is_reported_and_the_next_run_
         schema.upgrade(legacy_url)
     assert [options["shape"] for options in checked] == [True]
     with psycopg.connect(legacy_url) as other:
-        assert other.execute("SELECT version_num FROM alembic_version").fetchone() == ("0004",)
+        assert other.execute("SELECT version_num FROM mesh_alembic_version").fetchone() == ("0004",)
     with pytest.raises(MeshStorageError, match="row key=''"):
         schema.upgrade(legacy_url)
     monkeypatch.undo()
@@ -371,3 +372,150 @@ def test_only_an_upgrade_is_refused(legacy_url: str, connection: legacy.Connecti
     upgrade = alembic(legacy_url, "upgrade", "+1")
     assert "row key='': breaks mesh_state_key_check" in upgrade.communicate(timeout=60)[1]
     assert upgrade.returncode != 0
+
+
+SURROUNDINGS = {
+    "a partitioned table": (
+        (
+            "DROP TABLE mesh_state; CREATE TABLE mesh_state (key varchar(255) PRIMARY KEY, value bytea NOT NULL, "
+            "created_at timestamptz DEFAULT now(), updated_at timestamptz DEFAULT now()) PARTITION BY HASH (key); "
+            "CREATE TABLE part PARTITION OF mesh_state FOR VALUES WITH (MODULUS 1, REMAINDER 0)"
+        ),
+        ["table mesh_state: it is partitioned, and no index can be built on it beside the traffic"],
+    ),
+    "a partition": (
+        (
+            "CREATE TABLE whole (LIKE mesh_routing_table INCLUDING ALL) PARTITION BY HASH (destination); "
+            "ALTER TABLE whole ATTACH PARTITION mesh_routing_table FOR VALUES WITH (MODULUS 1, REMAINDER 0)"
+        ),
+        ["table mesh_routing_table: it is a partition of another table"],
+    ),
+    "inheritance": (
+        "CREATE TABLE heir () INHERITS (mesh_messages)",
+        ["table mesh_messages: other tables inherit from it: heir"],
+    ),
+    "a view": (
+        "ALTER TABLE mesh_runtime_config RENAME TO config; CREATE VIEW mesh_runtime_config AS SELECT * FROM config",
+        [
+            "table mesh_runtime_config: it is a view, not a table",
+            "table mesh_runtime_config: there is no constraint PRIMARY KEY (key)",
+        ],
+    ),
+    "a generated column": (
+        (
+            "ALTER TABLE mesh_messages DROP COLUMN timestamp, "
+            "ADD COLUMN timestamp bigint NOT NULL GENERATED ALWAYS AS (length(content)) STORED"
+        ),
+        ["table mesh_messages: a column that gets a default is generated"],
+    ),
+    "a trigger that refuses deletes": (
+        (
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no deletes'; END $$; "
+            "CREATE TRIGGER k BEFORE DELETE OR TRUNCATE ON mesh_consensus_log EXECUTE FUNCTION refuse()"
+        ),
+        ["table mesh_consensus_log: trigger k acts on DELETE, which sets stale entries aside; disable it meanwhile"],
+    ),
+    "a rule that refuses deletes": (
+        "CREATE RULE keep AS ON DELETE TO mesh_consensus_log DO INSTEAD NOTHING",
+        ["table mesh_consensus_log: rule keep acts on DELETE, which sets stale entries aside; disable it meanwhile"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SURROUNDINGS)
+def test_what_the_migrations_cannot_be_done_to_is_reported(
+    legacy_url: str, connection: legacy.Connection, what: str
+) -> None:
+    change, reasons = SURROUNDINGS[what]
+    connection.execute(change.encode())
+    before = legacy.structure(connection)
+    with pytest.raises(ConflictError) as caught:
+        schema.upgrade(legacy_url)
+    lines = [line.removeprefix("- ") for line in str(caught.value).splitlines()[1:]]
+    # PostgreSQL leaves the columns of a view, and of a key, NOT NULL or not, by version.
+    assert [line for line in lines if "NOT NULL" not in line] == reasons
+    assert legacy.structure(connection) == before
+
+
+def test_a_trigger_for_rows_is_no_problem_where_none_is_to_be_deleted(
+    legacy_url: str, connection: legacy.Connection
+) -> None:
+    trigger = SURROUNDINGS["a trigger that refuses deletes"][0].replace(" OR TRUNCATE", "")
+    connection.execute("DELETE FROM mesh_consensus_log WHERE (term, index) IN ((0, 1), (1, 3), (2, 3))")
+    connection.execute(trigger.replace("EXECUTE", "FOR EACH ROW EXECUTE").encode())
+    schema.upgrade(legacy_url)
+
+
+def test_a_trigger_that_is_disabled_is_no_problem(legacy_url: str, connection: legacy.Connection) -> None:
+    connection.execute(SURROUNDINGS["a trigger that refuses deletes"][0].encode())
+    connection.execute("ALTER TABLE mesh_consensus_log DISABLE TRIGGER k")
+    schema.upgrade(legacy_url)
+    assert connection.execute("SELECT count(*) FROM mesh_consensus_log_stale").fetchone() == (len(legacy.STALE),)
+
+
+EVENT_TRIGGERS = {
+    "every": ("", ["CREATE TABLE"]),
+    "one command": ("WHEN TAG IN ('ALTER TABLE', 'CREATE INDEX')", ["ALTER TABLE", "CREATE INDEX"]),
+    "drops": ("WHEN TAG IN ('DROP INDEX')", ["DROP INDEX"]),
+}
+
+
+@pytest.mark.parametrize("which", EVENT_TRIGGERS)
+def test_an_event_trigger_that_refuses_the_migrations_is_reported(
+    legacy_url: str, connection: legacy.Connection, which: str
+) -> None:
+    filtered, tags = EVENT_TRIGGERS[which]
+    before = legacy.structure(connection)
+    connection.execute(
+        "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'frozen'; END $$"
+    )
+    connection.execute(f"CREATE EVENT TRIGGER halt ON ddl_command_start {filtered} EXECUTE FUNCTION refuse()".encode())
+    with pytest.raises(ConflictError) as caught:
+        schema.upgrade(legacy_url)
+    assert str(caught.value).splitlines()[1:] == [
+        f"- {tag} is refused (frozen); there are the event triggers halt" for tag in tags
+    ]
+    connection.execute("DROP EVENT TRIGGER halt")
+    assert legacy.structure(connection) == before
+    schema.upgrade(legacy_url)
+
+
+def test_an_event_trigger_that_only_looks_on_is_no_problem(legacy_url: str, connection: legacy.Connection) -> None:
+    connection.execute(
+        "CREATE FUNCTION look() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN END $$; "
+        "CREATE EVENT TRIGGER looks ON ddl_command_end EXECUTE FUNCTION look()"
+    )
+    schema.upgrade(legacy_url)
+    assert connection.execute("SELECT to_regclass('mesh_storage_trial')").fetchone() == (None,)
+
+
+def test_a_role_that_may_not_alter_the_tables_is_told_before_anything_is_changed(
+    legacy_url: str, connection: legacy.Connection
+) -> None:
+    role = f"migrator_{os.getpid()}"
+    connection.execute(f"CREATE ROLE {role}; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}".encode())
+    try:
+        before = legacy.structure(connection)
+        with pytest.raises(ConflictError) as caught:
+            schema.upgrade(f"{legacy_url}&options=-crole%3D{role}")
+        lines = str(caught.value).splitlines()[1:]
+        assert lines[:9] == [
+            f"- table {table}: it belongs to postgres, and {role} may not alter it" for table in sorted(legacy.TABLES)
+        ]
+        assert lines[9:] == [f"- schema public: {role} may not create tables there (GRANT CREATE ON SCHEMA)"]
+        assert legacy.structure(connection) == before
+    finally:
+        connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
+
+
+def test_rows_that_are_hidden_are_not_taken_for_none(legacy_url: str, connection: legacy.Connection) -> None:
+    role = f"migrator_{os.getpid()}"
+    connection.execute(f"CREATE ROLE {role}; GRANT CREATE ON SCHEMA public TO {role}".encode())
+    try:
+        for table in legacy.TABLES:
+            connection.execute(f"ALTER TABLE {table} OWNER TO {role}".encode())
+        connection.execute("ALTER TABLE mesh_state ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+        with pytest.raises(ConflictError, match=f"table mesh_state: its row level security hides rows from {role}"):
+            schema.upgrade(f"{legacy_url}&options=-crole%3D{role}")
+    finally:
+        connection.execute(f"REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role}; DROP ROLE {role}".encode())

@@ -60,6 +60,9 @@ def test_all_models_register_on_metadata(alembic_runner: MigrationContext, monke
 # Alembic's comparison of indexes is not at home in SQLAlchemy 2.1 yet.
 @pytest.mark.filterwarnings("ignore:Can't validate argument 'dialect_options':sqlalchemy.exc.SAWarning")
 def test_downgrade_leaves_no_trace(alembic_runner: MigrationContext) -> None:
+    # Alembic never drops a version table, and the comparison knows only the name that it has by default.
+    alembic_runner.migrate_up_to("0001")
+    alembic_runner.migrate_down_to("base")
     experimental.test_downgrade_leaves_no_trace(alembic_runner)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -19,6 +21,7 @@ from mesh_storage.postgres.engine import connect_arguments
 from mesh_storage.schema import migration
 from mesh_storage.settings import Settings
 from mesh_storage.testing import Databases
+from tests.backup.backup_help import SYSTEM_15, system_server
 from tests.schema import legacy
 from tests.schema.conftest import Alembic
 
@@ -35,7 +38,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = 60) -> No
 
 
 def at_head(connection: legacy.Connection) -> None:
-    assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == (schema.head(),)
+    assert connection.execute("SELECT version_num FROM mesh_alembic_version").fetchone() == (schema.head(),)
     assert not [row for row in legacy.structure(connection) if row[-1] is False and row[0] != "column"]
 
 
@@ -70,9 +73,12 @@ def test_who_gets_no_lock_gives_up_in_time_and_has_changed_nothing(
     schema.upgrade(legacy_url, "0001")
     before = legacy.structure(connection)
     monkeypatch.setattr(migration, "LOCK_PATIENCE_S", 1.0)
-    with psycopg.connect(legacy_url) as holder:
+    with psycopg.connect(legacy_url, application_name="holder") as holder:
         holder.execute("SELECT FROM mesh_messages LIMIT 1")
-        with pytest.raises(StorageTimeoutError, match="transactions that use mesh, mesh_messages"):
+        with pytest.raises(
+            StorageTimeoutError,
+            match=r"transactions that use mesh, mesh_messages .*: process \d+ of the server \('holder'\)",
+        ):
             schema.upgrade(legacy_url)
     assert legacy.structure(connection) == before
     schema.upgrade(legacy_url)
@@ -163,8 +169,8 @@ def test_a_migrator_that_is_killed_at_any_point_leaves_what_the_next_one_complet
             copy(name, url)
             assert run(url, statement, when) == -signal.SIGKILL, statement
             with psycopg.connect(url, autocommit=True) as connection:
-                if legacy.exists(connection, "alembic_version"):
-                    stopped_at.add(connection.execute("SELECT max(version_num) FROM alembic_version").fetchone())
+                if legacy.exists(connection, "mesh_alembic_version"):
+                    stopped_at.add(connection.execute("SELECT max(version_num) FROM mesh_alembic_version").fetchone())
                 schema.upgrade(url)
                 at_head(connection)
                 assert legacy.rows(connection) == before
@@ -227,19 +233,82 @@ def test_a_migrator_that_is_killed_within_a_concurrent_index_leaves_what_the_nex
     assert legacy.rows(connection) == before
 
 
+@pytest.mark.parametrize("role", ["superuser", "migrator"])
 def test_an_old_transaction_keeps_no_index_from_being_built_for_nothing(
-    legacy_url: str, connection: legacy.Connection, monkeypatch: pytest.MonkeyPatch
+    legacy_url: str, connection: legacy.Connection, monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
+    """Also for a migrator that is not shown since when the transactions of others go on."""
     from mesh_storage.errors import StorageTimeoutError
 
     schema.upgrade(legacy_url, "0006")
-    monkeypatch.setattr(migration, "_OLD_TRANSACTION_S", 0)
+    monkeypatch.setattr(migration, "_OLD_TRANSACTION_S", 1)
     monkeypatch.setattr(migration, "LOCK_PATIENCE_S", 0.5)
-    with psycopg.connect(legacy_url, application_name="nightly report") as holder:
+    with psycopg.connect(legacy_url, application_name="nightly report") as holder, owner(connection, role) as options:
         holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         holder.execute("SELECT FROM regions")
+        time.sleep(1.1)
+        url = f"{legacy_url}&{options}"
         with pytest.raises(StorageTimeoutError, match="'nightly report'"):
-            schema.upgrade(legacy_url)
-    assert not [row for row in legacy.structure(connection) if row[-1] is False and row[0] == "index"]
-    schema.upgrade(legacy_url)
+            schema.upgrade(url)
+        assert not [row for row in legacy.structure(connection) if row[-1] is False and row[0] == "index"]
+        holder.rollback()
+        schema.upgrade(url)
     at_head(connection)
+
+
+@contextmanager
+def owner(connection: legacy.Connection, role: str) -> Iterator[str]:
+    """Give the tables to a role without any rights of a superuser; yield the options by which sessions become it."""
+    if role == "superuser":
+        yield "options="
+        return
+    name = f"migrator_{os.getpid()}"
+    connection.execute(f"CREATE ROLE {name}; GRANT CREATE ON SCHEMA public TO {name}".encode())
+    for table in (*legacy.TABLES, *legacy.OTHER_TABLES, "mesh_consensus_log_stale", "mesh_alembic_version"):
+        connection.execute(f"ALTER TABLE {table} OWNER TO {name}".encode())
+    try:
+        yield f"options=-crole%3D{name}"
+    finally:
+        connection.execute(f"REASSIGN OWNED BY {name} TO CURRENT_USER; DROP OWNED BY {name}; DROP ROLE {name}".encode())
+
+
+def test_a_young_transaction_is_waited_for(legacy_url: str, connection: legacy.Connection) -> None:
+    schema.upgrade(legacy_url, "0006")
+    with psycopg.connect(legacy_url) as holder, owner(connection, "migrator") as options:
+        holder.execute("INSERT INTO mesh_state (key, value) VALUES ('young', '')")
+        threading.Timer(1.5, holder.rollback).start()
+        schema.upgrade(f"{legacy_url}&{options}")
+    at_head(connection)
+
+
+@pytest.mark.skipif(not SYSTEM_15.exists(), reason="PostgreSQL 15 is not there")
+@pytest.mark.parametrize(
+    ("revision", "statement"),
+    [
+        ("base", "UPDATE mesh SET allow_join = true"),
+        ("0006", "INSERT INTO mesh_state (key, value) VALUES ('held', '')"),
+    ],
+)
+def test_a_prepared_transaction_is_named_soon(revision: str, statement: str) -> None:
+    from mesh_storage.errors import StorageTimeoutError
+    from mesh_storage.postgres.server import Server
+
+    with system_server(SYSTEM_15, "-c listen_addresses='' -c max_prepared_transactions=2") as connect:
+        server = Server({**connect, "options": ""})
+        with psycopg.connect(**connect, autocommit=True) as session:
+            legacy.create(session)
+            if revision != "base":
+                schema.upgrade_server(server, revision)
+            session.execute(f"BEGIN; {statement}; PREPARE TRANSACTION 'of some coordinator'".encode())
+            # Others are not in the way.
+            session.execute("CREATE TABLE other (); BEGIN; LOCK TABLE other; PREPARE TRANSACTION 'harmless'")
+            began = time.monotonic()
+            with pytest.raises(
+                StorageTimeoutError, match=r"'of some coordinator' of postgres since .*ROLLBACK PREPARED"
+            ):
+                schema.upgrade_server(server)
+            assert time.monotonic() - began < 30
+            session.execute("ROLLBACK PREPARED 'of some coordinator'")
+            schema.upgrade_server(server)
+            at_head(session)
+            session.execute("ROLLBACK PREPARED 'harmless'")

@@ -57,10 +57,10 @@ def exceptions(revision: str, direction: str) -> dict[str, str]:
 @pytest.mark.parametrize("direction", ["upgrade", "downgrade"])
 def test_a_revision_passes_but_for_its_own_exceptions(revision: str, direction: str) -> None:
     text = sql(revision, direction)
-    assert re.search("(UPDATE|INSERT INTO|DELETE FROM) alembic_version", text)
+    assert re.search("(UPDATE|INSERT INTO|DELETE FROM) mesh_alembic_version", text)
     if revision == "0001":
         # Alembic's own table, which is made before the first revision and dropped after it.
-        text = re.sub(r"(CREATE TABLE alembic_version [^;]*|DROP TABLE alembic_version);", "", text)
+        text = re.sub(r"(CREATE TABLE mesh_alembic_version [^;]*|DROP TABLE mesh_alembic_version);", "", text)
     allowed = exceptions(revision, direction)
     arguments = [f"--exclude={','.join(allowed)}"] if allowed else []
     assert squawk(text, *arguments) == (0, [])

@@ -51,7 +51,7 @@ def test_one_that_comes_again_is_set_aside_again_and_nothing_is_lost(
 ) -> None:
     schema.upgrade(legacy_url)
     connection.execute("DROP INDEX mesh_consensus_log_index_key")
-    connection.execute("UPDATE alembic_version SET version_num = '0006'")
+    connection.execute("UPDATE mesh_alembic_version SET version_num = '0006'")
     connection.execute(ADD, [1, 3, Jsonb("again")])
     schema.upgrade(legacy_url)
     stale = connection.execute(

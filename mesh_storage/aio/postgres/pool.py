@@ -23,7 +23,7 @@ from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.aio.postgres.timed import AsyncTimedConnection
 from mesh_storage.errors import MeshStorageError
 from mesh_storage.postgres.characteristics import Characteristics, Deadline
-from mesh_storage.postgres.engine import connect_before, engine_arguments, limit_connecting
+from mesh_storage.postgres.engine import connect_before, engine_arguments, share_time
 from mesh_storage.postgres.events import Events
 from mesh_storage.postgres.pool import (
     check_open,
@@ -53,9 +53,8 @@ class AsyncPool:
         self._response_timeout = response_timeout(settings)
         self._pooling = Pooling.of(settings, server.local_parameters)
         self._server = server
-        connect = server.connect | {"async_creator_fn": AsyncTimedConnection.connect}
+        connect = server.connect | {"async_creator_fn": _connect}
         self._engine = create_async_engine(**engine_arguments(connect))
-        limit_connecting(self._engine.sync_engine)
         self._idle: deque[AsyncDriver] = deque()
         self._free = asyncio.Semaphore(self.size)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -209,3 +208,13 @@ class AsyncPool:
                 await driver.discard()
         finally:
             self._free.release()
+
+
+async def _connect(**parameters: Any) -> AsyncTimedConnection:
+    """Connect within the time for all hosts together."""
+    seconds = share_time(parameters)
+    try:
+        async with asyncio.timeout(seconds):
+            return await AsyncTimedConnection.connect(**parameters)
+    except TimeoutError:
+        raise psycopg.errors.ConnectionTimeout(f"no server has answered within {seconds:g} s") from None

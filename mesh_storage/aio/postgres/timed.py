@@ -16,8 +16,8 @@ from psycopg import capabilities, waiting
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 
+from mesh_storage.postgres.environment import AsyncConnection
 from mesh_storage.postgres.liveness import GRACE_S
-from mesh_storage.postgres.statement import Row
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ _POLL_S = 0.1
 """Seconds after which psycopg looks for signals, such as that of Ctrl-C."""
 
 
-class AsyncTimedConnection(psycopg.AsyncConnection[Row]):
+class AsyncTimedConnection(AsyncConnection):
     """A connection that waits for the server no longer than to a deadline, and for no single answer beyond a limit."""
 
     deadline: float | None = None

@@ -1,0 +1,328 @@
+"""How tables that are there are emptied and filled anew, while what others have put onto them stays.
+
+What would be in the way or cost much time meanwhile is taken off and put back in the same transaction: foreign keys,
+checks that are not valid, indexes that nothing depends on, and the firing of triggers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, LiteralString
+
+import psycopg
+import sqlalchemy
+import sqlalchemy.exc
+from psycopg import sql
+
+from mesh_storage import schema
+from mesh_storage.backup import catalog
+from mesh_storage.backup.catalog import Connection
+from mesh_storage.errors import ConflictError, MissingReferenceError
+from mesh_storage.schema import migration, tables
+from mesh_storage.schema.deploy import migrate
+from mesh_storage.schema.tables import Location
+
+logger = logging.getLogger("mesh_storage")
+
+_UNCHANGED = "nothing was changed"
+# Something depends on what is to change (2B), or does not allow it (0A, 42).
+_IN_THE_WAY = ("2B", "0A", "42")
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What was taken off a table, and how it comes back."""
+
+    name: str
+    restore: str
+    """The statements."""
+
+
+def check(connection: Connection, location: Location, *, overwrite: bool) -> None:
+    """Lock the tables that are there, and refuse those that may not be emptied.
+
+    Raises:
+        ConflictError: They hold rows and `overwrite` was not given.
+        SchemaMismatchError: Their schema is newer than this code, which may not know all tables, or is not known, or
+            they are no ordinary tables.
+    """
+    if not location.tables:
+        return
+    listed = catalog.only(location.namespace, location.tables)
+    connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(listed))
+    catalog.check_kinds(connection, location.tables)
+    if location.revision is not None and location.revision not in schema.revisions():
+        schema.check(location.revision)
+    if not overwrite:
+        exists = sql.SQL("SELECT EXISTS (SELECT FROM ONLY {})")
+        for table in location.tables.keys() - {location.version_table}:
+            if catalog.value(connection, exists.format(sql.Identifier(location.namespace, table))):
+                raise ConflictError(f"the database has rows in {table}; restore with overwrite to replace them all")
+
+
+def empty(connection: Connection, location: Location) -> list[Taken]:
+    """Empty the tables, and return the foreign keys of others to them, which hold again when they are filled."""
+    oids = list(location.tables.values())
+    taken = _take_off(connection, _FOREIGN_KEYS_OF_OTHERS, oids, oids)
+    full = location.tables.keys() - {location.version_table}
+    if full:
+        with _triggers_off(connection, oids):
+            connection.execute(sql.SQL("TRUNCATE {}").format(catalog.only(location.namespace, full)))
+    return taken
+
+
+def bring_to(session: sqlalchemy.Connection, connection: Connection, location: Location, revision: str) -> Location:
+    """Bring the emptied tables to the revision of a backup, by the ordinary migrations; return where they are then.
+
+    Raises:
+        ConflictError: What others have put onto the tables would be lost, or some of ours are missing; the message
+            names them.
+    """
+    if location.tables.keys() <= {tables.VERSION_TABLE}:
+        return location
+    if (location.revision, location.version_table) == (revision, tables.VERSION_TABLE):
+        return location
+    lacking = tables.missing(location.revision or "0001", location.tables)
+    if lacking:
+        raise ConflictError(
+            f"the tables {', '.join(sorted(location.tables))} are there at revision {location.revision or 'none'}, but "
+            f"not {', '.join(lacking)}, so they cannot be brought to {revision}, which the backup is of; {_UNCHANGED}. "
+            "Restore one of the same revision, or drop or rename those that are there"
+        )
+    kept = connection.execute("SELECT current_setting('lock_timeout'), current_setting('search_path')").fetchone()
+    path = sql.Identifier(location.namespace).as_string()
+    connection.execute("SELECT set_config('search_path', %s, true)", [path])
+    if location.version_table == tables.FORMER_VERSION_TABLE:
+        migration.take_over(session, location)
+    oids = list(location.tables.values())
+    before = _given(connection, oids)
+    try:
+        migrate(session, revision)
+    except sqlalchemy.exc.DBAPIError as error:
+        said = error.orig
+        if not isinstance(said, psycopg.Error) or (said.sqlstate or "")[:2] not in _IN_THE_WAY:
+            raise
+        raise ConflictError(
+            f"the tables cannot be brought to revision {revision}, which the backup is of, with what others have put "
+            f"onto them: {said.diag.message_primary}: {said.diag.message_detail}; {_UNCHANGED}. Drop that and create "
+            "it anew after the restore",
+            sqlstate=said.sqlstate,
+        ) from error
+    lost = sorted(before - _given(connection, oids))
+    if lost:
+        raise ConflictError(
+            f"the backup is of revision {revision}, which has no place for what others have put onto the tables: "
+            f"{', '.join(lost)}; {_UNCHANGED}. Take that away and give it again after the restore"
+        )
+    # The migrations set their own for the rest of the transaction.
+    connection.execute(
+        "SELECT set_config('lock_timeout', %s, true), set_config('search_path', %s, true),"
+        " set_config('statement_timeout', '0', true)",
+        kept,
+    )
+    return replace(catalog.locate(connection), namespace=location.namespace)
+
+
+@contextmanager
+def filling(
+    connection: Connection, location: Location, taken: Sequence[Taken], report: Callable[[int, int], None]
+) -> Generator[None]:
+    """Prepare the emptied tables for their rows, and put everything back after the block.
+
+    Args:
+        connection: In the transaction.
+        location: The tables.
+        taken: The foreign keys of others that were taken off before.
+        report: Called after each index and foreign key with their number and that of all.
+
+    Raises:
+        ConflictError: The rows do not hold with what others have put onto the tables; the message names it.
+        MissingReferenceError: The rows of others refer to some that are not in the backup, or the other way round.
+    """
+    oids = list(location.tables.values())
+    with _triggers_off(connection, oids):
+        if location.tables:
+            version_table = sql.Identifier(location.namespace, tables.VERSION_TABLE)
+            connection.execute(sql.SQL("DELETE FROM {}").format(version_table))
+        connection.execute("SET LOCAL default_tablespace = ''")
+        keys = [*_take_off(connection, _FOREIGN_KEYS_AND_LATER_CHECKS, oids), *taken]
+        indexes = _take_off(connection, _INDEXES, oids)
+        try:
+            yield
+            # The archive has brought the settings of the server it is from.
+            catalog.set_up(connection)
+            for number, index in enumerate(indexes, 1):
+                connection.execute(index.restore.encode())
+                report(number, len(indexes) + len(keys))
+        except psycopg.IntegrityError as error:
+            if not location.tables or isinstance(error, psycopg.errors.ForeignKeyViolation):
+                raise
+            raise _does_not_fit(error) from error
+    refused: dict[str, psycopg.Error] = {}
+    for number, key in enumerate(keys, len(indexes) + 1):
+        try:
+            with connection.transaction():
+                connection.execute(key.restore.encode())
+        except psycopg.errors.ForeignKeyViolation as error:
+            refused[key.name] = error
+        report(number, len(indexes) + len(keys))
+    if refused:
+        first = next(iter(refused.values()))
+        raise MissingReferenceError(
+            f"with the rows of the backup these foreign keys would point nowhere: {', '.join(refused)}; {_UNCHANGED}. "
+            "Delete or change the rows that refer to such, or drop the foreign keys",
+            sqlstate=first.sqlstate,
+            constraint=first.diag.constraint_name,
+        ) from first
+    _advance_sequences(connection, oids)
+
+
+def check_columns(connection: Connection, table: str, backed_up: Sequence[str]) -> None:
+    """Hold the columns of a table against those that a backup has of it.
+
+    Raises:
+        ConflictError: The table lacks some.
+    """
+    there = [name for (name,) in catalog.rows(connection, _COLUMNS, table)]
+    gone = [f"{table}.{name}" for name in backed_up if name not in there]
+    if gone:
+        raise ConflictError(
+            f"the backup has columns that the tables have not: {', '.join(gone)}; {_UNCHANGED}. Add them, or restore "
+            "into another database"
+        )
+    new = [f"{table}.{name}" for name in there if name not in backed_up]
+    if new:
+        logger.warning(
+            "columns that are not in the backup have their defaults now: %s",
+            ", ".join(new),
+            extra={"event": "restore", "columns": new},
+        )
+
+
+def _does_not_fit(error: psycopg.Error) -> ConflictError:
+    said = error.diag
+    place = f" of {said.schema_name}.{said.table_name}" if said.table_name else ""
+    what = said.constraint_name or (said.column_name and f"column {said.column_name}") or "a constraint"
+    return ConflictError(
+        f"the rows of the backup do not hold with {what}{place}, PostgreSQL says {said.message_primary!r}; "
+        f"{_UNCHANGED}. Drop that, or restore into another database",
+        sqlstate=error.sqlstate,
+        constraint=said.constraint_name,
+    )
+
+
+def _take_off(connection: Connection, query: LiteralString, *oids: list[int]) -> list[Taken]:
+    found = _written(connection, query, *oids)
+    for _, drop, _ in found:
+        connection.execute(drop.encode())
+    return [Taken(name, restore) for name, _, restore in found]
+
+
+@contextmanager
+def _triggers_off(connection: Connection, oids: list[int]) -> Generator[None]:
+    """Let no trigger of others fire: the rows are to come back as they were."""
+    found = _written(connection, _TRIGGERS, oids)
+    for disable, _ in found:
+        connection.execute(disable.encode())
+    yield
+    for _, enable in found:
+        connection.execute(enable.encode())
+
+
+def _written(connection: Connection, query: LiteralString, *oids: list[int]) -> list[tuple[Any, ...]]:
+    """Query definitions that have every name with its schema."""
+    path: str = catalog.value(connection, "SELECT current_setting('search_path')")
+    connection.execute("SET LOCAL search_path = ''")
+    found = catalog.rows(connection, query, *oids)
+    connection.execute("SELECT set_config('search_path', %s, true)", [path])
+    return found
+
+
+def _given(connection: Connection, oids: list[int]) -> set[str]:
+    return {name for (name,) in catalog.rows(connection, _GIVEN, *[oids] * 6)}
+
+
+def _advance_sequences(connection: Connection, oids: list[int]) -> None:
+    """Let the sequences of columns go on behind what came back; a sequence is set for good even if the rest fails."""
+    for (statement,) in _written(connection, _SEQUENCES, oids):
+        connection.execute(statement.encode())
+
+
+# The constraints of partitions follow those of their tables.
+_CONSTRAINTS: LiteralString = """
+    SELECT format('%%I of %%s', conname, conrelid::regclass),
+        format('ALTER TABLE %%s DROP CONSTRAINT %%I', conrelid::regclass, conname),
+        format('ALTER TABLE %%s ADD CONSTRAINT %%I %%s;', conrelid::regclass, conname, pg_get_constraintdef(oid))
+        || coalesce(format('COMMENT ON CONSTRAINT %%I ON %%s IS %%L', conname, conrelid::regclass,
+                           obj_description(oid, 'pg_constraint')), '')
+    FROM pg_constraint WHERE conparentid = 0 AND coninhcount = 0
+"""
+_FOREIGN_KEYS_OF_OTHERS = f"""
+    {_CONSTRAINTS} AND contype = 'f' AND confrelid = ANY(%s::oid[]) AND conrelid <> ALL(%s::oid[]) ORDER BY 1
+"""
+# A check that is not valid was not held against the rows of before, which may be those of the backup.
+_FOREIGN_KEYS_AND_LATER_CHECKS = f"""
+    {_CONSTRAINTS} AND (contype = 'f' OR contype = 'c' AND NOT convalidated) AND conrelid = ANY(%s::oid[]) ORDER BY 1
+"""
+# Only those that their definition says everything about, and on which nothing depends.
+_INDEXES = """
+    SELECT indexrelid::regclass::text, format('DROP INDEX %%s', indexrelid::regclass),
+        pg_get_indexdef(indexrelid) || ';' || coalesce(format('COMMENT ON INDEX %%s IS %%L', indexrelid::regclass,
+                                                              obj_description(indexrelid, 'pg_class')), '')
+    FROM pg_index JOIN pg_class AS i ON i.oid = indexrelid
+    WHERE indrelid = ANY(%s::oid[]) AND indisvalid AND indisready AND NOT indisclustered AND NOT indisreplident
+    AND reltablespace = 0 AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)
+    AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = indexrelid AND coalesce(attstattarget, -1) >= 0)
+    AND NOT EXISTS (
+        SELECT FROM pg_depend
+        WHERE refclassid = 'pg_class'::regclass AND refobjid = indexrelid
+        OR classid = 'pg_class'::regclass AND objid = indexrelid AND deptype IN ('e', 'x', 'P', 'S')
+    )
+    ORDER BY 1
+"""
+_TRIGGERS = """
+    SELECT format('ALTER TABLE %%s DISABLE TRIGGER %%I', tgrelid::regclass, tgname),
+        format('ALTER TABLE %%s ENABLE %%s TRIGGER %%I', tgrelid::regclass,
+               CASE tgenabled WHEN 'R' THEN 'REPLICA' WHEN 'A' THEN 'ALWAYS' END, tgname)
+    FROM pg_trigger WHERE NOT tgisinternal AND tgenabled <> 'D' AND tgrelid = ANY(%s::oid[])
+"""
+# What others have put onto a table or a column, and goes with that. An owner's own rights are no such thing.
+_GIVEN = """
+    SELECT format('%%s on %%s', privilege_type, relname) FROM pg_class, aclexplode(relacl)
+    WHERE pg_class.oid = ANY(%s::oid[]) AND grantee <> relowner
+    UNION ALL
+    SELECT format('%%s on %%s.%%s', privilege_type, relname, attname)
+    FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid AND NOT attisdropped, aclexplode(attacl)
+    WHERE pg_class.oid = ANY(%s::oid[])
+    UNION ALL
+    SELECT format('policy %%s on %%s', polname, polrelid::regclass) FROM pg_policy WHERE polrelid = ANY(%s::oid[])
+    UNION ALL
+    SELECT format('publication %%s of %%s', pubname, prrelid::regclass)
+    FROM pg_publication_rel JOIN pg_publication AS p ON p.oid = prpubid WHERE prrelid = ANY(%s::oid[])
+    UNION ALL
+    SELECT format('statistics object %%s on %%s', stxname, stxrelid::regclass) FROM pg_statistic_ext
+    WHERE stxrelid = ANY(%s::oid[])
+    UNION ALL
+    SELECT format('the rights on %%s, which default privileges would change', relname) FROM pg_class
+    WHERE oid = ANY(%s::oid[])
+    AND EXISTS (SELECT FROM pg_default_acl WHERE defaclobjtype = 'r' AND defaclnamespace IN (0, relnamespace))
+"""
+_COLUMNS = """
+    SELECT attname FROM pg_attribute
+    WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
+"""
+_SEQUENCES = """
+    SELECT format(
+        'SELECT setval(%%L, newest) FROM (SELECT max(%%I) AS newest FROM ONLY %%s) AS loaded'
+        ' WHERE newest >= (SELECT last_value FROM %%s)',
+        objid::regclass, attname, attrelid::regclass, objid::regclass
+    )
+    FROM pg_depend
+    JOIN pg_class AS s ON s.oid = objid AND relkind = 'S'
+    JOIN pg_attribute ON attrelid = refobjid AND attnum = refobjsubid
+    WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass AND deptype IN ('a', 'i')
+    AND refobjid = ANY(%s::oid[]) AND atttypid = ANY('{int2, int4, int8}'::regtype[])
+"""

@@ -1,0 +1,159 @@
+"""The roles of the document: a migrator, a service and a reader have what they need, and no more."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import sqlalchemy
+from alembic import command
+
+from mesh_storage import ConfigurationError, ConflictError, MeshStorage, Settings, backup, schema
+from mesh_storage.postgres.server import open_server
+from mesh_storage.testing import (
+    ConfigEntryFactory,
+    Databases,
+    LogEntryFactory,
+    MeshFactory,
+    MessageFactory,
+    NodeStateFactory,
+    RouteFactory,
+    RoutingEntryFactory,
+    StateEntryFactory,
+)
+from tests.processes import ROOT
+
+BEFORE, AFTER = re.findall(
+    r"^```text\n((?:CREATE ROLE|REVOKE).*?)^```",
+    (ROOT / "docs" / "operations.md").read_text(),
+    re.MULTILINE | re.DOTALL,
+)
+ROLES = ("mesh_migrator", "mesh_service", "mesh_reader")
+LOGIN = "hush"
+
+As = Callable[[str], str]
+
+
+@pytest.fixture
+def url(mesh_storage_databases: Databases) -> Iterator[str]:
+    """Yield the URL of an empty database."""
+    with mesh_storage_databases.fresh(with_schema=False) as made:
+        yield made
+
+
+def adapted(statements: str, database: str) -> bytes:
+    """Return statements of the document for roles of this process only."""
+    for role in ROLES:
+        statements = re.sub(rf"\b{role}\b", f"{role}_{os.getpid()}", statements)
+    return statements.replace("DATABASE mesh ", f"DATABASE {database} ").encode()
+
+
+@pytest.fixture
+def admin(url: str) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+    """Yield a connection of a superuser, after the roles have been made."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(adapted(BEFORE, connection.info.dbname))
+        for role in ROLES:
+            connection.execute(f"ALTER ROLE {role}_{os.getpid()} PASSWORD '{LOGIN}'".encode())
+        yield connection
+        for role in ROLES:
+            connection.execute(f"DROP OWNED BY {role}_{os.getpid()} CASCADE".encode())
+            connection.execute(f"DROP ROLE {role}_{os.getpid()}".encode())
+
+
+@pytest.fixture
+def log_in(url: str, admin: object) -> As:
+    """Return what makes the URL of a role."""
+    del admin
+
+    def make(role: str) -> str:
+        address = sqlalchemy.make_url(url).set(username=f"mesh_{role}_{os.getpid()}", password=LOGIN)
+        return address.render_as_string(hide_password=False)
+
+    return make
+
+
+def use(url: str) -> None:
+    """Do what a service does: add, change and delete in every repository."""
+    with MeshStorage.open(url) as storage:
+        assert storage.health().ok
+        with storage.begin() as uow:
+            mesh = MeshFactory.create(uow=uow)
+            uow.meshes.set_join_key(mesh.id, "key")
+            route = RouteFactory.create(uow=uow)
+            message = MessageFactory.create(uow=uow)
+            uow.messages.store(message)
+            entry = StateEntryFactory.create(uow=uow)
+            uow.state.put(entry.key, b"again")
+            state = NodeStateFactory.create(uow=uow)
+            uow.node_states.merge(state.node_id, {"a": 1})
+            log = LogEntryFactory.create(uow=uow)
+            routing = RoutingEntryFactory.create(uow=uow)
+            uow.routing_table.put(routing.destination, {"next_hop": "b"})
+            config = ConfigEntryFactory.create(uow=uow)
+            uow.runtime_config.put(config.key, 2)
+        with storage.begin() as uow:
+            uow.routing_table.replace_all({})
+            uow.runtime_config.delete(config.key)
+            uow.consensus_log.delete_range(log.index, log.index)
+            uow.node_states.delete(state.node_id)
+            uow.state.delete(entry.key)
+            uow.messages.delete(message.id)
+            uow.routes.delete(route.id)
+            uow.nodes.delete(route.source_node_id)
+            uow.meshes.delete(mesh.id)
+
+
+def test_each_role_has_what_it_needs_and_keeps_it(
+    admin: psycopg.Connection[tuple[object, ...]], log_in: As, tmp_path: Path
+) -> None:
+    schema.upgrade(log_in("migrator"))
+    admin.execute(adapted(AFTER, admin.info.dbname))
+    use(log_in("service"))
+    backup.backup(open_server(Settings(url=log_in("reader"))), tmp_path / "first")
+    command.downgrade(schema.alembic_config(open_server(Settings(url=log_in("migrator"))).connect), "0001")
+    schema.upgrade(log_in("migrator"))
+    use(log_in("service"))
+    made = backup.backup(open_server(Settings(url=log_in("reader"))), tmp_path / "second", verify=True)
+    assert "mesh_consensus_log_stale" in made.rows
+
+
+def test_no_role_has_more(admin: psycopg.Connection[tuple[object, ...]], log_in: As) -> None:
+    schema.upgrade(log_in("migrator"), "0006")
+    admin.execute(adapted(AFTER, admin.info.dbname))
+    for role in ("service", "reader"):
+        with pytest.raises(ConflictError, match="may not alter it"):
+            schema.upgrade(log_in(role))
+    schema.upgrade(log_in("migrator"))
+    with MeshStorage.open(log_in("reader")) as storage:
+        with storage.unit_of_work(read_only=True) as uow:
+            assert uow.messages.count() == 0
+        with pytest.raises(ConfigurationError, match="permission denied"), storage.begin() as uow:
+            MessageFactory.create(uow=uow)
+    for statement in ("UPDATE mesh_alembic_version SET version_num = ''", "UPDATE mesh_messages SET to_node = 'x'"):
+        with psycopg.connect(log_in("service")) as session, pytest.raises(psycopg.errors.InsufficientPrivilege):
+            session.execute(statement.encode())
+
+
+def test_grants_that_a_downgrade_drops_are_announced(
+    admin: psycopg.Connection[tuple[object, ...]], log_in: As, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema.upgrade(log_in("migrator"))
+    admin.execute(f"GRANT SELECT ON mesh_consensus_log_stale TO mesh_reader_{os.getpid()} WITH GRANT OPTION".encode())
+    admin.execute("GRANT INSERT, SELECT ON mesh TO PUBLIC")
+    configuration = schema.alembic_config(open_server(Settings(url=log_in("migrator"))).connect)
+    with caplog.at_level(logging.WARNING, "mesh_storage"):
+        command.downgrade(configuration, "0005")
+    (stale,) = caplog.records
+    granted = f"GRANT SELECT ON mesh_consensus_log_stale TO mesh_reader_{os.getpid()} WITH GRANT OPTION"
+    assert granted in vars(stale)["grants"]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "mesh_storage"):
+        command.downgrade(configuration, "base")
+    (base,) = caplog.records
+    assert "GRANT INSERT, SELECT ON mesh TO PUBLIC" in base.getMessage()
