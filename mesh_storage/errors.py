@@ -90,12 +90,14 @@ class UnavailableError(MeshStorageError):
     """The database cannot be reached, or the connection to it was lost."""
 
     retryable = True
+    """True: the database may be back by then."""
 
 
 class SerializationError(MeshStorageError):
     """Concurrent transactions got in each other's way; do the work again."""
 
     retryable = True
+    """True: the others may be done by then."""
 
 
 class StorageTimeoutError(MeshStorageError):

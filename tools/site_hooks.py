@@ -20,7 +20,7 @@ REFERENCE = {
     "errors": [f"mesh_storage.{name}" for name in mesh_storage.__all__ if name.endswith("Error")],
     "settings": [f"mesh_storage.settings.{name}" for name in ("Settings", "Seconds", "SslMode")],
     "schema": [f"mesh_storage.schema.{name}" for name in schema.__all__],
-    "backup": ["mesh_storage.backup"],
+    "backup": ["mesh_storage.backup", "mesh_storage.backup.manifest.Manifest"],
     "testing": ["mesh_storage.testing"],
 }
 """The pages of the reference, and what is on each."""

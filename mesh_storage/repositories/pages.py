@@ -24,6 +24,7 @@ class Page(Generic[T]):
     """A part of a listing, in the order of its key."""
 
     items: list[T]
+    """What is on this page."""
     next: str | None
     """The cursor to pass as `after` for the next page; None at the end. Its form is no promise."""
 
