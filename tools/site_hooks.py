@@ -14,7 +14,10 @@ from mesh_storage import aio, repositories, schema
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = {
-    "storage": [f"mesh_storage.{name}" for name in ("MeshStorage", "UnitOfWork", "Page", "Health", "JSON")],
+    "storage": [
+        *(f"mesh_storage.{name}" for name in ("MeshStorage", "UnitOfWork", "Page", "Health", "JSON")),
+        *(f"mesh_storage.postgres.characteristics.{name}" for name in ("Isolation", "Durability")),
+    ],
     "repositories": [f"mesh_storage.repositories.{name}" for name in repositories.__all__ if name != "Page"],
     "asyncio": [f"mesh_storage.aio.{name}" for name in aio.__all__],
     "errors": [f"mesh_storage.{name}" for name in mesh_storage.__all__ if name.endswith("Error")],
