@@ -1,4 +1,4 @@
-"""The data layer of a distributed mesh service: the public names, nothing else."""
+"""The data layer of a distributed mesh service: the public API."""
 
 from mesh_storage.errors import (
     AlreadyExistsError,

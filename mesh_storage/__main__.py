@@ -1,4 +1,4 @@
-"""What `python -m mesh_storage` runs: the command line."""
+"""Entry point of `python -m mesh_storage`: runs the command line."""
 
 import sys
 

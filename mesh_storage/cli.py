@@ -1,4 +1,4 @@
-"""The command line for operators: health, schema, upgrade, backup, restore, verify, psql; exit codes for scripts."""
+"""The command line of operators: health, schema, upgrade, backup, restore, verify, psql; with defined exit codes."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ from mesh_storage.settings import Settings
 from mesh_storage.storage import MeshStorage
 
 Answer: TypeAlias = tuple["Exit", dict[str, Any], str]
-"""How a command ends, what it found, and the same in words."""
+"""Exit code of a command, its result as JSON fields, and the same result as text."""
 
 _BAR_WIDTH = 30
 _BAR_PAUSE_S = 0.1
 
 
 class Exit(IntEnum):
-    """The exit codes; 2 is argparse's for a wrong command line, 130 and 143 are a shell's for Ctrl-C and SIGTERM."""
+    """Exit codes; 2 is argparse's for a usage error, 130 and 143 are a shell's for SIGINT and SIGTERM."""
 
     OK = 0
     FAILED = 1
-    """Anything else: the message says what."""
+    """Any other error; the message has the details."""
     USAGE = 2
     UNHEALTHY = 3
-    """The database answers but takes no writes."""
+    """The database responds but does not accept writes."""
     SCHEMA_MISMATCH = 4
-    """The schema of the database or of the backup is behind, ahead or not there."""
+    """The schema of the database or the backup is older or newer than this version's, or missing."""
     CONFIGURATION = 5
-    """A setting is wrong, or a program is missing."""
+    """A setting is invalid, or a program is missing."""
     UNAVAILABLE = 6
-    """The database cannot be reached, does not answer in time, or a disk is full."""
+    """The database cannot be reached or timed out, or a disk is full."""
     INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, and give its exit code."""
+    """Run a command and return its exit code."""
     given = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -87,14 +87,16 @@ def _fail(given: argparse.Namespace, status: Exit, error: str, message: str) -> 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object")
-    reaching = argparse.ArgumentParser(add_help=False)
-    reaching.add_argument("--url", help="where the database is; a password is safer in MESH_STORAGE_URL")
+    connection_options = argparse.ArgumentParser(add_help=False)
+    connection_options.add_argument(
+        "--url", help="database URL; put a password in MESH_STORAGE_URL, not on the command line"
+    )
     parser = argparse.ArgumentParser(
         prog="mesh-storage",
-        description="Look after a database of mesh_storage. Settings come from the environment (MESH_STORAGE_URL, ...) "
+        description="Administer a mesh_storage database. Settings come from the environment (MESH_STORAGE_URL, ...) "
         "and from .env.",
-        epilog="Exit codes: 0 done; 1 failed; 2 wrong command line; 3 unhealthy; 4 schema behind, ahead or not there; "
-        "5 configuration; 6 unavailable; 130 interrupted.",
+        epilog="Exit codes: 0 success; 1 error; 2 usage error; 3 unhealthy; 4 schema older, newer or missing; "
+        "5 configuration error; 6 database unavailable; 130 interrupted.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -102,29 +104,33 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[argparse.Namespace, Server], Answer], words: str, *, create: bool = True
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            name, parents=[reaching, common], help=words, description=words[0].upper() + words[1:]
+            name, parents=[connection_options, common], help=words, description=words[0].upper() + words[1:]
         )
         command.set_defaults(run=partial(_on_server, run, create=create))
         return command
 
-    add("health", _health, "say whether the database answers, takes writes and has the right schema", create=False)
-    add("schema", _schema, "show the revision of the database, the newest, and those pending", create=False)
-    add("upgrade", _upgrade, "bring the schema up to date")
-    taking = add("backup", _backup, "write a backup while the traffic goes on", create=False)
-    taking.add_argument("path", help="the directory to make")
-    taking.add_argument("--verify", action="store_true", help="restore it into a throw-away server before it counts")
-    asking = add("psql", _psql, "start psql on the database", create=False)
-    asking.add_argument("arguments", nargs="*", help="for psql; options go behind --")
-    giving = add("restore", _restore, "restore a backup, all or nothing")
-    giving.add_argument("path", help="the directory of the backup")
-    giving.add_argument("--overwrite", action="store_true", help="replace what the tables hold")
-    words = "prove a backup by restoring it into a throw-away server"
-    proving = commands.add_parser("verify", parents=[common], help=words, description=words[0].upper() + words[1:])
-    proving.set_defaults(run=_verify)
-    proving.add_argument("path", help="the directory of the backup")
-    for command in (taking, giving, proving):
+    add("health", _health, "check that the database responds, accepts writes and has the current schema", create=False)
+    add("schema", _schema, "show the current, head and pending schema revisions", create=False)
+    add("upgrade", _upgrade, "upgrade the schema to the head revision")
+    backup_command = add("backup", _backup, "take a backup without blocking reads or writes", create=False)
+    backup_command.add_argument("path", help="the directory to create")
+    backup_command.add_argument(
+        "--verify", action="store_true", help="test-restore it into a temporary server before it is renamed into place"
+    )
+    psql_command = add("psql", _psql, "start psql on the database", create=False)
+    psql_command.add_argument("arguments", nargs="*", help="arguments of psql; put options after --")
+    restore_command = add("restore", _restore, "restore a backup in one transaction")
+    restore_command.add_argument("path", help="the backup directory")
+    restore_command.add_argument("--overwrite", action="store_true", help="replace the rows in the tables")
+    words = "verify a backup by restoring it into a temporary server"
+    verify_command = commands.add_parser(
+        "verify", parents=[common], help=words, description=words[0].upper() + words[1:]
+    )
+    verify_command.set_defaults(run=_verify)
+    verify_command.add_argument("path", help="the backup directory")
+    for command in (backup_command, restore_command, verify_command):
         command.add_argument(
-            "--jobs", type=_jobs, default=backup.JOBS, metavar="N", help="processes at once (%(default)s)"
+            "--jobs", type=_jobs, default=backup.JOBS, metavar="N", help="parallel jobs (default: %(default)s)"
         )
     return parser
 
@@ -150,7 +156,7 @@ def _on_server(
 
 
 def _ask(server: Server) -> Health:
-    """Ask without deploying a schema, as opening a storage may do."""
+    """Check the health without upgrading an embedded database's schema, as opening a storage would."""
     with MeshStorage(Settings(), replace(server, embedded=None)) as storage:
         return storage.health()
 
@@ -170,11 +176,11 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
     if health.error is not None:
         return _exit_of(health.error), facts, str(health.error)
     if not health.writable:
-        return Exit.UNHEALTHY, facts, "the database takes no writes: it is a standby, or read-only"
+        return Exit.UNHEALTHY, facts, "the database does not accept writes: it is a standby or read-only"
     if not health.ok:
-        words = f"the schema is at {health.revision or 'none'}, this mesh_storage needs {health.head}"
+        words = f"the schema is at revision {health.revision or 'none'}; this mesh_storage requires {health.head}"
         return Exit.SCHEMA_MISMATCH, facts, words
-    return Exit.OK, facts, f"healthy: schema {health.revision}, answered in {health.round_trip_ms:.1f} ms"
+    return Exit.OK, facts, f"healthy: schema {health.revision}, round trip {health.round_trip_ms:.1f} ms"
 
 
 def _schema(_given: argparse.Namespace, server: Server) -> Answer:
@@ -197,7 +203,7 @@ def _upgrade(_given: argparse.Namespace, server: Server) -> Answer:
         schema.check(before.revision)
     schema.upgrade_server(server)
     facts = {"before": before.revision, "current": schema.head()}
-    return Exit.OK, facts, f"the schema is at {schema.head()} (it was at {before.revision or 'none'})"
+    return Exit.OK, facts, f"the schema is at revision {schema.head()} (was {before.revision or 'none'})"
 
 
 def _backup(given: argparse.Namespace, server: Server) -> Answer:
@@ -218,12 +224,12 @@ def _psql(given: argparse.Namespace, server: Server) -> NoReturn:
     with engine.connect(server.connect) as connection:
         environment, public = client_tools.same_server(connection)
     program = shutil.which("psql") or embedded.programs() / "psql"
-    signal.signal(signal.SIGINT, _leave_to_psql)
+    signal.signal(signal.SIGINT, _ignore_interrupt)
     raise SystemExit(subprocess.call([program, f"--dbname={public}", *given.arguments], env=environment))
 
 
-def _leave_to_psql(_number: int, _frame: object) -> None:
-    """Do nothing: Ctrl-C reaches psql as well, whose statement it cancels."""
+def _ignore_interrupt(_number: int, _frame: object) -> None:
+    """Do nothing: psql receives Ctrl-C too and cancels its own query."""
 
 
 def _verify(given: argparse.Namespace) -> Answer:
@@ -249,7 +255,7 @@ def _summary(made: Manifest) -> str:
 
 @contextmanager
 def _progress_bar() -> Generator[Callable[[Progress], None] | None]:
-    """Draw a bar on stderr if a person watches, and take it away at the end."""
+    """Yield a function that draws a progress bar on stderr, or None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -281,5 +287,5 @@ def _exit_of(error: MeshStorageError) -> Exit:
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:
-    """End as by an exception, so that nothing is left behind."""
+    """Exit by raising an exception, so that all cleanup runs."""
     raise SystemExit(128 + number)

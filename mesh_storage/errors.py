@@ -1,6 +1,6 @@
-"""The errors of mesh_storage, and how a database error becomes one of them.
+"""The exceptions of mesh_storage, and the translation of database errors into them.
 
-An error is told apart by SQLSTATE and constraint name (PostgreSQL manual, appendix A), never by its message.
+Errors are classified by SQLSTATE and constraint name (PostgreSQL manual, appendix A), never by message text.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ Committed = Literal["no", "unknown", "locally"]
 
 
 class MeshStorageError(Exception):
-    """The storage could not do what was asked."""
+    """A storage operation failed."""
 
     sqlstate: str | None = None
-    """The SQLSTATE that the database gave, where it spoke."""
+    """The SQLSTATE reported by the server, if any."""
     constraint: str | None = None
-    """The name of the violated constraint, where there is one."""
+    """The name of the violated constraint, if any."""
     retryable: bool = False
-    """Whether the same work may succeed when it is done again in a fresh unit of work."""
+    """Whether the same work may succeed if retried in a new unit of work."""
     committed: Committed = "no"
-    """`no`; `unknown` when the connection was lost in COMMIT; `locally` when it did not wait for a standby."""
+    """`no`; `unknown` if the connection was lost during COMMIT; `locally` if the wait for a synchronous standby was cut
+    short."""
 
     def __init__(
         self,
@@ -46,29 +47,31 @@ class MeshStorageError(Exception):
 
 
 class NotFoundError(MeshStorageError):
-    """There is nothing under this key."""
+    """No aggregate has this key."""
 
     def __init__(self, entity: str, key: object) -> None:
         super().__init__(entity, key)
         self.entity = entity
-        """The class name of the aggregate that was looked for."""
+        """The class name of the aggregate."""
         self.key = key
-        """The key it was looked for by."""
+        """The key that was looked up."""
 
     def __str__(self) -> str:
-        return f"there is no {self.entity} under {self.key!r}"
+        if self.entity == "Backup":
+            return f"no backup found at {self.key!r}"
+        return f"no {self.entity} with key {self.key!r}"
 
 
 class AlreadyExistsError(MeshStorageError):
-    """A unique key is taken."""
+    """A row with the same unique key already exists."""
 
 
 class ConflictError(MeshStorageError):
-    """What is stored is not what the caller expected."""
+    """The stored data is not what the caller expected."""
 
 
 class InvalidInputError(MeshStorageError, ValueError):
-    """A value cannot be stored as it is."""
+    """A value cannot be stored as given."""
 
     def __init__(
         self,
@@ -79,11 +82,11 @@ class InvalidInputError(MeshStorageError, ValueError):
     ) -> None:
         super().__init__(*args, sqlstate=sqlstate, constraint=constraint)
         self.field = field
-        """The name of the field or parameter that was refused, where it is known."""
+        """The name of the rejected field or parameter, if known."""
 
 
 class MissingReferenceError(MeshStorageError):
-    """A reference points to something that does not exist."""
+    """A foreign key refers to a row that does not exist."""
 
 
 class UnavailableError(MeshStorageError):
@@ -94,22 +97,22 @@ class UnavailableError(MeshStorageError):
 
 
 class SerializationError(MeshStorageError):
-    """Concurrent transactions got in each other's way; do the work again."""
+    """A serialization failure or deadlock with a concurrent transaction; retry the unit of work."""
 
     retryable = True
     """True: the others may be done by then."""
 
 
 class StorageTimeoutError(MeshStorageError):
-    """The work took longer than its time limit."""
+    """The operation exceeded its timeout."""
 
 
 class SchemaMismatchError(MeshStorageError):
-    """The schema of the database is not the one that this version of mesh_storage works with."""
+    """The database schema is not the one that this version of mesh_storage requires."""
 
 
 class ConfigurationError(MeshStorageError):
-    """A setting is missing or wrong."""
+    """A setting is missing or invalid."""
 
 
 class ClosedError(MeshStorageError):
@@ -147,23 +150,23 @@ _BY_CLASS: dict[str, type[MeshStorageError]] = {
 }
 
 
-# A pooler sent the statement to another session than the one that prepared it.
+# A pooler ran the statement in another session than the one that prepared it.
 _PREPARED_ELSEWHERE = ("26000", "42P05")
-# 0A000 (feature_not_supported) says many things; from this function of the server it says that one.
+# 0A000 (feature_not_supported) has many causes; raised by this server function, it means a changed result type.
 _RESULT_TYPE_CHANGED = ("0A000", "RevalidateCachedQuery")
 
 
 def prepared_in_vain(error: MeshStorageError) -> bool:
-    """Whether an error says that what a connection has prepared is not what the server has."""
+    """Return whether an error means that a prepared statement is missing on the server or no longer matches it."""
     return error.sqlstate in _PREPARED_ELSEWHERE or (
         isinstance(error, UnavailableError) and error.sqlstate == _RESULT_TYPE_CHANGED[0]
     )
 
 
 def translate(error: Exception) -> MeshStorageError:
-    """Make the error of this package that says what a psycopg or SQLAlchemy error means.
+    """Return the mesh_storage exception for an error of psycopg or SQLAlchemy.
 
-    Raise the result `from` the error given, which keeps the database's own words as its cause.
+    Raise the result `from` that error, so that the original message remains available as the cause.
     """
     if isinstance(error, MeshStorageError):
         return error
@@ -174,19 +177,20 @@ def translate(error: Exception) -> MeshStorageError:
     if isinstance(error, sqlalchemy.exc.StatementError) and isinstance(error.orig, (TypeError, ValueError)):
         return InvalidInputError("a parameter of the statement has the wrong type or value")
     if isinstance(error, (UnicodeError, OverflowError)):
-        return InvalidInputError("a text is not valid Unicode, or a number is too large")
-    return MeshStorageError(f"{type(error).__name__} while working with the database; see the cause")
+        return InvalidInputError("a string is not valid Unicode, or a number is out of range")
+    return MeshStorageError(f"{type(error).__name__} during a database operation; see the cause")
 
 
 def connection_refused(error: Exception) -> tuple[MeshStorageError, Exception | None]:
-    """Make the error of this package for a connection that could not be made, and what to chain to it as its cause.
+    """Return the mesh_storage exception for a failed connection attempt, and the cause to chain to it.
 
-    psycopg's error keeps the half-made connection, and that the password. A copy of it, as for pickling, does not.
-    Raise outside of the `except` block, so that the error given is not chained as the context.
+    psycopg's error references the half-open connection, and through it the password; a copy, made as for pickling, does
+    not. Raise the result outside the `except` block, so that the original error does not become its context.
     """
     original = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
     for each in (error, original):
-        # Its frames hold the half-made connection in a cycle, and so the socket open until the collector comes by.
+        # The frames hold the half-open connection in a reference cycle, which would keep its socket open until a
+        # collection.
         traceback.clear_frames(each.__traceback__ if each else None)
     return translate(error), copy.copy(original) if isinstance(original, psycopg.Error) else None
 
@@ -201,21 +205,21 @@ def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:
         return MeshStorageError(f"{type(error).__name__} from psycopg; see the cause")
     if (sqlstate, error.diag.source_function) == _RESULT_TYPE_CHANGED:
         return UnavailableError(
-            "a column has another type than when this connection prepared its statements; do it again on a new one",
+            "the type of a column changed after this connection prepared its statements; retry on a new connection",
             sqlstate=sqlstate,
         )
     kind = _BY_SQLSTATE.get(sqlstate) or _BY_CLASS.get(sqlstate[:2], MeshStorageError)
-    message = f"{inspect.getdoc(kind)} PostgreSQL says {error.diag.message_primary!r} (SQLSTATE {sqlstate}"
+    message = f"{inspect.getdoc(kind)} PostgreSQL reports {error.diag.message_primary!r} (SQLSTATE {sqlstate}"
     message += f", constraint {constraint})" if constraint else ")"
     if sqlstate in _PREPARED_ELSEWHERE:
-        message += "; behind a pooler that gives each transaction another session, set transaction_pooling"
+        message += "; if a pooler in transaction mode is in use, set transaction_pooling"
     if kind is InvalidInputError:
         return InvalidInputError(message, field=_field(error), sqlstate=sqlstate, constraint=constraint)
     return kind(message, sqlstate=sqlstate, constraint=constraint)
 
 
 def _field(error: psycopg.Error) -> str | None:
-    """Find the attribute that was refused, by its column; the name of a check constraint has table and column in it."""
+    """Return the rejected attribute, by column name or check constraint name (`{table}_{column}_check`)."""
     from mesh_storage.models.base import attribute_of
 
     table, column, constraint = error.diag.table_name, error.diag.column_name, error.diag.constraint_name
@@ -225,5 +229,8 @@ def _field(error: psycopg.Error) -> str | None:
 
 def _unavailable(error: psycopg.OperationalError) -> str:
     if isinstance(error, psycopg.errors.ConnectionTimeout):
-        return "no connection to the database within connect_timeout; is the server up and the address right?"
-    return f"{inspect.getdoc(UnavailableError)} psycopg says: {str(error).strip()}"
+        return (
+            "could not connect to the database within connect_timeout; check that the server is running and the "
+            "address is right"
+        )
+    return f"{inspect.getdoc(UnavailableError)} psycopg reports: {str(error).strip()}"

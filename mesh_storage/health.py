@@ -1,4 +1,4 @@
-"""What a health check finds."""
+"""The result of a health check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mesh_storage.errors import MeshStorageError
 from mesh_storage.postgres.statement import Row, Statement
 
 TIMEOUT_S = 1.5
-"""Seconds of a health check's own; with what a server that stands still is given on top, it takes 2 at most."""
+"""Timeout of a health check in seconds; with the grace period for an unresponsive server, it takes at most 2."""
 
 READ_ONLY = Statement(
     lambda: select(
@@ -25,28 +25,28 @@ READ_ONLY = Statement(
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What a health check found."""
+    """The result of a health check."""
 
     connected: bool
-    """Whether a connection was got and a query answered."""
+    """Whether a connection was acquired and a query succeeded."""
     writable: bool
-    """Whether the server takes writes: it is no standby and not read-only."""
+    """Whether the server accepts writes, that is, is neither a standby nor read-only."""
     round_trip_ms: float | None
-    """Milliseconds that the query took; None when not connected."""
+    """Duration of the query in milliseconds; None if not connected."""
     revision: str | None
-    """The schema revision of the database; None where it is not known or there is no schema."""
+    """The schema revision of the database; None if unknown or if there is no schema."""
     head: str
-    """The schema revision that this version of mesh_storage works with."""
+    """The schema revision that this version of mesh_storage requires."""
     pool_size: int
-    """Connections at most."""
+    """Maximum number of connections."""
     pool_in_use: int
-    """Connections that units of work had when the check began."""
+    """Number of connections in use when the check began."""
     error: MeshStorageError | None = None
-    """Why it is not connected, or why the revision is not known."""
+    """Why the connection failed, or why the revision is unknown."""
 
     @property
     def ok(self) -> bool:
-        """Whether all is well: connected, writable, and the schema is the right one."""
+        """Whether the database is connected, writable, and has the current schema."""
         return self.connected and self.writable and self.revision == self.head
 
 
@@ -59,7 +59,7 @@ def answered(
     pool_size: int,
     pool_in_use: int,
 ) -> Health:
-    """Return what was found of a database that answered `READ_ONLY` with this row, and which schema it has."""
+    """Return the health of a database from its answer to `READ_ONLY` and its schema revision."""
     return Health(
         connected=True,
         writable=row is not None and not row[0],
@@ -73,7 +73,7 @@ def answered(
 
 
 def unreachable(error: MeshStorageError, *, pool_size: int, pool_in_use: int) -> Health:
-    """Return what was found of a database that did not answer."""
+    """Return the health of a database that could not be reached."""
     return Health(
         connected=False,
         writable=False,

@@ -1,4 +1,4 @@
-"""Where the database is and how to reach it."""
+"""Settings: where the database is and how to connect to it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SSL_MODES: tuple[SslMode, ...] = get_args(SslMode)
 
 ENV_PREFIX = "MESH_STORAGE_"
 _OF_TESTS = "TEST_"
-"""How the names behind the prefix begin that are for `mesh_storage.testing`."""
+"""Prefix, after `MESH_STORAGE_`, of the variables that configure `mesh_storage.testing`."""
 
 
 class _Checked(BaseSettings):
-    """Settings whose problems are told as one error that names them.
+    """Settings whose validation errors are raised as one `ConfigurationError` that names them.
 
-    Apart from `Settings`, which so has for type checkers the constructor that its fields make.
+    A base class, so that type checkers see in `Settings` the constructor generated from its fields.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -34,29 +34,27 @@ class _Checked(BaseSettings):
             try:
                 super().__init__(**values)
             except UnicodeError:
-                problem = ".env: it is no UTF-8"
+                problem = "'.env': it is not valid UTF-8"
             except OSError as error:
-                problem = f".env: it cannot be read: {error.strerror}; let this user read it, or start elsewhere"
+                problem = f"'.env': cannot read the file: {error.strerror}; fix its permissions, or change directory"
             except ValidationError as error:
                 problem = "; ".join(
-                    f"{'.'.join(str(part) for part in detail['loc'][:1])}: {detail['msg']}"
+                    f"'{'.'.join(str(part) for part in detail['loc'][:1])}': {detail['msg']}"
                     for detail in error.errors(include_input=False, include_context=False, include_url=False)
                 )
         if problem is not None:
-            # Outside of the handler: the validation error carries the values, passwords among them.
-            raise ConfigurationError(
-                f"bad setting {problem} (in code by this name, in the environment as {ENV_PREFIX}...)"
-            )
+            # Raise outside the handler: the validation error contains the values, passwords included.
+            raise ConfigurationError(f"invalid setting {problem} (environment variables have the prefix {ENV_PREFIX})")
 
 
 class Settings(_Checked):
-    """The settings of a storage, from arguments, the environment (prefix `MESH_STORAGE_`) and a file `.env`.
+    """The settings of a storage: from arguments, the environment (prefix `MESH_STORAGE_`) and a `.env` file.
 
-    An argument goes before the environment, which goes before `.env`. What the URL says goes before the separate
-    fields, which fill in what it leaves out. Without a URL and a host, the bundled PostgreSQL is used.
+    Arguments take precedence over the environment, which takes precedence over `.env`. The URL takes precedence over
+    the separate fields, which fill in what it omits. Without a URL and a host, the bundled PostgreSQL is used.
 
     Raises:
-        ConfigurationError: A setting is unknown or has a bad value; the message names the setting, never its value.
+        ConfigurationError: A setting is unknown or invalid; the message names the setting, never its value.
     """
 
     model_config = SettingsConfigDict(
@@ -69,12 +67,12 @@ class Settings(_Checked):
     )
 
     url: SecretStr | None = None
-    """`postgresql://`, `postgres://` or `postgresql+psycopg://` (several hosts, libpq's parameters), `embedded:`,
-    `embedded:PATH` or `memory:`."""
+    """`postgresql://`, `postgres://` or `postgresql+psycopg://` (with multiple hosts and libpq parameters),
+    `embedded:`, `embedded:PATH` or `memory:`."""
     host: str | None = None
-    """Host name, address or socket directory; several with commas."""
+    """Host name, address or socket directory; a comma-separated list for multiple hosts."""
     port: str | int | None = None
-    """Port; several with commas, as many as hosts."""
+    """Port number; a comma-separated list of one port per host."""
     user: str | None = None
     """The role to log in as."""
     password: SecretStr | None = None
@@ -82,26 +80,27 @@ class Settings(_Checked):
     database: str | None = None
     """The database to connect to."""
     sslmode: SslMode | None = None
-    """How TLS is used and checked (PostgreSQL manual, 34.19); the default of libpq is `prefer`."""
+    """TLS mode (PostgreSQL manual, 34.19); libpq's default is `prefer`."""
     application_name: str = "mesh_storage"
-    """How the connections show in `pg_stat_activity`."""
+    """The name of the connections in `pg_stat_activity`."""
     pool_size: Annotated[int, Field(ge=1, le=10_000)] = 10
-    """Connections at most; as many units of work may be open at once."""
+    """Maximum number of connections, and so of concurrent units of work."""
     pool_timeout: Seconds = 10.0
-    """Seconds to wait for a free connection of the pool."""
+    """Seconds to wait for a pooled connection."""
     connect_timeout: Seconds = 5.0
-    """Seconds to wait for a server to answer; libpq rounds up to whole seconds, at least 2."""
+    """Seconds to wait for a connection to a server; libpq rounds up to whole seconds, at least 2."""
     statement_timeout: Seconds = 30.0
-    """Seconds that one statement may take; 0 for no limit."""
+    """Maximum duration of a statement in seconds; 0 for no limit."""
     lock_timeout: Seconds = 10.0
-    """Seconds that a statement may wait for a lock; 0 for no limit."""
+    """Seconds a statement waits for a lock; 0 for no limit."""
     idle_in_transaction_timeout: Seconds = 60.0
-    """Seconds that a transaction may wait for its caller before the server ends it and frees its locks; 0 for none."""
+    """Seconds a session may be idle in a transaction before the server terminates it and releases its locks; 0 for no
+    limit."""
     transaction_pooling: bool = False
-    """Whether a pooler between here and the server gives each transaction another session, as PgBouncer does in
-    transaction mode; without effect on the bundled PostgreSQL, which has no pooler before it."""
+    """Whether a pooler assigns a session per transaction, as PgBouncer does in transaction mode; ignored with the
+    bundled PostgreSQL, which has no pooler."""
     slow_unit_of_work: Seconds = 1.0
-    """Seconds from which a unit of work is logged as slow; 0 to log none."""
+    """Threshold in seconds for logging slow units of work; 0 to disable."""
 
     @classmethod
     def settings_customise_sources(
@@ -112,10 +111,10 @@ class Settings(_Checked):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources in their order, once no variable in them is misspelt.
+        """Return the sources in order of precedence, after checking the names of the variables.
 
         Raises:
-            ConfigurationError: A variable has our prefix and names no setting.
+            ConfigurationError: A variable has our prefix but names no setting.
         """
         del settings_cls
         for source in (env_settings, dotenv_settings):
@@ -134,13 +133,13 @@ def _check_variables(variables: Iterable[str], known: set[str]) -> None:
     known = {name.upper() for name in known}
     unknown = sorted(name for name in ours - known if not name.startswith(_OF_TESTS))
     if unknown:
-        raise ConfigurationError(f"bad setting {_no_such(unknown, known, ENV_PREFIX)}")
+        raise ConfigurationError(f"invalid setting {_no_such(unknown, known, ENV_PREFIX)}")
 
 
 def _no_such(names: list[str], known: set[str], prefix: str = "") -> str:
     problems: list[str] = []
     for name in names:
         close = difflib.get_close_matches(name, known, n=1)
-        proposal = f"; did you mean {prefix}{close[0]}?" if close else ""
-        problems.append(f"{prefix}{name}: there is no such setting{proposal}")
+        proposal = f"; did you mean '{prefix}{close[0]}'?" if close else ""
+        problems.append(f"'{prefix}{name}': no such setting{proposal}")
     return "; ".join(problems)

@@ -1,4 +1,4 @@
-"""MeshStorage: where a service opens the storage and its units of work."""
+"""MeshStorage: opens the storage and its units of work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.unit_of_work import Scope, UnitOfWork
 
-if TYPE_CHECKING:  # Who makes no backup need not wait for what it takes.
+if TYPE_CHECKING:  # not imported at run time, so that only a backup pays for it
     from mesh_storage.backup import Report
     from mesh_storage.backup.manifest import Manifest
 
@@ -40,13 +40,13 @@ T = TypeVar("T")
 
 
 class MeshStorage:
-    """The storage of a mesh: a pool of connections to one database, and the units of work on it.
+    """A connection pool for one database, and the units of work that use it.
 
-    One object serves all threads of a process. It works on by itself after the server was away, and in a forked child.
+    Thread-safe: share one instance per process. It reconnects by itself after a server restart and in a forked child.
     """
 
     def __init__(self, settings: Settings, server: Server) -> None:
-        """Use `open` instead, which finds the server and checks its schema."""
+        """Use `open` instead, which locates the server and checks its schema."""
         self._settings = settings
         self._server = server
         self._pool = Pool(settings, server)
@@ -54,13 +54,13 @@ class MeshStorage:
 
     @classmethod
     def open(cls, url: str | None = None, *, settings: Settings | None = None) -> Self:
-        """Open the storage at a URL, by settings, or by the environment and `.env`.
+        """Open the storage at a URL, from settings, or from the environment and `.env`.
 
-        On `embedded:` and `memory:` the schema is deployed; on a server it must be there.
+        With `embedded:` and `memory:` the schema is deployed; on a server it must already exist.
 
         Raises:
-            ConfigurationError: A setting is missing or wrong; the message names it.
-            SchemaMismatchError: The schema is behind or ahead of this version of mesh_storage.
+            ConfigurationError: A setting is missing or invalid; the message names it.
+            SchemaMismatchError: The schema is older or newer than this version of mesh_storage requires.
             UnavailableError: The database cannot be reached.
         """
         settings = choose_settings(url, settings)
@@ -85,16 +85,16 @@ class MeshStorage:
         """Open a unit of work, which is rolled back at the end of the block unless `commit()` was called.
 
         Args:
-            read_only: Refuse writes with `InvalidInputError`; cheaper, since at READ COMMITTED it needs no transaction.
+            read_only: Reject writes with `InvalidInputError`; faster, since READ COMMITTED reads need no transaction.
             isolation: "repeatable read" or "serializable" (PostgreSQL manual, 13.2) instead of "read committed".
-            durability: "relaxed" lets a commit return before it is on disk: a crash of the server may lose the last
-                commits, at most three times `wal_writer_delay` (manual, 30.4), but never leaves half of one.
-            timeout: Seconds for the whole of it: the wait for a connection, locks and the commit included; a year at
-                most.
+            durability: "relaxed" commits asynchronously (manual, 30.4): a server crash may lose the transactions of the
+                last three times `wal_writer_delay`, but never part of one.
+            timeout: Seconds for the whole unit of work, including waits for a connection and locks and the commit; at
+                most a year.
 
         Raises:
-            UnavailableError: There is no connection within `pool_timeout` or `connect_timeout`.
-            StorageTimeoutError: The time is over.
+            UnavailableError: No connection became available within `pool_timeout` or `connect_timeout`.
+            StorageTimeoutError: The timeout expired.
             ClosedError: The storage was closed.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
@@ -108,7 +108,7 @@ class MeshStorage:
         durability: Durability = "strict",
         timeout: float | None = None,
     ) -> AbstractContextManager[UnitOfWork]:
-        """Open a unit of work that is committed at the end of the block, and rolled back when the block raises.
+        """Open a unit of work that is committed at the end of the block, or rolled back if the block raises.
 
         The arguments and errors are those of `unit_of_work`.
         """
@@ -126,23 +126,23 @@ class MeshStorage:
         durability: Durability = "strict",
         timeout: float | None = None,
     ) -> T:
-        """Call `work` with a unit of work, commit, and return its result; do it again after a retryable error.
+        """Call `work` with a unit of work, commit, and return its result; retry after a retryable error.
 
-        Each attempt has a fresh unit of work and its own `timeout`; the pauses between them grow, with jitter, from
-        20 ms to 2 s. With `within`, it goes on for so many seconds instead of so many `attempts`, over a failover of
-        the server say; no attempt outlasts that time. When the connection is lost during a commit, nobody can tell
-        whether it was made (`.committed` of the error is `unknown`), and `work` is done again: it should be safe to do
-        twice, as the repositories' `store`, `put` and `append` are. What is committed locally, while its synchronous
-        standby was not waited for, is not done again.
+        Each attempt gets a new unit of work with its own `timeout`; the delays between them grow, with jitter, from 20
+        ms to 2 s. With `within`, attempts continue for that many seconds instead of `attempts` times, for example
+        across a failover; no attempt outlasts that time. If the connection is lost during a commit, the outcome is
+        unknown (`.committed` of the error is `unknown`) and `work` is retried, so it should be idempotent, as the
+        repositories' `store`, `put` and `append` are. A transaction committed locally, without waiting for its
+        synchronous standby, is not retried.
 
         Raises:
-            InvalidInputError: `work` is a coroutine function, which is for `AsyncMeshStorage`.
-            MeshStorageError: What the last attempt raised, or one that is not retryable.
+            InvalidInputError: `work` is a coroutine function; use `AsyncMeshStorage`.
+            MeshStorageError: The error of the last attempt, or one that is not retryable.
         """
         retry = Retry(attempts, within, timeout)
         if inspect.iscoroutinefunction(work):
             raise InvalidInputError(
-                "work is a coroutine function: give a plain one, or use AsyncMeshStorage", field="work"
+                "work is a coroutine function: pass a plain function, or use AsyncMeshStorage", field="work"
             )
         while True:
             try:
@@ -159,7 +159,7 @@ class MeshStorage:
                 return result
 
     def health(self) -> Health:
-        """Check within 2 s that the database answers, takes writes and has the right schema; writes nothing.
+        """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.
 
         Raises:
             ClosedError: The storage was closed.
@@ -192,7 +192,7 @@ class MeshStorage:
         verify: bool = False,
         progress: Report | None = None,
     ) -> Manifest:
-        """Write a backup of all tables to a path, as they are at one moment; units of work go on meanwhile.
+        """Write a consistent backup of all tables to a path, without blocking units of work.
 
         The arguments and errors are those of `mesh_storage.backup.backup`.
 
@@ -212,7 +212,7 @@ class MeshStorage:
         jobs: int = 4,
         progress: Report | None = None,
     ) -> Manifest:
-        """Restore a backup into tables that are empty, or with `overwrite` in place of what they hold: all or nothing.
+        """Restore a backup in one transaction, into empty tables or, with `overwrite`, replacing their rows.
 
         The arguments and errors are those of `mesh_storage.backup.restore`.
 
@@ -225,7 +225,7 @@ class MeshStorage:
         return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=progress)
 
     def close(self) -> None:
-        """Close the connections: those in use when their unit of work ends, but a bundled server stops at once."""
+        """Close the connections, those in use when their unit of work ends; a bundled server stops immediately."""
         if self._pool.closed:
             return
         self._pool.close()
@@ -233,7 +233,7 @@ class MeshStorage:
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
 
     def __enter__(self) -> Self:
-        """Return the storage itself."""
+        """Return the storage."""
         return self
 
     def __exit__(
@@ -244,9 +244,9 @@ class MeshStorage:
 
 
 def choose_settings(url: str | None, settings: Settings | None) -> Settings:
-    """Take the settings given, those of a URL, or those of the environment."""
+    """Return the settings given, or those of a URL, or those of the environment."""
     if url is not None and settings is not None:
-        raise ConfigurationError("give a url or settings, not both")
+        raise ConfigurationError("pass either url or settings, not both")
     if settings is not None:
         return settings
     return Settings() if url is None else Settings(url=SecretStr(url))

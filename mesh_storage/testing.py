@@ -1,8 +1,8 @@
-"""What a service's own test suite uses: pytest fixtures for a fresh, real database a test, and factories of aggregates.
+"""Support for a service's own tests: pytest fixtures for a fresh, real database per test, and factories of aggregates.
 
-Put `pytest_plugins = ["mesh_storage.testing"]` into the top `conftest.py`. Then `mesh_storage` is an open storage and
-`mesh_storage_url` the URL of its database. The databases are copies of a template on a throw-away server in RAM, or on
-the server of `MESH_STORAGE_TEST_URL` (as a role that may create databases).
+Put `pytest_plugins = ["mesh_storage.testing"]` into the top-level `conftest.py`. Then `mesh_storage` is an open storage
+and `mesh_storage_url` the URL of its database. The databases are created from a template database on a temporary server
+in RAM, or on the server of `MESH_STORAGE_TEST_URL` (as a role with CREATEDB).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
 from mesh_storage.unit_of_work import UnitOfWork
 
-if TYPE_CHECKING:  # The asyncio side is an extra of its own.
+if TYPE_CHECKING:  # mesh_storage.aio needs an extra
     from typing_extensions import TypeIs
 
     from mesh_storage.aio import AsyncUnitOfWork
@@ -48,12 +48,12 @@ M = TypeVar("M")
 
 
 class Databases:
-    """Fresh databases on one server, each a copy of a template that has the schema."""
+    """Creates databases on one server, from a template database that has the schema."""
 
     def __init__(self, connect: dict[str, Any]) -> None:
         self._connect = {"client_encoding": "UTF8", **connect}
         self._admin = engine.connect(self._connect)
-        # No number of a process: those of several machines may share a server.
+        # Random rather than a process id, since several machines may share a server.
         self._prefix = f"mesh_storage_{secrets.token_hex(6)}"
         self._numbers = itertools.count(1)
         self._template = f"{self._prefix}_template"
@@ -62,7 +62,7 @@ class Databases:
 
     @contextmanager
     def fresh(self, *, with_schema: bool = True) -> Generator[str]:
-        """Make a database for a block and give its URL; it is dropped afterwards, whoever is still connected."""
+        """Create a database for a block and yield its URL; drop it afterwards, even with sessions connected."""
         name = f"{self._prefix}_{next(self._numbers)}"
         template = self._template if with_schema else "template0"
         self._execute("CREATE DATABASE {} TEMPLATE {}", name, template)
@@ -72,12 +72,12 @@ class Databases:
             self._execute("DROP DATABASE {} WITH (FORCE)", name)
 
     def close(self) -> None:
-        """Drop the template."""
+        """Drop the template database."""
         self._execute("DROP DATABASE {} WITH (FORCE)", self._template)
         self._admin.close()
 
     def _execute(self, statement: str, *names: str) -> None:
-        template: Any = statement  # psycopg asks for a literal, which all of ours are.
+        template: Any = statement  # psycopg's type is LiteralString, which all callers pass
         self._admin.execute(sql.SQL(template).format(*map(sql.Identifier, names)))
 
     def _url(self, name: str) -> str:
@@ -88,13 +88,13 @@ class Databases:
         for setting, nothing in {"application_name": "", "connect_timeout": "0", "options": ""}.items():
             if parameters.get(setting) == nothing:
                 del parameters[setting]
-        query = urlencode(parameters, quote_via=quote)  # libpq takes "+" for itself, not for a space.
+        query = urlencode(parameters, quote_via=quote)  # libpq does not decode "+" as a space
         return f"postgresql://{login}/{quote(name, '')}?{query}"
 
 
 @contextmanager
 def databases() -> Generator[Databases]:
-    """Yield what makes fresh databases: on a server of its own, or on the one of `MESH_STORAGE_TEST_URL`."""
+    """Yield the factory of databases, on a temporary server or the one of `MESH_STORAGE_TEST_URL`."""
     with _server() as connect:
         made = Databases(connect)
         try:
@@ -122,33 +122,33 @@ def _server() -> Generator[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def mesh_storage_databases() -> Iterator[Databases]:
-    """What makes fresh databases, for a whole test run."""
+    """Yield the factory of databases, for the whole test session."""
     with databases() as made:
         yield made
 
 
 @pytest.fixture
 def mesh_storage_url(mesh_storage_databases: Databases) -> Iterator[str]:
-    """Yield the URL of a fresh database that has the schema."""
+    """Yield the URL of a new database that has the schema."""
     with mesh_storage_databases.fresh() as url:
         yield url
 
 
 @pytest.fixture
 def mesh_storage(mesh_storage_url: str) -> Iterator[MeshStorage]:
-    """Yield a storage that is open on a fresh database."""
+    """Yield a storage opened on a new database."""
     with MeshStorage.open(mesh_storage_url) as storage:
         yield storage
 
 
 Steps: TypeAlias = Generator[Any, Any, Any]
-"""Calls of repositories, of either side: each is yielded, and what it returns comes back."""
+"""Repository calls, sync or asyncio: each is yielded, and its result is sent back."""
 
 
 class AggregateFactory(factory.Factory[M]):
-    """Makes aggregates: `build()` in memory, `create(uow=uow)` stored through the unit of work.
+    """Builds aggregates: `build()` in memory, `create(uow=uow)` stored through the unit of work.
 
-    With a unit of work of the asyncio side, `create` and `create_batch` are to be awaited.
+    With an `AsyncUnitOfWork`, await `create` and `create_batch`.
     """
 
     @overload
@@ -159,7 +159,7 @@ class AggregateFactory(factory.Factory[M]):
     def create(cls, *, uow: AsyncUnitOfWork, **attributes: Any) -> Coroutine[Any, Any, M]: ...
     @classmethod
     def create(cls, *, uow: UnitOfWork | AsyncUnitOfWork, **attributes: Any) -> M | Coroutine[Any, Any, M]:
-        """Make one and store it."""
+        """Build an aggregate and store it."""
         made: M | Coroutine[Any, Any, M] = super().create(uow=uow, **attributes)
         return made
 
@@ -173,7 +173,7 @@ class AggregateFactory(factory.Factory[M]):
     def create_batch(
         cls, size: int, *, uow: UnitOfWork | AsyncUnitOfWork, **attributes: Any
     ) -> list[M] | Coroutine[Any, Any, list[M]]:
-        """Make many and store them."""
+        """Build aggregates and store them."""
         if _is_async(uow):
             return cls._create_in_turn(size, uow, attributes)
         return [cls.create(uow=uow, **attributes) for _ in range(size)]
@@ -197,7 +197,7 @@ class AggregateFactory(factory.Factory[M]):
 
     @classmethod
     def store(cls, uow: Any, entity: M) -> Steps:
-        """Store an aggregate by the repository of its kind."""
+        """Store an aggregate through its repository."""
         raise NotImplementedError
 
 
@@ -224,9 +224,9 @@ async def _take_async(steps: Steps) -> Any:
 
 
 class MeshFactory(AggregateFactory[Mesh]):
-    """Makes meshes."""
+    """Builds meshes."""
 
-    class Meta:  # factory_boy reads its options from here
+    class Meta:  # factory_boy's options
         model = Mesh
 
     name = factory.Sequence(lambda n: f"mesh-{n}")
@@ -240,9 +240,9 @@ class MeshFactory(AggregateFactory[Mesh]):
 
 
 class NodeFactory(AggregateFactory[Node]):
-    """Makes nodes."""
+    """Builds nodes."""
 
-    class Meta:  # factory_boy reads its options from here
+    class Meta:  # factory_boy's options
         model = Node
 
     name = factory.Sequence(lambda n: f"node-{n}")
@@ -256,9 +256,9 @@ class NodeFactory(AggregateFactory[Node]):
 
 
 class RouteFactory(AggregateFactory[Route]):
-    """Makes routes; `create` makes the nodes at its ends too where none are given."""
+    """Builds routes; `create` also creates the nodes at both ends unless they exist."""
 
-    class Meta:  # factory_boy reads its options from here
+    class Meta:  # factory_boy's options
         model = Route
 
     source_node_id = factory.LazyFunction(lambda: new_id("node"))
@@ -270,7 +270,7 @@ class RouteFactory(AggregateFactory[Route]):
 
     @classmethod
     def store(cls, uow: Any, entity: Route) -> Steps:
-        """Add the route, and its nodes where they are not there."""
+        """Add the route, and its nodes if they do not exist."""
         for node_id in (entity.source_node_id, entity.target_node_id):
             if (yield uow.nodes.find(node_id)) is None:
                 yield uow.nodes.add(NodeFactory.build(id=node_id))
@@ -278,9 +278,9 @@ class RouteFactory(AggregateFactory[Route]):
 
 
 class MessageFactory(AggregateFactory[Message]):
-    """Makes messages."""
+    """Builds messages."""
 
-    class Meta:  # factory_boy reads its options from here
+    class Meta:  # factory_boy's options
         model = Message
 
     id = factory.LazyFunction(lambda: new_id("msg"))
@@ -296,9 +296,9 @@ class MessageFactory(AggregateFactory[Message]):
 
 
 class StateEntryFactory(AggregateFactory[StateEntry]):
-    """Makes entries of the shared state."""
+    """Builds entries of the shared state."""
 
-    class Meta:  # factory_boy reads its options from here
+    class Meta:  # factory_boy's options
         model = StateEntry
 
     key = factory.Sequence(lambda n: f"key-{n}")
@@ -311,9 +311,9 @@ class StateEntryFactory(AggregateFactory[StateEntry]):
 
 
 class NodeStateFactory(AggregateFactory[NodeState]):
-    """Makes states of nodes."""
+    """Builds node states."""
 
-    class Meta:  # factory_boy reads its options from here
+    class Meta:  # factory_boy's options
         model = NodeState
 
     node_id = factory.LazyFunction(lambda: new_id("node"))
@@ -326,9 +326,9 @@ class NodeStateFactory(AggregateFactory[NodeState]):
 
 
 class LogEntryFactory(AggregateFactory[LogEntry]):
-    """Makes entries of the consensus log, from index 1 on; `create` appends behind the last one."""
+    """Builds entries of the consensus log with indexes from 1; `create` appends after the last entry."""
 
-    class Meta:  # factory_boy reads its options from here
+    class Meta:  # factory_boy's options
         model = LogEntry
 
     term = 1
@@ -337,15 +337,15 @@ class LogEntryFactory(AggregateFactory[LogEntry]):
 
     @classmethod
     def store(cls, uow: Any, entity: LogEntry) -> Steps:
-        """Append the entry behind the last one, whatever its index was."""
+        """Append the entry after the last one, whatever its own index."""
         last_index = yield uow.consensus_log.last_index()
         return (yield uow.consensus_log.append(entity.term, last_index + 1, entity.entry))
 
 
 class RoutingEntryFactory(AggregateFactory[RoutingEntry]):
-    """Makes entries of the routing table."""
+    """Builds entries of the routing table."""
 
-    class Meta:  # factory_boy reads its options from here
+    class Meta:  # factory_boy's options
         model = RoutingEntry
 
     destination = factory.Sequence(lambda n: f"destination-{n}")
@@ -358,9 +358,9 @@ class RoutingEntryFactory(AggregateFactory[RoutingEntry]):
 
 
 class ConfigEntryFactory(AggregateFactory[ConfigEntry]):
-    """Makes entries of the runtime configuration."""
+    """Builds entries of the runtime configuration."""
 
-    class Meta:  # factory_boy reads its options from here
+    class Meta:  # factory_boy's options
         model = ConfigEntry
 
     key = factory.Sequence(lambda n: f"setting.{n}")

@@ -114,7 +114,7 @@ def test_health(call: Call) -> None:
 def test_health_of_a_database_that_takes_no_writes(url: str, call: Call) -> None:
     status, out, _ = call("health", "--url", f"{url}&options=-cdefault_transaction_read_only%3Don")
     assert status == Exit.UNHEALTHY == 3
-    assert "takes no writes" in out
+    assert "does not accept writes" in out
 
 
 def test_health_of_a_database_that_is_not_there(call: Call) -> None:

@@ -47,8 +47,8 @@ def test_a_server_that_is_away_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("revision", "words"),
     [
-        ("0001", "behind.*mesh-storage upgrade"),
-        ("9999", "ahead.*newer"),
+        ("0001", "out of date.*mesh-storage upgrade"),
+        ("9999", "too new.*newer"),
         (None, "no mesh_storage schema.*mesh-storage upgrade"),
     ],
 )

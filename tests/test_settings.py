@@ -131,7 +131,7 @@ def test_a_port_that_is_none_is_refused_by_name(port: object) -> None:
     ],
 )
 def test_a_url_with_a_bad_part_is_refused_before_anybody_connects(rest: str) -> None:
-    assert refused(url=f"postgresql://{rest}").startswith("bad setting")
+    assert refused(url=f"postgresql://{rest}").startswith("invalid setting")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ LEAKS: dict[str, dict[str, Any]] = {
     "password": {"host": "127.0.0.1", "port": 1, "password": CANARY},
     "password of another type": {"host": "127.0.0.1", "password": {"x": CANARY}},
     "url of another type": {"url": [CANARY]},
-    "beside a bad setting": {"url": f"postgresql://me:{CANARY}@h/mesh", "pool_size": 0},
+    "beside an invalid setting": {"url": f"postgresql://me:{CANARY}@h/mesh", "pool_size": 0},
     "as an unknown setting's value": {"secret": CANARY},
     "sslpassword": {"url": f"postgresql://127.0.0.1:1/mesh?sslpassword={CANARY}"},
 }
@@ -605,7 +605,7 @@ def test_a_file_that_cannot_be_read_is_named(url: str | None) -> None:
         text=True,
         check=False,
     )
-    assert done.stdout.startswith("bad setting .env: it cannot be read"), done.stderr
+    assert done.stdout.startswith("invalid setting '.env': cannot read the file"), done.stderr
 
 
 @pytest.mark.parametrize("source", ["environment", ".env"])
@@ -636,7 +636,7 @@ def test_variables_of_tests_and_of_others_are_none_of_the_settings(monkeypatch: 
 
 
 def test_a_misspelt_argument_is_named_with_the_right_one() -> None:
-    with pytest.raises(ConfigurationError, match=r"pool_sise: there is no such setting; did you mean pool_size\?"):
+    with pytest.raises(ConfigurationError, match=r"'pool_sise': no such setting; did you mean 'pool_size'\?"):
         Settings(pool_sise=1)
 
 

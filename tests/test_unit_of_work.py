@@ -139,7 +139,7 @@ def test_who_is_refused_in_a_savepoint_may_go_on(storage: MeshStorage) -> None:
 def test_one_unit_of_work_cannot_be_entered_twice_at_once(mesh_storage_url: str) -> None:
     with opened(mesh_storage_url, pool_size=2, pool_timeout=0.2) as storage:
         scope = storage.begin()
-        with pytest.raises(MeshStorageError, match="open already"), scope as one:
+        with pytest.raises(MeshStorageError, match="already open"), scope as one:
             one.state.put("a", b"")
             with scope as two:
                 two.state.put("b", b"")

@@ -1,4 +1,4 @@
-"""The same library for asyncio services: the names, parameters, results and errors of the sync side."""
+"""The same library for asyncio services, with the names, parameters, results and errors of the sync API."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""AsyncMeshStorage: where an asyncio service opens the storage and its units of work."""
+"""AsyncMeshStorage: opens the storage and its units of work for asyncio."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.storage import choose_settings
 
-if TYPE_CHECKING:  # Who makes no backup need not wait for what it takes.
+if TYPE_CHECKING:  # not imported at run time, so that only a backup pays for it
     from mesh_storage.backup import Report
     from mesh_storage.backup.manifest import Manifest
 
@@ -44,30 +44,30 @@ T = TypeVar("T")
 
 
 class Opening:
-    """A storage that is about to be opened: `await` it, or enter it with `async with`."""
+    """A storage to be opened: `await` it, or enter it with `async with`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._storage: AsyncMeshStorage | None = None
 
     def __await__(self) -> Generator[object, None, AsyncMeshStorage]:
-        """Open the storage; it is the caller's to close."""
+        """Open the storage; the caller closes it."""
         return self._open().__await__()
 
     async def __aenter__(self) -> AsyncMeshStorage:
-        """Open the storage for a block."""
+        """Open the storage for the block."""
         self._storage = await self._open()
         return self._storage
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close it."""
+        """Close the storage."""
         if self._storage is not None:
             await self._storage.close()
 
     async def _open(self) -> AsyncMeshStorage:
-        # To start a server and deploy a schema takes long and blocks, so a thread does it.
+        # In a thread, since starting a server and deploying a schema block for long.
         preparation = _Preparation(self._settings)
         try:
             server = await asyncio.to_thread(preparation.run)
@@ -83,14 +83,14 @@ class Opening:
 
 
 class AsyncMeshStorage:
-    """The storage of a mesh: a pool of connections to one database, and the units of work on it.
+    """A connection pool for one database, and the units of work that use it.
 
-    One object serves all tasks of one event loop. It works on by itself after the server was away, and in the event
+    Share one instance among the tasks of an event loop. It reconnects by itself after a server restart and in the event
     loop of a forked child.
     """
 
     def __init__(self, settings: Settings, server: Server) -> None:
-        """Use `open` instead, which finds the server and checks its schema."""
+        """Use `open` instead, which locates the server and checks its schema."""
         self._settings = settings
         self._server = server
         self._pool = AsyncPool(settings, server)
@@ -98,13 +98,13 @@ class AsyncMeshStorage:
 
     @classmethod
     def open(cls, url: str | None = None, *, settings: Settings | None = None) -> Opening:
-        """Open the storage at a URL, by settings, or by the environment and `.env`; await or `async with` the result.
+        """Open the storage at a URL, from settings, or from the environment and `.env`; use `await` or `async with`.
 
-        On `embedded:` and `memory:` the schema is deployed; on a server it must be there.
+        With `embedded:` and `memory:` the schema is deployed; on a server it must already exist.
 
         Raises:
-            ConfigurationError: A setting is missing or wrong; the message names it.
-            SchemaMismatchError: The schema is behind or ahead of this version of mesh_storage.
+            ConfigurationError: A setting is missing or invalid; the message names it.
+            SchemaMismatchError: The schema is older or newer than this version of mesh_storage requires.
             UnavailableError: The database cannot be reached.
         """
         return Opening(choose_settings(url, settings))
@@ -132,7 +132,7 @@ class AsyncMeshStorage:
         durability: Durability = "strict",
         timeout: float | None = None,
     ) -> AbstractAsyncContextManager[AsyncUnitOfWork]:
-        """Open a unit of work that is committed at the end of the block, and rolled back when the block raises.
+        """Open a unit of work that is committed at the end of the block, or rolled back if the block raises.
 
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
@@ -150,9 +150,9 @@ class AsyncMeshStorage:
         durability: Durability = "strict",
         timeout: float | None = None,
     ) -> T:
-        """Call `work` with a unit of work, commit, and return its result; do it again after a retryable error.
+        """Call `work` with a unit of work, commit, and return its result; retry after a retryable error.
 
-        The arguments, pauses and errors are those of `MeshStorage.run`.
+        The arguments, delays and errors are those of `MeshStorage.run`.
         """
         retry = Retry(attempts, within, timeout)
         while True:
@@ -173,7 +173,7 @@ class AsyncMeshStorage:
                 return result
 
     async def health(self) -> Health:
-        """Check within 2 s that the database answers, takes writes and has the right schema; writes nothing.
+        """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.
 
         Raises:
             ClosedError: The storage was closed.
@@ -207,10 +207,10 @@ class AsyncMeshStorage:
         verify: bool = False,
         progress: Report | None = None,
     ) -> Manifest:
-        """Write a backup of all tables to a path, as they are at one moment; units of work go on meanwhile.
+        """Write a consistent backup of all tables to a path, without blocking units of work.
 
-        A thread does it, and calls `progress` in the event loop. When the task is cancelled, it ends soon and leaves
-        nothing behind. The arguments and errors are those of `MeshStorage.backup`.
+        It runs in a thread and calls `progress` in the event loop. If the task is cancelled, the backup stops soon and
+        removes its files. The arguments and errors are those of `MeshStorage.backup`.
         """
         check_open(closed=self._pool.closed)
         from mesh_storage import backup
@@ -228,10 +228,11 @@ class AsyncMeshStorage:
         jobs: int = 4,
         progress: Report | None = None,
     ) -> Manifest:
-        """Restore a backup into tables that are empty, or with `overwrite` in place of what they hold: all or nothing.
+        """Restore a backup in one transaction, into empty tables or, with `overwrite`, replacing their rows.
 
-        A thread does it, and calls `progress` in the event loop. When the task is cancelled, it ends soon, and the
-        database is as before or has it all. The arguments and errors are those of `MeshStorage.restore`.
+        It runs in a thread and calls `progress` in the event loop. If the task is cancelled, the restore stops soon,
+        with the database either unchanged or fully restored. The arguments and errors are those of
+        `MeshStorage.restore`.
         """
         check_open(closed=self._pool.closed)
         from mesh_storage import backup
@@ -242,12 +243,12 @@ class AsyncMeshStorage:
         return await in_thread(work, progress)
 
     async def close(self) -> None:
-        """Close the connections: those in use when their unit of work ends, but a bundled server stops at once."""
+        """Close the connections, those in use when their unit of work ends; a bundled server stops immediately."""
         if not self._pool.closed:
             await asyncio.shield(in_background(self._close()))
 
     async def __aenter__(self) -> Self:
-        """Return the storage itself."""
+        """Return the storage."""
         return self
 
     async def __aexit__(
@@ -263,7 +264,7 @@ class AsyncMeshStorage:
 
 
 class _Preparation:
-    """The blocking part of an opening: a server that is ready, or is closed when nobody waits for it any more."""
+    """The blocking part of opening a storage: a server that is ready, or closed if the opening was cancelled."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -272,7 +273,7 @@ class _Preparation:
         self._server: Server | None = None
 
     def run(self) -> Server:
-        """Find or start the server, and see to its schema."""
+        """Locate or start the server, and check or deploy its schema."""
         server = open_server(self._settings)
         try:
             schema.ensure(server)

@@ -1,4 +1,4 @@
-"""The unit of work: all repositories in one transaction, and the block in which it lives."""
+"""The unit of work: all repositories in one transaction, and its context manager."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, AsyncTransaction
-from sqlalchemy.util import ro_memoized_property  # that of functools takes a lock up to Python 3.11
+from sqlalchemy.util import ro_memoized_property  # functools.cached_property takes a lock up to Python 3.11
 
 from mesh_storage.aio.postgres.concurrency import open_async_session, uninterrupted
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
@@ -31,10 +31,11 @@ from mesh_storage.postgres.retry import log_if_slow
 
 
 class AsyncUnitOfWork:
-    """The repositories over one transaction, which is rolled back unless `commit()` was called.
+    """All repositories in one transaction, which is rolled back unless `commit()` is called.
 
-    It belongs to one thread or task. After `commit()` or `rollback()` it goes on with a new transaction. Aggregates
-    that were read stay readable when it ends; to change one of the infrastructure, change it and `update()` it.
+    Not safe for concurrent use: it belongs to one thread or task. After `commit()` or `rollback()`, a new transaction
+    begins. Loaded aggregates stay readable after it ends; to change an infrastructure aggregate, modify it and call
+    `update()`.
     """
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
@@ -42,87 +43,89 @@ class AsyncUnitOfWork:
 
     @ro_memoized_property
     def meshes(self) -> AsyncMeshRepository:
-        """The meshes."""
+        """The repository of meshes."""
         return AsyncMeshRepository(self._connection)
 
     @ro_memoized_property
     def nodes(self) -> AsyncNodeRepository:
-        """The nodes."""
+        """The repository of nodes."""
         return AsyncNodeRepository(self._connection)
 
     @ro_memoized_property
     def routes(self) -> AsyncRouteRepository:
-        """The configured routes between nodes."""
+        """The repository of configured routes between nodes."""
         return AsyncRouteRepository(self._connection)
 
     @ro_memoized_property
     def messages(self) -> AsyncMessageRepository:
-        """The messages."""
+        """The repository of messages."""
         return AsyncMessageRepository(self._connection)
 
     @ro_memoized_property
     def state(self) -> AsyncStateRepository:
-        """The shared state."""
+        """The repository of the shared state."""
         return AsyncStateRepository(self._connection)
 
     @ro_memoized_property
     def node_states(self) -> AsyncNodeStateRepository:
-        """The runtime states of the nodes."""
+        """The repository of the runtime states of nodes."""
         return AsyncNodeStateRepository(self._connection)
 
     @ro_memoized_property
     def consensus_log(self) -> AsyncConsensusLogRepository:
-        """The consensus log."""
+        """The repository of the consensus log."""
         return AsyncConsensusLogRepository(self._connection)
 
     @ro_memoized_property
     def routing_table(self) -> AsyncRoutingTableRepository:
-        """The routing table."""
+        """The repository of the routing table."""
         return AsyncRoutingTableRepository(self._connection)
 
     @ro_memoized_property
     def runtime_config(self) -> AsyncRuntimeConfigRepository:
-        """The runtime configuration."""
+        """The repository of the runtime configuration."""
         return AsyncRuntimeConfigRepository(self._connection)
 
     @property
     def session(self) -> AsyncSession:
-        """The SQLAlchemy session of this transaction, for what the repositories do not offer.
+        """The SQLAlchemy session of this transaction, for anything the repositories do not cover.
 
         `commit()` of the unit of work flushes it; its own `commit()` only flushes, and its `rollback()` rolls back
-        everything. Inside of the block its errors are SQLAlchemy's; one that leaves the block is translated. What it
-        sets beyond the transaction (SET, advisory locks, temporary tables, LISTEN) is gone when the unit of work ends.
+        everything. Within the block it raises SQLAlchemy's errors; one that leaves the block is translated.
+        Session-level state of the server (SET, advisory locks, temporary tables, LISTEN) is discarded at the end of the
+        unit of work.
         """
-        self._connection.exposed = True
+        self._connection.joined.exposed = True
         return self._session
 
     async def commit(self) -> None:
-        """Make everything since the last commit permanent, all of it or nothing.
+        """Commit everything since the last commit atomically.
 
         Raises:
-            MeshStorageError: A call failed before and its error was caught; everything was rolled back.
-            UnavailableError: The connection was lost; if that was during the commit, it may have been made or not
+            MeshStorageError: An earlier call failed and its error was caught; everything was rolled back.
+            UnavailableError: The connection was lost; if that was during the commit, its outcome is unknown
                 (`.committed` is `unknown`).
-            StorageTimeoutError: The time is over; if `.committed` is `locally`, the synchronous standby may lack it.
+            StorageTimeoutError: The timeout expired; if `.committed` is `locally`, the synchronous standby may lack the
+                transaction.
         """
-        self._connection.check_whole()
+        self._connection.savepoints.check_none_open()
         if "_session" in vars(self) and not self._connection.has_failed:
             await self._flush()
             while (nested := self._session.get_nested_transaction()) is not None and nested.is_active:
-                await nested.commit()  # One that the caller left open; what was written in it counts for the whole.
+                await nested.commit()  # a savepoint of the caller's session that was left open
         await self._connection.commit()
 
     async def rollback(self) -> None:
-        """Undo everything since the last commit."""
-        self._connection.check_whole()
+        """Roll back everything since the last commit."""
+        self._connection.savepoints.check_none_open()
         await uninterrupted(self._connection.owner, self._connection.rollback)
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[None, None]:
-        """Undo only what the block did if it raises, so that the unit of work can go on after the error is caught."""
-        self._connection.check_writable()
-        # SQLAlchemy restores the objects as they were here, also those of a session that is first used in the block; it
-        # joins the transaction before, or it would join the savepoint and end with that.
+        """Roll back only the changes of the block if it raises, so that the unit of work can continue."""
+        self._connection.characteristics.check_writable()
+        # SQLAlchemy restores the objects to their state at this point, even if the session is first used in the block.
+        # The session must join the transaction first, else it would join the savepoint and end with it.
         await self._flush()
         await self._session.connection()
         savepoint = await self._connection.begin_nested()
@@ -137,7 +140,7 @@ class AsyncUnitOfWork:
             await self._flush()
             await nested.__aexit__(None, None, None)
         except BaseException as error:
-            self._connection.writes.undo()  # Before SQLAlchemy forgets the values of what was changed.
+            self._connection.writes.undo()  # before SQLAlchemy expires the changed attributes
             await uninterrupted(self._connection.owner, self._undo, savepoint, nested, error)
             raise
         await self._connection.release(savepoint)
@@ -155,7 +158,7 @@ class AsyncUnitOfWork:
             raise await self._connection.failed(error) from error
 
     async def _undo(self, savepoint: AsyncTransaction, nested: AsyncSessionTransaction, error: BaseException) -> None:
-        if self._connection.owner.inherited:  # To leave it in a forked child would end it for the parent.
+        if self._connection.owner.inherited:  # ending it in a forked child would end it for the parent
             return
         try:
             await nested.__aexit__(type(error), error, error.__traceback__)
@@ -164,12 +167,12 @@ class AsyncUnitOfWork:
 
 
 class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
-    """The block of one unit of work; a class, since generators as context managers cost several times as much."""
+    """The context manager of a unit of work; a class, since generator-based ones cost several times as much."""
 
     def __init__(
         self, storage: object, pool: AsyncPool, characteristics: Characteristics, slow: float, *, commits: bool
     ) -> None:
-        self._storage = storage  # When nobody holds it any more, its bundled server stops.
+        self._storage = storage  # keeps the bundled server running
         self._pool = pool
         self._characteristics = characteristics
         self._slow = slow
@@ -179,7 +182,7 @@ class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
     async def __aenter__(self) -> AsyncUnitOfWork:
         if self._open:
             raise MeshStorageError(
-                "this unit of work is open already; call begin() or unit_of_work() again for another one"
+                "this unit of work is already open; call begin() or unit_of_work() again for another one"
             )
         self._open = True
         self._begun = time.monotonic()
@@ -197,7 +200,7 @@ class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
         try:
             if kind is None and self._commits:
                 await self._uow.commit()
-            elif isinstance(error, DRIVER_ERRORS):  # Of the session; outside of the block it is one of ours.
+            elif isinstance(error, DRIVER_ERRORS):  # raised by the session
                 raise await self._connection.failed(error) from error
         finally:
             self._open = False

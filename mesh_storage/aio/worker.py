@@ -1,4 +1,4 @@
-"""Long work of the sync side in a thread, such as a backup: progress comes to the event loop, cancellation goes."""
+"""Runs blocking work, such as a backup, in a thread, with progress reports in the event loop and cancellation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ T = TypeVar("T")
 
 
 async def in_thread(work: Callable[[Report], T], progress: Report | None) -> T:
-    """Run work that reports its progress; what `progress` raises ends it.
+    """Run work that reports its progress; an exception raised by `progress` stops it.
 
-    When this task is cancelled, the work is ended at its next report, and waited for: nothing goes on unseen.
+    If this task is cancelled, the work is stopped at its next report and awaited, so that nothing keeps running
+    unnoticed.
     """
     loop = asyncio.get_running_loop()
     cancelled = threading.Event()
@@ -36,11 +37,11 @@ async def in_thread(work: Callable[[Report], T], progress: Report | None) -> T:
     except asyncio.CancelledError:
         cancelled.set()
         while not working.done():
-            # Cancelled again while it waits: the work is ending already.
+            # If cancelled again meanwhile, keep waiting: the work is stopping already.
             try:
                 await asyncio.wait([working])
             except asyncio.CancelledError:
                 continue
         if not working.cancelled():
-            working.exception()  # Seen here, for nobody else will.
+            working.exception()  # retrieved, so that asyncio does not log it
         raise

@@ -395,7 +395,7 @@ def _prove(source: Path, jobs: int, report: Report) -> Manifest:
     """
     manifest = Manifest.read(source)
     try:
-        with closing(open_server(Settings(url=SecretStr("memory:")), space=2 * manifest.size)) as server:
+        with closing(open_server(_throw_away(), space=2 * manifest.size)) as server:
             there = server if manifest.namespace == "public" else catalog.with_namespace(server, manifest.namespace)
             return restore(there, source, jobs=jobs, progress=report)
     except (ConfigurationError, SchemaMismatchError, StorageTimeoutError, UnavailableError) as error:
@@ -404,6 +404,17 @@ def _prove(source: Path, jobs: int, report: Report) -> Manifest:
             sqlstate=error.sqlstate,
             retryable=error.retryable,
         ) from error
+
+
+def _throw_away() -> Settings:
+    """Return settings without the limits of the environment, which are for the server of the service."""
+    return Settings(
+        url=SecretStr("memory:"),
+        connect_timeout=30,
+        statement_timeout=0,
+        lock_timeout=0,
+        idle_in_transaction_timeout=0,
+    )
 
 
 def _path(path: str | os.PathLike[str]) -> Path:

@@ -6,7 +6,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -79,8 +79,12 @@ def entries(program: Path, dump: Path, selection: Selection) -> list[str]:
         foreign_key = _FOREIGN_KEY.match(line)
         return not _ATTACHED.match(line) and not (foreign_key and foreign_key[1] in selection.without)
 
-    left_out = [line.split(" ", 3)[3].rsplit(" ", 1)[0] for line in lines if _ATTACHED.match(line)]
-    if left_out and selection.made != []:
+    def on_made_table(line: str) -> bool:
+        return selection.made is None or any(f" {table.rpartition('.')[2]} " in line for table in selection.made)
+
+    attached = [line for line in lines if _ATTACHED.match(line) and on_made_table(line)]
+    left_out = [line.split(" ", 3)[3].rsplit(" ", 1)[0] for line in attached]
+    if left_out:
         logger.warning(
             "left out, since other systems have put it onto the tables: %s",
             ", ".join(left_out),
@@ -202,7 +206,7 @@ class _Script:
             for row in rows:
                 _check_more(row)
             return
-        with surroundings():
+        with refill.fitting(table.decode()) if table in self._filled else nullcontext(), surroundings():
             self._pass_on(statement, rows)
         self._report("load", self._loaded, 0)
 

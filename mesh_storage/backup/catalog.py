@@ -12,7 +12,13 @@ import sqlalchemy
 import sqlalchemy.exc
 from psycopg import sql
 
-from mesh_storage.errors import ConflictError, InvalidInputError, SchemaMismatchError, translate
+from mesh_storage.errors import (
+    ConflictError,
+    InvalidInputError,
+    SchemaMismatchError,
+    connection_refused,
+    translate,
+)
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
 from mesh_storage.schema import tables
@@ -37,13 +43,21 @@ def transaction(server: Server) -> Generator[tuple[sqlalchemy.Connection, Connec
     """Begin a transaction for work that takes long, and commit it after the block; in it migrations can take part."""
     made = engine.create_engine(server.connect).execution_options(isolation_level="READ COMMITTED")
     try:
-        with made.begin() as session:
+        with _connected(made) as session, session.begin():
             connection: Connection | None = session.connection.driver_connection
             assert connection is not None, "it is connected"
             set_up(connection)
             yield session, connection
     except (psycopg.Error, sqlalchemy.exc.DBAPIError) as error:
         raise translate(error) from error
+
+
+def _connected(made: sqlalchemy.Engine) -> sqlalchemy.Connection:
+    try:
+        return made.connect()
+    except sqlalchemy.exc.DBAPIError as error:
+        refused, cause = connection_refused(error)
+    raise refused from cause
 
 
 def set_up(connection: Connection) -> None:

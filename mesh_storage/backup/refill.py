@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, LiteralString
 
 import psycopg
@@ -123,7 +123,7 @@ def bring_to(session: sqlalchemy.Connection, connection: Connection, location: L
         " set_config('statement_timeout', '0', true)",
         kept,
     )
-    return replace(catalog.locate(connection), namespace=location.namespace)
+    return catalog.locate(connection)
 
 
 @contextmanager
@@ -168,6 +168,12 @@ def filling(
                 connection.execute(key.restore.encode())
         except psycopg.errors.ForeignKeyViolation as error:
             refused[key.name] = error
+        except (psycopg.errors.UndefinedColumn, psycopg.errors.InvalidForeignKey) as error:
+            raise ConflictError(
+                f"{key.name} refers to what the revision of the backup has not, PostgreSQL says "
+                f"{error.diag.message_primary!r}; {_UNCHANGED}. Drop that and create it anew after the restore",
+                sqlstate=error.sqlstate,
+            ) from error
         report(number, len(indexes) + len(keys))
     if refused:
         first = next(iter(refused.values()))
@@ -200,6 +206,24 @@ def check_columns(connection: Connection, table: str, backed_up: Sequence[str]) 
             ", ".join(new),
             extra={"event": "restore", "columns": new},
         )
+
+
+@contextmanager
+def fitting(table: str) -> Generator[None]:
+    """Say by name that values of the backup do not go into the columns of a table that is there.
+
+    Raises:
+        ConflictError: In place of the server's error, whose words may have values in them.
+    """
+    try:
+        yield
+    except psycopg.DataError as error:
+        raise ConflictError(
+            f"the rows of the backup do not go into the columns of {table} as they are here (SQLSTATE "
+            f"{error.sqlstate}); {_UNCHANGED}. Give the columns the types and lengths that they had, or restore into "
+            "another database",
+            sqlstate=error.sqlstate,
+        ) from error
 
 
 def _does_not_fit(error: psycopg.Error) -> ConflictError:

@@ -1,4 +1,4 @@
-"""What all models share: the metadata with its naming convention, typed constructors, and the late state of ours."""
+"""The base classes of the models: metadata with a naming convention, typed constructors, deferred instance state."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sqlalchemy.orm import (
 )
 
 JSON: TypeAlias = Any
-"""A JSON value (RFC 8259): dict with str keys, list, str, int, float, bool or None, nested at will."""
+"""A JSON value (RFC 8259): dict with str keys, list, str, int, float, bool or None, nested to any depth."""
 
-# PostgreSQL's own default names, so that the tables of the earlier Go service have them already. All columns are
-# in the name, so that two constraints over different columns never collide.
+# PostgreSQL's default names, which the tables of the earlier Go service already have. All columns are in the name, so
+# that constraints over different columns never collide.
 NAMING_CONVENTION = {
     "pk": "%(table_name)s_pkey",
     "uq": "%(table_name)s_%(column_0_N_name)s_key",
@@ -34,22 +34,22 @@ _WRITTEN = "_written"
 
 
 class Writes:
-    """What a transaction, or a savepoint in one, writes of the aggregates that were made in code."""
+    """The objects written by a transaction or savepoint that were constructed in Python, not loaded."""
 
     def __init__(self, outer: Writes | None = None) -> None:
         self.stand = True
-        """Whether they were not rolled back."""
+        """Whether the writes were not rolled back."""
         self.states: list[ref[InstanceState[Any]]] = []
-        """Those that say that the row is there."""
+        """The instance states marked as persistent by these writes."""
         self.inner: list[Writes] = []
         if outer is not None:
             outer.inner.append(self)
 
     def __reduce__(self) -> str:
-        return "_NEVER"  # No other is in a pickle.
+        return "_NEVER"  # the only instance that is ever pickled
 
     def undo(self) -> None:
-        """Let them be new again, as a rollback makes them."""
+        """Make the objects transient again, as a rollback does."""
         self.stand = False
         for each in self.states:
             state = each()
@@ -65,21 +65,21 @@ _NEVER.stand = False
 
 
 class Base(DeclarativeBase):
-    """The base of every model: of ours, and of a service's own that refer to them."""
+    """The declarative base of all models: of this library, and of a service's own models that refer to them."""
 
     metadata = MetaData(naming_convention=NAMING_CONVENTION)
 
     def __repr__(self) -> str:
-        # Only the key: it is always loaded, and no value that a caller stored gets into a log by accident.
+        # The key only: it is always loaded, and no stored value ends up in a log by accident.
         names = _key_names(inspect(type(self)))
         return f"{type(self).__name__}({', '.join(f'{name}={self.__dict__.get(name)!r}' for name in names)})"
 
 
 class _LateState:
-    """SQLAlchemy's record of an aggregate's changes, made when a session or a change first asks for it.
+    """SQLAlchemy's instance state, created when a session or an attribute change first needs it.
 
-    It costs several times what the aggregate itself does, and keeps the garbage collector busy; most aggregates are
-    read or stored by a repository and never need one. A subclass of somebody else's has it at once, as ever.
+    It costs several times as much as the object itself and burdens the garbage collector; most aggregates are read or
+    stored by a repository and never need one. A subclass defined elsewhere gets its state eagerly, as usual.
     """
 
     def __get__(self, entity: Entity | None, owner: type[Entity]) -> InstanceState[Any]:
@@ -99,16 +99,16 @@ class _LateState:
 
 @dataclass_transform(eq_default=False, kw_only_default=True, field_specifiers=(mapped_column,))
 class Entity(Base):
-    """What the models of this library are: their constructors are typed, and their states late.
+    """The base of this library's models: with typed constructors and deferred instance state.
 
-    To a type checker, an attribute without a `default` must be given. A service's own models have `Base`, and with it
+    To a type checker, attributes without a `default` are required. A service's own models derive from `Base`, which has
     SQLAlchemy's constructor.
     """
 
     __abstract__ = True
-    # The times that the database sets come back with the INSERT or UPDATE: later there may be no way to load them.
-    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 - SQLAlchemy declares it so
-    # Beside `__dict__`, which is for the attributes alone.
+    # Fetch the times that the database sets by RETURNING; there may be no session to load them later.
+    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 - as SQLAlchemy declares it
+    # Kept outside `__dict__`, which holds only mapped attributes.
     __slots__ = (_WRITTEN,)
     if TYPE_CHECKING:
         _written: Writes | None
@@ -124,14 +124,14 @@ class Entity(Base):
                         break
                 else:
                     if len(late.init_listeners) == late.of_sqlalchemy:
-                        self._written = _NEVER  # What came out of the database has no such mark.
-                        entity: Any = self  # whose attributes pyright takes for those of its class
+                        self._written = _NEVER  # objects loaded from the database lack it
+                        entity: Any = self  # pyright takes its attributes for those of the class
                         entity.__dict__ = values
                         return
             except KeyError:
                 late.check_names(values)
             if "_sa_instance_state" not in self.__dict__:
-                late.construct(self, **values)  # It comes back here, with the state made.
+                late.construct(self, **values)  # calls this constructor again, with the state created
                 return
         self.registry.constructor(self, **values)
 
@@ -143,29 +143,29 @@ class Entity(Base):
         vars(copied).update(vars(self))
         setattr(copied, _WRITTEN, _NEVER if _is_new(self) else None)
         if (state := vars(self).get("_sa_instance_state")) is not None:
-            # SQLAlchemy's would go on to speak of the original.
+            # A copy of SQLAlchemy's state would still refer to the original.
             own = vars(copied)["_sa_instance_state"] = InstanceState(copied, state.manager)
             own.key, own.expired_attributes = state.key, set(state.expired_attributes)
         return copied
 
 
 class _Late:
-    """What the constructor of a class whose states are late goes by: whether anybody is to hear of a new instance."""
+    """What the constructor of a class with deferred state checks: whether any listener expects new instances."""
 
     def __init__(self, model: type[Entity]) -> None:
         manager = model.__mapper__.class_manager
         self._model = model
         self.listeners = {name: manager[name].dispatch for name in attribute_names(model)}
         self.nobody = self.listeners[attribute_names(model)[0]].set
-        """What SQLAlchemy has in the place of an attribute's listeners before there are any; after them it is empty."""
+        """SQLAlchemy's placeholder for an attribute's listeners before there are any; replaced, and then empty,
+        afterwards."""
         self.init_listeners = manager.dispatch.init.listeners
         self.of_sqlalchemy = len(self.init_listeners)
         self.construct = model.__init__
-        """The constructor as SQLAlchemy has instrumented it: it makes the state at once, and its listeners hear of it.
-        """
+        """The constructor as instrumented by SQLAlchemy, which creates the state and notifies its listeners."""
 
     def check_names(self, values: dict[str, Any]) -> None:
-        """Refuse what is not mapped; a service's backrefs are when the mappers are configured.
+        """Raise if an attribute is not mapped; a service's backrefs are mapped once the mappers are configured.
 
         Raises:
             TypeError: There is no such attribute.
@@ -179,9 +179,9 @@ _LATE: dict[type[Entity], _Late] = {}
 
 
 def make_late(model: type[Entity]) -> None:
-    """Leave SQLAlchemy's states of a model's instances for later; its mapper must be configured."""
+    """Defer the instance state of a model, whose mapper must be configured."""
     _LATE[model] = _Late(model)
-    delattr(model, "__init__")  # That of SQLAlchemy, which would make the state at once.
+    delattr(model, "__init__")  # SQLAlchemy's, which would create the state eagerly
 
 
 def _is_new(entity: Entity) -> bool:
@@ -190,7 +190,7 @@ def _is_new(entity: Entity) -> bool:
 
 
 def mark_written(entity: Entity, writes: Writes) -> None:
-    """Let a session that takes up an aggregate know that its row is there, unless that is rolled back."""
+    """Mark an aggregate as persistent for any session it is added to, unless these writes are rolled back."""
     if "_sa_instance_state" not in vars(entity):
         if _is_new(entity):
             setattr(entity, _WRITTEN, writes)
@@ -199,7 +199,7 @@ def mark_written(entity: Entity, writes: Writes) -> None:
     if state.key is None:
         writes.states.append(ref(state))
         session = state.session
-        if session is not None:  # It was to be added by its next flush.
+        if session is not None:  # pending, so the next flush would insert it again
             session.expunge(entity)
         make_transient_to_detached(entity)
         if session is not None:
@@ -207,7 +207,7 @@ def mark_written(entity: Entity, writes: Writes) -> None:
 
 
 def new_id(prefix: str) -> str:
-    """Make a prefixed ULID such as `node_01J9ZQ4E8G3Q1M1V7W2T5K6X8Y` (github.com/ulid/spec)."""
+    """Return a new prefixed ULID such as `node_01J9ZQ4E8G3Q1M1V7W2T5K6X8Y` (github.com/ulid/spec)."""
     from ulid import ULID
 
     return f"{prefix}_{ULID()}"
@@ -220,13 +220,13 @@ def table_of(model: type[Base]) -> Table[Any]:
 
 @cache
 def attribute_names(model: type[Base]) -> tuple[str, ...]:
-    """Return the names of the mapped attributes in the order of the table's columns."""
+    """Return the names of the mapped attributes in column order."""
     mapper = model.__mapper__
     return tuple(mapper.get_property_by_column(column).key for column in table_of(model).columns)
 
 
 def attribute_of(table: str, column: str) -> str | None:
-    """Return the attribute that a column is mapped to, such as `Node.name`, or None where it is to none."""
+    """Return the attribute that a column is mapped to, such as `Node.name`, or None if it is not mapped."""
     for mapper in Base.registry.mappers:
         model: type[Base] = mapper.class_
         columns = [each.name for each in table_of(model).columns]
@@ -237,11 +237,11 @@ def attribute_of(table: str, column: str) -> str | None:
 
 @cache
 def deferred_names(model: type[Base]) -> frozenset[str]:
-    """Return the names of the attributes that are in no aggregate unless a session is asked for them."""
+    """Return the names of the deferred attributes, which only a session loads, on request."""
     return frozenset(prop.key for prop in model.__mapper__.column_attrs if prop.deferred)
 
 
 @cache
 def _key_names(mapper: Mapper[Any]) -> tuple[str, ...]:
-    """Return the names of the attributes of the primary key, in its order."""
+    """Return the names of the primary key attributes, in order."""
     return tuple(mapper.get_property_by_column(column).key for column in mapper.primary_key)

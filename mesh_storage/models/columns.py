@@ -1,4 +1,4 @@
-"""The column types and constraints that several models use."""
+"""Column types and constraints shared by several models."""
 
 from datetime import datetime
 from typing import Annotated
@@ -12,15 +12,15 @@ from mesh_storage.models.base import JSON
 _NOW = text("CURRENT_TIMESTAMP")
 
 CreatedAt = Annotated[datetime | None, mapped_column(DateTime(timezone=True), server_default=_NOW)]
-"""When the row was first stored, by the database's clock; None until then."""
+"""When the row was inserted, by the database's clock; None before that."""
 UpdatedAt = Annotated[datetime | None, mapped_column(DateTime(timezone=True), server_default=_NOW, onupdate=func.now())]
-"""When the row was last stored, by the database's clock; None until then."""
+"""When the row was last updated, by the database's clock; None before it is stored."""
 ULID = {"ulid": True}
 """Marks a column of prefixed ULIDs."""
 NOT_EMPTY = {"not_empty": True}
-"""Marks a column whose texts must have at least one character; its table has the check `not_empty`."""
+"""Marks a column of non-empty strings; its table has the check constraint `not_empty`."""
 NOT_REFLECTED = {"not_reflected": True}
-"""Marks an index whose collation SQLAlchemy does not read back, so that `alembic check` cannot compare it."""
+"""Marks an index whose collation SQLAlchemy does not reflect, so that `alembic check` cannot compare it."""
 
 Key = Annotated[str, mapped_column(String(255), primary_key=True, info=NOT_EMPTY)]
 Id64 = Annotated[str, mapped_column(String(64), primary_key=True, info=NOT_EMPTY)]
@@ -29,20 +29,20 @@ Content = Annotated[bytes, mapped_column(LargeBinary)]
 JsonValue = Annotated[JSON, mapped_column(JSONB, nullable=False)]
 PENDING = "STATUS_PENDING"
 Status = Annotated[str | None, mapped_column(String(255), server_default=PENDING)]
-"""Its state: `STATUS_`, then capitals and underscores, as in `STATUS_CONNECTED`."""
+"""Status of the object: `STATUS_` followed by capital letters and underscores, such as `STATUS_CONNECTED`."""
 ULIDKey = Annotated[str, mapped_column(Text, primary_key=True, info=ULID)]
 
 
 def ulid(column: str) -> CheckConstraint:
-    """Make the check that a column holds a prefixed ULID, by the rule of the earlier Go service's domain."""
+    """Return a check constraint for prefixed ULIDs, equivalent to the earlier Go service's domain `ulid`."""
     return CheckConstraint(f"{column} ~ '^[a-z]{{2,10}}_[0-9A-HJKMNP-TV-Z]{{26}}$'", name=column)
 
 
 def status() -> CheckConstraint:
-    """Make the check that a status is written the way the mesh services write theirs."""
+    """Return a check constraint for the format of status values, as in the mesh services."""
     return CheckConstraint("status ~ '^STATUS_[A-Z_]+$'", name="status")
 
 
 def not_empty(column: str) -> CheckConstraint:
-    """Make the check that a column holds a text of at least one character."""
+    """Return a check constraint for non-empty strings."""
     return CheckConstraint(f"{column} <> ''", name=column)

@@ -1,4 +1,4 @@
-"""The infrastructure layer: what administrators configured and what rarely changes."""
+"""The models of the infrastructure layer: what administrators configure and what rarely changes."""
 
 from decimal import Decimal
 from functools import partial
@@ -23,7 +23,7 @@ from mesh_storage.models.runtime import NodeState
 
 
 class Mesh(Entity):
-    """A mesh network: its name, who may join it, and the keys it is known by."""
+    """A mesh network: its name, who may join it, and its keys."""
 
     __tablename__ = "mesh"
     __table_args__ = (
@@ -35,25 +35,25 @@ class Mesh(Entity):
     id: Mapped[ULIDKey] = mapped_column("mesh_id", default=partial(new_id, "mesh"))
     """A prefixed ULID, such as `mesh_01J9ZQ4E8G3Q1M1V7W2T5K6X8Y`."""
     name: Mapped[str] = mapped_column("mesh_name", String(255), unique=True, info=NOT_EMPTY)
-    """What administrators call it."""
+    """Name given by administrators."""
     description: Mapped[str | None] = mapped_column("mesh_description", Text, default="", server_default="")
-    """For people to read; nothing in the library looks at it."""
+    """Free text for people; the library does not use it."""
     allow_join: Mapped[bool | None] = mapped_column(default=False, server_default=text("false"))
     """Whether nodes may join; if so, `meshes.admits` checks the join key."""
     status: Mapped[Status] = mapped_column(default=PENDING)
     created: Mapped[CreatedAt] = mapped_column(default=None)
     updated: Mapped[UpdatedAt] = mapped_column(default=None)
     public_key: Mapped[str] = mapped_column("mesh_public_key", Text, default="", server_default="")
-    """The public key of the mesh, as the mesh services write it."""
+    """Public key of the mesh, in the format of the mesh services."""
     join_key_hash: Mapped[str | None] = mapped_column(
         "mesh_join_key_hash", Text, default=None, deferred=True, deferred_raiseload=True
     )
-    """The join key as `meshes.set_join_key` leaves it: a salted scrypt hash (RFC 7914), never the key. It is in what a
-    session loads with `undefer(Mesh.join_key_hash)`, and in no other mesh."""
+    """The salted scrypt hash (RFC 7914) of the join key, as `meshes.set_join_key` stores it. Deferred: loaded only by a
+    session with `undefer(Mesh.join_key_hash)`."""
 
 
 class Node(Entity):
-    """A node that may take part in the mesh: where it is and how it is reached."""
+    """A node that may take part in the mesh, and its address."""
 
     __tablename__ = "nodes"
     __table_args__ = (
@@ -69,9 +69,9 @@ class Node(Entity):
     id: Mapped[ULIDKey] = mapped_column("node_id", default=partial(new_id, "node"))
     """A prefixed ULID, such as `node_01J9ZQ4E8G3Q1M1V7W2T5K6X8Y`."""
     name: Mapped[str] = mapped_column("node_name", String(255), unique=True, info=NOT_EMPTY)
-    """What administrators call it."""
+    """Name given by administrators."""
     description: Mapped[str | None] = mapped_column("node_description", Text, default="", server_default="")
-    """For people to read; nothing in the library looks at it."""
+    """Free text for people; the library does not use it."""
     platform: Mapped[str | None] = mapped_column(
         "node_platform", String(255), default="linux-amd64", server_default="linux-amd64"
     )
@@ -79,9 +79,9 @@ class Node(Entity):
     version: Mapped[str | None] = mapped_column("node_version", String(255), default="1.0.0", server_default="1.0.0")
     """The version of the software on the node; any text."""
     region_id: Mapped[str | None] = mapped_column(Text, default=None, info=NOT_EMPTY)
-    """The id of a region, which another system keeps."""
+    """The id of a region, which is managed by another system."""
     public_key: Mapped[str | None] = mapped_column("node_public_key", Text, default="", server_default="")
-    """The public key of the node, as the mesh services write it."""
+    """Public key of the node, in the format of the mesh services."""
     ip_address: Mapped[str] = mapped_column(String(255), info=NOT_EMPTY)
     """Where the node is reached; any text, so a host name will do."""
     port: Mapped[int | None] = mapped_column(default=8443, server_default=text("8443"))
@@ -90,24 +90,23 @@ class Node(Entity):
     created: Mapped[CreatedAt] = mapped_column(default=None)
     updated: Mapped[UpdatedAt] = mapped_column(default=None)
 
-    # Nothing is loaded that was not asked for: an access without `selectinload()` or its like is an error. The rows
-    # behind a node that is deleted are the database's to delete.
+    # Relationships are loaded only by explicit options such as `selectinload()`; the database cascades deletes.
     routes_out: Mapped[list["Route"]] = relationship(
         foreign_keys="Route.source_node_id", back_populates="source", lazy="raise_on_sql", passive_deletes="all"
     )
-    """The routes that begin here."""
+    """The routes that start at this node."""
     routes_in: Mapped[list["Route"]] = relationship(
         foreign_keys="Route.target_node_id", back_populates="target", lazy="raise_on_sql", passive_deletes="all"
     )
-    """The routes that end here."""
+    """The routes that end at this node."""
     state: Mapped[NodeState | None] = relationship(
         primaryjoin=lambda: Node.id == foreign(NodeState.node_id), lazy="raise_on_sql", viewonly=True
     )
-    """What the node last said about itself; to read only, since nodes and their states come and go independently."""
+    """The state last reported by this node; read-only, since nodes and their states are stored independently."""
 
 
 class Route(Entity):
-    """A configured network path between two nodes, with what it costs."""
+    """A configured network path between two nodes, with its metrics."""
 
     __tablename__ = "routes"
     __table_args__ = (
@@ -136,18 +135,18 @@ class Route(Entity):
     )
     """Whether the route also leads back from the target to the source."""
     latency_ms: Mapped[Decimal | None] = mapped_column("route_latency", Numeric, default=0, server_default=text("0"))
-    """One-way latency, in milliseconds."""
+    """One-way latency in milliseconds."""
     bandwidth_mbps: Mapped[Decimal | None] = mapped_column(
         "route_bandwidth", Numeric, default=0, server_default=text("0")
     )
-    """Bandwidth, in megabits per second."""
+    """Bandwidth in Mbit/s."""
     cost: Mapped[int | None] = mapped_column("route_cost", default=100, server_default=text("100"))
-    """What routing tries to keep low; it has no unit."""
+    """Routing metric to minimize; no unit."""
     status: Mapped[Status] = mapped_column(default=PENDING)
     created: Mapped[CreatedAt] = mapped_column(default=None)
     updated: Mapped[UpdatedAt] = mapped_column(default=None)
 
     source: Mapped[Node] = relationship(foreign_keys=source_node_id, back_populates="routes_out", lazy="raise_on_sql")
-    """The node where it begins."""
+    """The node at which the route starts."""
     target: Mapped[Node] = relationship(foreign_keys=target_node_id, back_populates="routes_in", lazy="raise_on_sql")
-    """The node where it ends."""
+    """The node at which the route ends."""

@@ -1,4 +1,4 @@
-"""The runtime layer: what the mesh is doing now and what changes all the time."""
+"""The models of the runtime layer: the current, constantly changing state of the mesh."""
 
 from sqlalchemy import BigInteger, CheckConstraint, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
@@ -16,12 +16,12 @@ from mesh_storage.models.columns import (
     not_empty,
 )
 
-# A statement that stores every row anew does so in place, where the pages have room for as much again.
+# With half of each page free, updating every row in one statement still allows HOT updates.
 HALF_FULL = {"postgresql_with": {"fillfactor": 50}}
 
 
 class Message(Entity):
-    """A message on its way from one node to another."""
+    """A message from one node to another."""
 
     __tablename__ = "mesh_messages"
     __table_args__ = (
@@ -45,12 +45,12 @@ class Message(Entity):
     timestamp: Mapped[int] = mapped_column(
         BigInteger, default=None, server_default=text("EXTRACT(epoch FROM now())::bigint")
     )
-    """When it was sent, in Unix seconds; the database's clock at `store` if none is given."""
+    """Unix time in seconds; the database's clock at `store` if not given."""
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
 
 
 class StateEntry(Entity):
-    """A value that all nodes share, as bytes."""
+    """A value shared by all nodes, as bytes."""
 
     __tablename__ = "mesh_state"
     __table_args__ = (
@@ -67,7 +67,7 @@ class StateEntry(Entity):
 
 
 class NodeState(Entity):
-    """What one node last said about itself."""
+    """The state last reported by a node."""
 
     __tablename__ = "mesh_node_state"
     __table_args__ = (not_empty("node_id"), HALF_FULL)
@@ -100,7 +100,7 @@ class LogEntry(Entity):
 
 
 class RoutingEntry(Entity):
-    """The best way to reach a destination right now."""
+    """The current best route to a destination."""
 
     __tablename__ = "mesh_routing_table"
     __table_args__ = (not_empty("destination"), HALF_FULL)

@@ -1,1 +1,1 @@
-"""How a unit of work reaches the server: engine, pool, connection, statements, and what travels over them."""
+"""Connections to PostgreSQL: engine, pool, transactions, statements and type adaptation."""

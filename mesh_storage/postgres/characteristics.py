@@ -1,14 +1,13 @@
-"""What kind of transaction a unit of work runs in: the parameters of `begin()`, and what the server is told of them."""
+"""Transaction characteristics: the parameters of `begin()`, and their SQL."""
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Literal, NamedTuple
 
 from psycopg import IsolationLevel
 
-from mesh_storage.errors import InvalidInputError, StorageTimeoutError
+from mesh_storage.errors import InvalidInputError
 
 Isolation = Literal["read committed", "repeatable read", "serializable"]
 """The isolation levels (PostgreSQL manual, 13.2)."""
@@ -22,12 +21,10 @@ _LEVELS: dict[Isolation | None, IsolationLevel | None] = {
     "serializable": IsolationLevel.SERIALIZABLE,
 }
 _LONGEST_TIMEOUT_S = 365 * 86_400
-LONGEST_LIMIT_MS = 2**31 - 1
-"""About 24 days: PostgreSQL has its timeouts in 32 bits of milliseconds."""
 
 
 class Mode(NamedTuple):
-    """How psycopg begins the next transaction; in autocommit it begins none."""
+    """How psycopg begins the next transaction; in autocommit mode it begins none."""
 
     autocommit: bool = False
     isolation: Isolation | None = None
@@ -35,7 +32,7 @@ class Mode(NamedTuple):
 
     @property
     def level(self) -> IsolationLevel | None:
-        """The isolation level in psycopg's terms."""
+        """The isolation level as psycopg's enum."""
         return _LEVELS[self.isolation]
 
 
@@ -49,10 +46,10 @@ class Characteristics(NamedTuple):
     """Seconds for the whole unit of work."""
 
     def check(self) -> None:
-        """Refuse what PostgreSQL does not have.
+        """Validate the parameters.
 
         Raises:
-            InvalidInputError: Names the parameter.
+            InvalidInputError: A parameter is invalid; names it.
         """
         if self.isolation not in _LEVELS:
             raise InvalidInputError("isolation must be 'repeatable read' or 'serializable'", field="isolation")
@@ -63,35 +60,44 @@ class Characteristics(NamedTuple):
                 raise InvalidInputError(
                     f"timeout must be a number of seconds, not {type(self.timeout).__name__}", field="timeout"
                 )
-            if not 0 < self.timeout <= _LONGEST_TIMEOUT_S:  # NaN is not either.
+            if not 0 < self.timeout <= _LONGEST_TIMEOUT_S:  # also rejects NaN
                 raise InvalidInputError(
                     f"timeout must be more than 0 and at most {_LONGEST_TIMEOUT_S} seconds (a year)", field="timeout"
                 )
 
+    def check_writable(self) -> None:
+        """Raise if the unit of work is read-only.
+
+        Raises:
+            InvalidInputError: It is read-only.
+        """
+        if self.read_only:
+            raise InvalidInputError("this unit of work is read-only", field="read_only")
+
     def deadline(self) -> float | None:
-        """Return the moment of `time.monotonic()` at which the timeout expires, counted from now."""
+        """Return the `time.monotonic()` at which the timeout, counted from now, expires."""
         return None if self.timeout is None else time.monotonic() + self.timeout
 
     @property
     def has_snapshot(self) -> bool:
-        """Whether it sees the database as of its first statement (manual, 13.2.2), not as of each statement."""
+        """Whether all statements see the snapshot taken by the first one (PostgreSQL manual, 13.2.2)."""
         return self.isolation in ("repeatable read", "serializable")
 
     @property
     def needs_transaction(self) -> bool:
-        """Whether its statements need a transaction; reading at READ COMMITTED has a snapshot for each anyway."""
+        """Whether a transaction is needed; reads at READ COMMITTED take a new snapshot per statement anyway."""
         return not self.read_only or self.has_snapshot
 
     def mode(self, *, explicit: bool) -> Mode:
-        """Return how psycopg is to begin its transaction; not at all where it begins by an explicit BEGIN."""
+        """Return the mode in which psycopg begins the transaction; autocommit if it begins by an explicit BEGIN."""
         if explicit or not self.needs_transaction:
             return _AUTOCOMMIT
         return Mode(isolation=self.isolation, read_only=self.read_only or None)
 
     def begin(self, *parameters: str) -> bytes:
-        """Return the BEGIN of its transaction, followed by the statements that set `parameters` for it.
+        """Return the BEGIN of the transaction, followed by the statements that set `parameters` for it.
 
-        SET takes no snapshot, so the first statement after it still decides what the transaction sees.
+        SET takes no snapshot, so the first statement after it still determines what the transaction sees.
         """
         level = f" ISOLATION LEVEL {self.isolation}" if self.isolation else ""
         access = " READ ONLY" if self.read_only else ""
@@ -99,46 +105,3 @@ class Characteristics(NamedTuple):
 
 
 _AUTOCOMMIT = Mode(autocommit=True)
-
-
-class Deadline(NamedTuple):
-    """The moment of `time.monotonic()` by which a unit of work must be done."""
-
-    moment: float
-
-    def remaining(self) -> float:
-        """Return the seconds that are left, which may be negative."""
-        return self.moment - time.monotonic()
-
-    def check(self) -> None:
-        """Refuse to go on when the time is over.
-
-        Raises:
-            StorageTimeoutError: It is.
-        """
-        if self.remaining() <= 0:
-            raise StorageTimeoutError("the unit of work took longer than its timeout")
-
-    def limits(self, session: SessionLimits) -> list[str]:
-        """Return the statements by which the server ends the transaction of a caller who does not come back.
-
-        It does so somewhat later, so that a caller who comes back late learns from us that the time is over. What the
-        operator limits more narrowly stays as it is.
-        """
-        limit = min(math.ceil(self.remaining() * 1000) + _CALLER_GRACE_MS, LONGEST_LIMIT_MS)
-        return [
-            f"SET LOCAL {name} = {limit}"
-            for name, narrower in session._asdict().items()
-            if narrower is not None and not 0 < narrower <= limit
-        ]
-
-
-_CALLER_GRACE_MS = 1000
-
-
-class SessionLimits(NamedTuple):
-    """The server's limits for a whole transaction that a session has already, in milliseconds; 0 for no limit."""
-
-    idle_in_transaction_session_timeout: int
-    transaction_timeout: int | None
-    """None where the server does not know it, before PostgreSQL 17."""

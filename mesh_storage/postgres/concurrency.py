@@ -1,4 +1,4 @@
-"""What a blocking caller does at once; `mesh_storage/aio/postgres/concurrency.py` says how asyncio does it."""
+"""Direct calls on the sync side, in place of the functions of `mesh_storage/aio/postgres/concurrency.py`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 def at_once(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call what asyncio calls in a greenlet or a thread."""
+    """Call a function that asyncio runs in a greenlet or a thread."""
     return function(*args, **kwargs)
 
 
 def undisturbed(_owner: Ownership, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call what asyncio goes on with when the task is cancelled meanwhile."""
+    """Call a function that asyncio runs to completion even if the task is cancelled."""
     return work(*args, **kwargs)
 
 
 def itself(connection: sqlalchemy.Connection) -> sqlalchemy.Connection:
-    """Return the connection that a session works on."""
+    """Return the connection, for a session."""
     return connection
 
 

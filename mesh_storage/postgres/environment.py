@@ -1,4 +1,4 @@
-"""What libpq's environment may say: to a server all that libpq asks it, to the bundled one nothing."""
+"""Control over libpq's environment variables: honoured for a server, ignored for the bundled one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mesh_storage.postgres.statement import Row
 T = TypeVar("T")
 
 _SET_BY_US = ("PGTZ", "PGDATESTYLE")
-"""The variables that would go before the time zone and the style of dates that we need."""
+"""The variables that would override the time zone and date style we rely on."""
 _BEYOND_PARAMETERS = (*_SET_BY_US, "PGGEQO", "PGSERVICE")
-"""The variables that libpq heeds whatever the parameters of a connection are (PostgreSQL manual, 34.15)."""
-# Where libpq takes no empty value for "nothing", or would look into a file of the user's.
+"""The variables that libpq honours whatever the connection parameters are (PostgreSQL manual, 34.15)."""
+# Where libpq does not treat an empty value as unset, or would read a file of the user.
 _NEUTRAL = {
     "connect_timeout": "0",
     "gssencmode": "disable",
@@ -38,10 +38,10 @@ _NEUTRAL = {
 
 @functools.cache
 def neutral_parameters() -> Mapping[str, str]:
-    """Return every parameter that has a variable in this libpq, with a value that leaves all as libpq was built.
+    """Return every parameter that has a variable in this libpq, with a value equivalent to libpq's built-in default.
 
-    What is given goes before its variable. Left out are the service, which has no name for none, and the password,
-    for which the bundled server does not ask.
+    An explicit parameter overrides its variable. The service is omitted, since no name means none, as is the password,
+    which the bundled server never requests.
     """
     return {
         name: _NEUTRAL.get(name, (option.compiled or b"").decode())
@@ -51,17 +51,17 @@ def neutral_parameters() -> Mapping[str, str]:
 
 
 def leaves_nothing_out(arguments: Mapping[str, Any], *, besides: Collection[str] = ()) -> bool:
-    """Whether arguments of a connection leave nothing to the environment, as those of the bundled server do."""
+    """Return whether connect arguments leave nothing to the environment, as those of the bundled server do."""
     return neutral_parameters().keys() <= {*arguments, *besides}
 
 
 def for_programs() -> dict[str, str]:
-    """Return the environment of this process without the variables of PostgreSQL, which all begin with PG."""
+    """Return the environment of this process without PostgreSQL's variables, which all start with PG."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")}
 
 
 def keep_out(engine: sqlalchemy.Engine) -> None:
-    """Let the environment say to the engine's connections only what it may."""
+    """Protect the engine's connections from disallowed environment variables."""
 
     @event.listens_for(engine, "do_connect")
     def connect(_dialect: Any, _entry: Any, _args: Any, parameters: dict[str, Any]) -> Any:
@@ -69,15 +69,15 @@ def keep_out(engine: sqlalchemy.Engine) -> None:
 
 
 _hiding = threading.RLock()
-# A child that is forked while variables are hidden would not have them, nor ever get the lock.
+# A child forked while variables are hidden would lack them, and could never acquire the lock.
 os.register_at_fork(before=_hiding.acquire, after_in_parent=_hiding.release, after_in_child=_hiding.release)
 
 
 @contextmanager
 def hidden(names: Sequence[str] = _BEYOND_PARAMETERS) -> Generator[None]:
-    """Hide variables that no parameter goes before, for the microseconds of one call to libpq.
+    """Hide variables that no parameter overrides, for the microseconds of one libpq call.
 
-    libpq reads the variables of the process, of which Python's `os.environ` is a copy that stays as it is.
+    libpq reads the environment of the process; `os.environ` is Python's copy of it and is not changed.
     """
     there = [name for name in names if name in os.environ]
     if not there:
@@ -95,7 +95,7 @@ def hidden(names: Sequence[str] = _BEYOND_PARAMETERS) -> Generator[None]:
 
 
 def _hiding_between_waits(conninfo: str, steps: PQGenConn[T]) -> PQGenConn[T]:
-    """Take the steps of connecting with variables hidden, and wait between them with all in their place."""
+    """Run the steps of connecting with the variables hidden, but wait between them with the variables restored."""
     names = _BEYOND_PARAMETERS if leaves_nothing_out(conninfo_to_dict(conninfo)) else _SET_BY_US
     try:
         with hidden(names):
@@ -112,7 +112,7 @@ def _hiding_between_waits(conninfo: str, steps: PQGenConn[T]) -> PQGenConn[T]:
 
 
 class Connection(psycopg.Connection[Row]):
-    """A connection to which the environment says only what it may."""
+    """A connection protected from disallowed environment variables."""
 
     @classmethod
     def _connect_gen(cls, conninfo: str = "", **more: Any) -> Any:
@@ -120,7 +120,7 @@ class Connection(psycopg.Connection[Row]):
 
 
 class AsyncConnection(psycopg.AsyncConnection[Row]):
-    """The same for asyncio."""
+    """An asyncio connection protected from disallowed environment variables."""
 
     @classmethod
     def _connect_gen(cls, conninfo: str = "", **more: Any) -> Any:

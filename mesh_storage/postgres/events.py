@@ -1,4 +1,4 @@
-"""SQLAlchemy's cursor events for the statements of repositories, which do not go through SQLAlchemy's execution."""
+"""SQLAlchemy's cursor events for the statements of repositories, which bypass SQLAlchemy's execution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mesh_storage.postgres.statement import Parameters
 
 
 class Events:
-    """Calls who listens to `before_cursor_execute` and `after_cursor_execute` of an engine, or of all engines."""
+    """Invokes the `before_cursor_execute` and `after_cursor_execute` listeners of an engine or of all engines."""
 
     def __init__(self, connection: sqlalchemy.Connection) -> None:
         self._connection = connection
@@ -20,11 +20,11 @@ class Events:
 
     @property
     def listened(self) -> bool:
-        """Whether anybody listens, which is asked for each statement."""
+        """Whether there are listeners; checked for each statement."""
         return bool(self._dispatch.before_cursor_execute or self._dispatch.after_cursor_execute)
 
     def before(self, cursor: Any, sql: bytes, parameters: Parameters | None) -> tuple[bytes, Parameters | None]:
-        """Tell the listeners of a statement; return what they make of it."""
+        """Invoke the listeners before a statement, and return the statement and parameters as they modified them."""
         self._context = SimpleNamespace(executemany=False)
         statement: str = sql.decode()
         for listener in self._dispatch.before_cursor_execute:
@@ -32,6 +32,6 @@ class Events:
         return statement.encode(), parameters
 
     def after(self, cursor: Any, sql: bytes, parameters: Parameters | None) -> None:
-        """Tell the listeners that it was executed."""
+        """Invoke the listeners after a statement."""
         for listener in self._dispatch.after_cursor_execute:
             listener(self._connection, cursor, sql.decode(), parameters, self._context, False)

@@ -1,7 +1,7 @@
-"""How a JSON value gets into jsonb and out again equal, or is refused.
+"""JSON values to and from jsonb, preserving equality or rejecting the value.
 
-PostgreSQL keeps the numbers of jsonb as numeric (manual, 8.14): exact, but without an exponent, so that 1e308 would
-come back as an integer and lose its type. Such floats are written out with a fraction, which numeric preserves.
+PostgreSQL stores the numbers of jsonb as numeric (manual, 8.14): exact, but without an exponent, so that 1e308 would be
+read back as an integer. Such floats are written with a fraction, which numeric preserves.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from mesh_storage.errors import InvalidInputError, MeshStorageError
 from mesh_storage.models.base import JSON
 
 MAX_DEPTH = 200
-"""How deep lists and dicts may be nested: what the fast parser of pydantic-core reads back."""
+"""Maximum nesting depth of lists and dicts: the limit of pydantic-core's fast parser."""
 
 _READ_AT_ONCE = 2**18
-"""Characters of many texts that are read in one go."""
+"""Maximum characters of text decoded in one batch."""
 
 _EXPONENT_FROM = 1e16
-"""From here on, repr() and so JSON write a float with an exponent."""
+"""Floats from this value on are written with an exponent by repr() and json."""
 
 _INTEGER_LIMIT = 10**4300
-"""From here on, Python refuses to read an integer (docs, "Integer string conversion length limitation")."""
+"""Integers from this value on exceed Python's limit (docs, "Integer string conversion length limitation")."""
 
 _sorted = json.JSONEncoder(sort_keys=True).encode
 
 
 class Written(NamedTuple):
-    """JSON values as texts for jsonb, and what is read back of these, which shares nothing with what was given."""
+    """JSON values as text for jsonb, and the values decoded from it, which share no object with the original."""
 
     texts: list[str]
     values: list[JSON]
 
 
 def dumps(value: JSON, field: str = "value") -> str:
-    """Write a JSON value as text for jsonb.
+    """Encode a JSON value as text for jsonb.
 
     Raises:
-        InvalidInputError: The value, or one inside it, is none that JSON has or jsonb keeps: NaN, an infinity, a key
-            that is no str, a tuple, a set, NUL or a lone surrogate in a text, an integer of over 4,300 digits, or
-            nesting deeper than `MAX_DEPTH`.
+        InvalidInputError: The value, or one inside it, cannot be represented in JSON or jsonb: NaN, an infinity, a key
+            that is not a str, a tuple, a set, a string with NUL or a lone surrogate, an integer of over 4,300 digits,
+            or nesting deeper than `MAX_DEPTH`.
     """
     return write([value], field).texts[0]
 
 
 def write(values: list[JSON], field: str = "value") -> Written:
-    """Write many JSON values, each as a text of its own, and read them back; raises as `dumps`."""
+    """Encode many JSON values, each as a separate text, and decode them again; raises as `dumps`."""
     written = _write_plain(values)
     if written is not None:
         return written
@@ -63,12 +63,12 @@ def write(values: list[JSON], field: str = "value") -> Written:
 
 
 def _write_plain(values: list[JSON]) -> Written | None:
-    """Write values that are read back equal: such are JSON, and to look at each one would cost more than that.
+    """Encode values that decode to equal ones, which proves them valid at less cost than checking each.
 
-    Gives None where one needs that look: it is not equal, is of a subclass, or jsonb may keep it in another way.
+    Returns None if a check is needed: a value is not equal, is of a subclass, or may be changed by jsonb.
     """
     try:
-        marshal.dumps(values)  # refuses all but Python's own types, so that nothing of the caller's is called
+        marshal.dumps(values)  # rejects all but built-in types, so that no code of the caller runs
         texts = list(map(_encode, values))
         together = f"[{','.join(texts)}]"
         found: list[JSON] = from_json(together, allow_inf_nan=False)
@@ -80,16 +80,16 @@ def _write_plain(values: list[JSON]) -> Written | None:
 
 
 def same(one: JSON, other: JSON) -> bool:
-    """Return whether two JSON values are equal and of one type: 1, 1.0 and true are equal for Python alone."""
-    # Other values are seen to be so first: an integer of another service's may be too long to be written.
+    """Return whether two JSON values are equal and of the same type: in Python, 1, 1.0 and True are equal."""
+    # Compare first: an integer stored by another service may be too long to be encoded.
     return one == other and _sorted(one) == _sorted(other)
 
 
 def loads(text: str | bytes) -> JSON:
-    """Read the text of a jsonb value, also where others have stored what `dumps` refuses.
+    """Decode the text of a jsonb value, even one stored by others that `dumps` would reject.
 
     Raises:
-        MeshStorageError: It is nested so deep that Python has no room for it.
+        MeshStorageError: It is nested too deep for Python.
     """
     try:
         return from_json(text)
@@ -97,11 +97,11 @@ def loads(text: str | bytes) -> JSON:
         try:
             return json.loads(text, parse_int=_integer)
         except RecursionError:
-            raise MeshStorageError("a JSON value of another service's is nested too deep to be read") from None
+            raise MeshStorageError("a JSON value stored by another service is nested too deep to be decoded") from None
 
 
 def loads_all(texts: Sequence[str]) -> list[JSON]:
-    """Read many texts at once, which takes a third of the time; raises as for one."""
+    """Decode many texts at once, in a third of the time; raises as for one."""
     try:
         values: list[JSON] = from_json(f"[{','.join(texts)}]")
     except ValueError:
@@ -110,19 +110,19 @@ def loads_all(texts: Sequence[str]) -> list[JSON]:
 
 
 def register(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> None:
-    """Let a cursor with binary results give jsonb as it comes, for `read_all`.
+    """Register a loader on a cursor with binary results that returns jsonb undecoded, for `read_all`.
 
-    psycopg would call a function for each value, which costs twice what it takes to read it.
+    psycopg would call a function for each value, which takes twice the time of decoding it.
     """
     text_loader = psycopg.adapters.get_loader(psycopg.adapters.types["text"].oid, Format.BINARY)
-    assert text_loader is not None, "psycopg reads texts"
+    assert text_loader is not None, "psycopg has a loader for text"
     cursor.adapters.register_loader("jsonb", text_loader)
 
 
 def read_all(received: Iterable[str]) -> Generator[JSON]:
-    """Read many values as they came, each a byte for the version of the format and the text; raises as `loads`.
+    """Yield the decoded values of many binary jsonb values, each a version byte and text; raises as `loads`.
 
-    They are read as they are asked for, some at once, so that few are in memory in both forms.
+    They are decoded lazily in batches, so that few are in memory in both forms.
     """
     texts: list[str] = []
     size = 0
@@ -136,12 +136,12 @@ def read_all(received: Iterable[str]) -> Generator[JSON]:
 
 
 def _integer(digits: str) -> int:
-    """Read an integer of any length: a decimal is not under Python's limit."""
+    """Convert an integer of any length: Decimal is exempt from Python's limit."""
     return int(Decimal(digits))
 
 
 def _check(values: Iterable[JSON], field: str, depth: int) -> bool:
-    """Refuse what JSON does not have; say whether a float needs to be written without its exponent."""
+    """Check values for JSON; return whether a float must be written without an exponent."""
     exponents = False
     for value in values:
         kind = _kind(value)
@@ -149,10 +149,10 @@ def _check(values: Iterable[JSON], field: str, depth: int) -> bool:
             check_text(value, field)
         elif kind is int:
             if not -_INTEGER_LIMIT < value < _INTEGER_LIMIT:
-                raise InvalidInputError(f"{field} holds an integer of too many digits", field=field)
+                raise InvalidInputError(f"{field} contains an integer with too many digits", field=field)
         elif kind is float:
             if not math.isfinite(value):
-                raise InvalidInputError(f"{field} holds {value}, which JSON does not have", field=field)
+                raise InvalidInputError(f"{field} contains {value}, which is not a JSON value", field=field)
             exponents |= abs(value) >= _EXPONENT_FROM or (not value and math.copysign(1, value) < 0)
         elif kind is not bool and value is not None:
             exponents |= _check(_members(value, kind, field, depth), field, depth - 1)
@@ -160,7 +160,7 @@ def _check(values: Iterable[JSON], field: str, depth: int) -> bool:
 
 
 def _kind(value: JSON) -> type[object]:
-    """Return the type of a value; what is of a subclass of str, dict or list counts as one of these."""
+    """Return the type of a value; a subclass of str, dict or list counts as its base."""
     own: type[object] = value.__class__
     return next((kind for kind in _KINDS if issubclass(own, kind)), own)
 
@@ -169,9 +169,9 @@ _KINDS: tuple[type[object], ...] = (str, dict, list)
 
 
 def _members(value: JSON, kind: type[object], field: str, depth: int) -> Iterable[JSON]:
-    """Return what a list or dict holds, its keys checked."""
+    """Return the members of a list or dict, after checking its keys."""
     if kind not in (dict, list):
-        raise InvalidInputError(f"{field} holds a {kind.__name__}, which is no JSON value", field=field)
+        raise InvalidInputError(f"{field} contains a {kind.__name__}, which is not a JSON value", field=field)
     if depth == 0:
         raise InvalidInputError(f"{field} is nested deeper than {MAX_DEPTH} levels", field=field)
     members: Iterable[JSON] = value
@@ -179,21 +179,23 @@ def _members(value: JSON, kind: type[object], field: str, depth: int) -> Iterabl
         return members
     for key in members:
         if not isinstance(key, str):
-            raise InvalidInputError(f"{field} has a key of type {type(key).__name__}; JSON takes str", field=field)
+            raise InvalidInputError(f"{field} has a key of type {type(key).__name__}; JSON requires str", field=field)
         check_text(key, field)
     named: dict[str, JSON] = value
     return named.values()
 
 
 def check_text(value: str, field: str) -> None:
-    """Refuse a text that PostgreSQL cannot keep (manual, 8.3 and 8.14): one with NUL or a lone surrogate."""
+    """Reject a string with NUL or a lone surrogate, which PostgreSQL cannot store (manual, 8.3 and 8.14)."""
     if "\0" in value:
-        raise InvalidInputError(f"{field} holds NUL, which PostgreSQL cannot store in a text", field=field)
+        raise InvalidInputError(f"{field} contains NUL, which PostgreSQL cannot store in text", field=field)
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise InvalidInputError(f"{field} holds a lone surrogate, which is no valid Unicode", field=field) from None
+            raise InvalidInputError(
+                f"{field} contains a lone surrogate, which is not valid Unicode", field=field
+            ) from None
 
 
 def _spell_out(value: JSON) -> str:
@@ -215,5 +217,5 @@ def _encode(value: JSON) -> str:
     return to_json(value).decode()
 
 
-# NUL, the negative zero, and an exponent of 16 or more as it is written by this version of pydantic-core.
+# NUL, negative zero, and an exponent of 16 or more, as written by this version of pydantic-core.
 _KEPT_IN_ANOTHER_WAY = (r"\u0000", "-0.0,", "-0.0]", "-0.0}", _encode(1e16).strip("0123456789."))

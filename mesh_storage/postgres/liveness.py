@@ -1,4 +1,4 @@
-"""When a connection is given up: after a moment without an answer, or when it cannot be used again."""
+"""Liveness checks of connections: whether an idle one is still usable, and how long to wait for a response."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import psycopg
 
 GRACE_S = 0.4
-"""Seconds that the server has to answer a request to cancel; then the connection is given up."""
+"""Seconds the server has to respond to a cancel request before the connection is closed."""
 
 
 class Liveness:
-    """Tells by the socket, without a round trip, whether an idle connection is still good.
+    """Checks, without a round trip, whether an idle connection is still usable.
 
-    Nothing is under way on such a connection, so a socket that is readable holds the server's last words or the end of
-    the stream. An old connection is replaced, so that a failover or a new address is found in the end.
+    The server sends nothing on an idle connection, so a readable socket means a final error message or end of file. Old
+    connections are replaced, so that a failover or a changed address is eventually noticed.
     """
 
     _LONGEST_LIFE_S = 1800
@@ -24,12 +24,12 @@ class Liveness:
     def __init__(self, connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
         self.born = time.monotonic()
-        """The moment when it was connected."""
+        """The time of connecting, by `time.monotonic()`."""
         self._poll = select.poll()
         self._poll.register(connection.fileno(), select.POLLIN)
 
     def usable(self) -> bool:
-        """Return whether it is connected, silent and not too old."""
+        """Return whether the connection is open, quiet and not too old."""
         return not (
             self._connection.closed or self._poll.poll(0) or time.monotonic() - self.born > self._LONGEST_LIFE_S
         )

@@ -1,4 +1,4 @@
-"""Who may use a connection: one thread or task at a time, in the process that opened it, until it is closed."""
+"""Ownership of a connection: one thread or task at a time, in the process that opened it, until it is closed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mesh_storage.errors import ClosedError, MeshStorageError
 
 
 class Ownership:
-    """The right of one unit of work to a connection."""
+    """The exclusive use of a connection by one unit of work."""
 
     def __init__(self) -> None:
         self._in_use = threading.Lock()
@@ -19,32 +19,32 @@ class Ownership:
 
     @property
     def inherited(self) -> bool:
-        """Whether this is a forked child, and the connection belongs to its parent."""
-        return self._process != os.getpid()  # Asked each time: not every fork runs the hooks of Python.
+        """Whether this is a forked child and the connection belongs to its parent."""
+        return self._process != os.getpid()  # not cached: not every fork runs Python's hooks
 
     @property
     def in_use(self) -> bool:
-        """Whether a call is under way."""
+        """Whether a call is in progress."""
         return self._in_use.locked()
 
     def acquire(self) -> None:
-        """Begin a call; `release` must follow.
+        """Start a call, to be ended by `release`.
 
         Raises:
-            MeshStorageError: Another call is under way.
+            MeshStorageError: Another call is in progress.
         """
         if not self._in_use.acquire(blocking=False):
-            raise MeshStorageError("two threads or tasks use one unit of work at once; give each its own")
+            raise MeshStorageError("a unit of work is used by two threads or tasks at once; open one for each")
 
     def release(self) -> None:
         """End a call."""
         self._in_use.release()
 
     def check(self) -> None:
-        """Refuse to use what has ended, or is the parent's.
+        """Raise if the unit of work cannot be used.
 
         Raises:
-            ClosedError: It is.
+            ClosedError: It has ended, or belongs to the parent process.
         """
         if self.closed:
             raise ClosedError("this unit of work has ended; open another one")

@@ -1,15 +1,16 @@
-"""The pool: connections to one database, lent to one unit of work each, within the limits of the settings.
+"""The connection pool: each connection is used by one unit of work at a time, within the limits of the settings.
 
-The pool is ours because of what others lack: a limit of its own for each wait, an order among those who wait, an error
-at once (not after the whole wait) when the server is down, and recovery at once when it is back. psycopg_pool costs
-1.04 to 1.35 of its CPU a call, needs 4 to 9 s to recover, and loses a connection for good to a Ctrl-C; SQLAlchemy's
-pools cost 1.46 to 1.63 (docs/performance.md). When psycopg_pool fails fast and takes a limit for each wait, it could
-take this module's place. SQLAlchemy's engine makes the connections.
+The pool is our own because others lack a separate limit for each wait, first-come first-served waiting, an immediate
+error (not after the full wait) when the server is down, and immediate recovery when it is back. psycopg_pool uses 1.04
+to 1.35 times its CPU per call, needs 4 to 9 s to recover, and permanently loses a connection to Ctrl-C; SQLAlchemy's
+pools use 1.46 to 1.63 times (docs/performance.md). Once psycopg_pool fails fast and accepts a limit per wait, it could
+replace this module. SQLAlchemy's engine creates the connections.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 import weakref
@@ -20,7 +21,7 @@ import psycopg
 import sqlalchemy.exc
 
 from mesh_storage.errors import ClosedError, MeshStorageError, StorageTimeoutError, UnavailableError, connection_refused
-from mesh_storage.postgres.characteristics import Characteristics, Deadline
+from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.driver import Driver
 from mesh_storage.postgres.engine import connect_before, create_engine
@@ -31,12 +32,11 @@ from mesh_storage.settings import Settings
 
 
 class Slots:
-    """The places for connections in use, given to threads in the order in which they came.
+    """A fair semaphore for the connections in use: threads acquire slots in the order of their requests.
 
-    A semaphore of the standard library gives a place to whoever asks next, which is the thread that just gave one back:
-    with more threads than places, some would wait until they give up. It holds a lock as well, on which a signal
-    handler or a finalizer would wait for the very thread that it interrupted; here every step is one of a deque's,
-    which nothing interrupts.
+    A semaphore of the standard library lets the releasing thread acquire again ahead of waiting ones: with more threads
+    than slots, some would wait until they time out. It also holds a lock, on which a signal handler or finalizer would
+    deadlock with the thread it interrupted; here every step is an atomic deque operation.
     """
 
     def __init__(self, number: int) -> None:
@@ -44,7 +44,7 @@ class Slots:
         self._waiting = deque[threading.Lock]()
 
     def acquire(self, timeout: float) -> bool:
-        """Wait for a place; return whether there was one in time."""
+        """Acquire a slot; return whether one became free in time."""
         if not self._waiting:
             try:
                 self._free.pop()
@@ -55,18 +55,18 @@ class Slots:
         turn = threading.Lock()
         turn.acquire()
         self._waiting.append(turn)
-        self._hand_over()  # A place may have become free in between.
+        self._hand_over()  # a slot may have been released in between
         try:
             if turn.acquire(timeout=timeout):
                 return True
-        except BaseException:  # An interrupt.
+        except BaseException:  # KeyboardInterrupt
             if not self._withdraw(turn):
                 self.release()
             raise
         return not self._withdraw(turn)
 
     def release(self) -> None:
-        """Give a place back, to the thread that waits longest."""
+        """Release a slot to the thread that has waited longest."""
         self._free.append(None)
         self._hand_over()
 
@@ -74,17 +74,17 @@ class Slots:
         while self._free and self._waiting:
             try:
                 self._free.pop()
-            except IndexError:  # Another thread was faster.
+            except IndexError:  # another thread was faster
                 continue
             try:
                 turn = self._waiting.popleft()
-            except IndexError:  # Whoever waited has given up.
+            except IndexError:  # the waiter timed out
                 self._free.append(None)
             else:
                 turn.release()
 
     def _withdraw(self, turn: threading.Lock) -> bool:
-        """Wait no longer, unless the place came in the last moment."""
+        """Stop waiting, unless a slot was assigned at the last moment."""
         try:
             self._waiting.remove(turn)
         except ValueError:
@@ -93,13 +93,13 @@ class Slots:
 
 
 class Pool:
-    """The connections of one storage, for all its threads."""
+    """The connections of one storage, for all threads."""
 
     def __init__(self, settings: Settings, server: Server) -> None:
         self.size = settings.pool_size
         self.closed = False
         self._timeout = settings.pool_timeout
-        self._response_timeout = response_timeout(settings)
+        self._response_timeout = response_timeout(server)
         self._pooling = Pooling.of(settings, server.local_parameters)
         self._server = server
         self._engine = create_engine(server.connect)
@@ -111,16 +111,16 @@ class Pool:
 
     @property
     def in_use(self) -> int:
-        """The number of connections that are lent at this moment."""
+        """The number of connections in use."""
         return len(self._lent)
 
     def acquire(self, characteristics: Characteristics) -> UnitOfWorkConnection:
-        """Lend a connection; `release` must follow.
+        """Acquire a connection, to be returned by `release`.
 
         Raises:
-            ClosedError: The pool was closed.
-            UnavailableError: None is free in time, or the server cannot be reached.
-            StorageTimeoutError: The caller's time is over.
+            ClosedError: The pool is closed.
+            UnavailableError: No connection became available in time, or the server cannot be reached.
+            StorageTimeoutError: The timeout of the unit of work expired.
         """
         characteristics.check()
         deadline = characteristics.deadline()
@@ -129,10 +129,9 @@ class Pool:
             raise exhausted(self.size, self._timeout, characteristics.timeout)
         driver = None
         try:
-            check_open(closed=self.closed)  # It may have been closed while we waited.
+            check_open(closed=self.closed)  # it may have been closed in the meantime
             driver = self._idle_driver() or self._connect(deadline)
-            limit = None if deadline is None else Deadline(deadline)
-            connection = UnitOfWorkConnection(driver, characteristics, limit, self._pooling)
+            connection = UnitOfWorkConnection(driver, characteristics, deadline, self._pooling)
             connection.prepare()
         except BaseException:
             if driver is not None:
@@ -143,7 +142,7 @@ class Pool:
         return connection
 
     def release(self, connection: UnitOfWorkConnection) -> None:
-        """Take a connection back; what was not committed is rolled back."""
+        """Release a connection, rolling back uncommitted changes."""
         if connection.owner.inherited:
             keep_for_parent(connection)
             return
@@ -166,14 +165,14 @@ class Pool:
                 self._close_idle()
 
     def close(self) -> None:
-        """Close the connections that are not lent; the others are closed when they come back."""
+        """Close the idle connections; those in use are closed on release."""
         self.closed = True
-        # Who waits for a connection learns of it at once: this wakes one, and each wakes the next.
+        # Wakes one waiter with `ClosedError`, which in turn wakes the next.
         self._free.release()
         self._close_idle()
 
     def after_fork(self) -> None:
-        """In a forked child, begin with no connections and leave the parent's alone."""
+        """Start with no connections in a forked child, leaving the parent's open."""
         keep_for_parent(self._idle)
         self._idle = deque()
         self._free = Slots(self.size)
@@ -185,15 +184,15 @@ class Pool:
         while True:
             try:
                 self._idle.pop().discard()
-            except IndexError:  # Another thread may have taken the last one.
+            except IndexError:  # another thread may have taken the last one
                 return
 
     def _idle_driver(self) -> Driver | None:
-        """Return the idle connection that was used last, if there is one that still works."""
+        """Return the most recently used idle connection that is still usable, if any."""
         while self._idle:
             try:
                 driver = self._idle.pop()
-            except IndexError:  # Another thread was faster.
+            except IndexError:  # another thread was faster
                 break
             if driver.liveness.usable():
                 return driver
@@ -214,18 +213,26 @@ class Pool:
 
 
 _RESPONSE_GRACE_S = 5.0
+_STATEMENT_TIMEOUT = re.compile(r"statement[_-]timeout\s*=\s*'?(\d+(?:\.\d+)?)\s*(us|ms|s|min|h|d)?")
+_UNITS_S = {"us": 1e-6, "ms": 1e-3, "": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
-def response_timeout(settings: Settings) -> float | None:
-    """Return the seconds after which a silent server is given up: more than it has to end a statement itself."""
-    return settings.statement_timeout + _RESPONSE_GRACE_S if settings.statement_timeout else None
+def response_timeout(server: Server) -> float | None:
+    """Return the seconds after which a silent server is given up: more than it has to end a statement itself.
+
+    What counts is the `statement_timeout` that our connections begin with, wherever it was set; if it is 0, there is no
+    limit.
+    """
+    number, unit = _STATEMENT_TIMEOUT.findall(f"{server.local_parameters or ''} {server.connect['options']}")[-1]
+    seconds = float(number) * _UNITS_S[unit]
+    return seconds + _RESPONSE_GRACE_S if seconds else None
 
 
 def check_open(*, closed: bool) -> None:
-    """Refuse to work on what is closed.
+    """Raise if the storage is closed.
 
     Raises:
-        ClosedError: It is.
+        ClosedError: It is closed.
     """
     if closed:
         raise ClosedError("this storage is closed; open another one")
@@ -237,28 +244,28 @@ def wait_limit(pool_timeout: float, timeout: float | None) -> float:
 
 
 def exhausted(size: int, pool_timeout: float, timeout: float | None) -> UnavailableError | StorageTimeoutError:
-    """Return the error for a wait that was in vain: the caller's own limit, or that of the pool."""
+    """Return the error for a timed-out wait: by the unit of work's own timeout, or the pool's."""
     if timeout is not None and timeout < pool_timeout:
-        return StorageTimeoutError("timed out waiting for a pooled connection: the unit of work's own timeout is over")
+        return StorageTimeoutError("timed out waiting for a pooled connection: the timeout of the unit of work expired")
     return UnavailableError(
-        f"timed out waiting for a pooled connection: all {size} are in use for {pool_timeout:g} s (pool_timeout); "
+        f"timed out waiting for a pooled connection: all {size} were in use for {pool_timeout:g} s (pool_timeout); "
         "end units of work sooner, or raise pool_size"
     )
 
 
 def unreachable(error: Exception, deadline: float | None) -> tuple[MeshStorageError, Exception | None]:
-    """Return the error for a connection that could not be made, and its cause."""
+    """Return the error for a failed connection attempt, and its cause."""
     refused, cause = connection_refused(error)
     if deadline is not None and time.monotonic() >= deadline:
-        return StorageTimeoutError("the time was over before the server answered"), cause
+        return StorageTimeoutError("the deadline passed before the server responded", retryable=True), cause
     return refused, cause
 
 
 class Forked(Protocol):
-    """What a forked child must not go on with as it is."""
+    """An object that must be reset in a forked child."""
 
     def after_fork(self) -> None:
-        """Begin anew, and leave what is the parent's alone."""
+        """Start afresh, leaving the parent's resources alone."""
         ...
 
 
@@ -267,12 +274,12 @@ _kept_for_parent: list[object] = []
 
 
 def renew_after_fork(pool: Forked) -> None:
-    """Call a pool's `after_fork` in every child that is forked while it is there."""
+    """Call a pool's `after_fork` in every forked child, as long as the pool exists."""
     _forked.add(pool)
 
 
 def keep_for_parent(inherited: object) -> None:
-    """Keep connections that a child inherited for ever: to close them would end them for the parent."""
+    """Keep inherited connections alive forever: closing them would end them for the parent."""
     _kept_for_parent.append(inherited)
 
 

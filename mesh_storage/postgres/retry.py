@@ -1,4 +1,4 @@
-"""When `run` does failed work again, and how long it waits before."""
+"""The retry policy of `run`: when to retry, and how long to wait."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _LONGEST_S = 365 * 86_400
 
 
 class Retry:
-    """The attempts of one `run`: so many, or as many as fit within a time."""
+    """The attempts of one `run`, limited by number or by time."""
 
     def __init__(self, attempts: int, within: float | None, timeout: float | None) -> None:
         """Take the arguments of `run`.
 
         Raises:
-            InvalidInputError: Names the one that is refused.
+            InvalidInputError: An argument is invalid; names it.
         """
         if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
-            raise InvalidInputError("attempts must be a whole number, 1 or more", field="attempts")
+            raise InvalidInputError("attempts must be an int, 1 or more", field="attempts")
         if within is not None and (
             isinstance(within, bool) or not isinstance(within, (int, float)) or not 0 < within <= _LONGEST_S
         ):
@@ -38,23 +38,23 @@ class Retry:
         self._made = 0
 
     def timeout(self) -> float | None:
-        """Return the timeout of the next attempt: that of the caller, or what is left if that is less."""
+        """Return the timeout of the next attempt: the caller's, or the remaining time if shorter."""
         if self._end is None:
             return self._timeout
         left = max(0.001, self._end - time.monotonic())
         return left if self._timeout is None else min(left, self._timeout)
 
     def pause(self, error: MeshStorageError) -> float | None:
-        """Return the seconds to wait before the next attempt, or None where there is to be none.
+        """Return the seconds to wait before the next attempt, or None to give up.
 
-        Twice as long each time, half of it by chance, which keeps those that got in each other's way from doing so
-        again (M. Brooker, "Exponential Backoff And Jitter").
+        Exponential backoff with up to half of each delay random, so that conflicting transactions do not collide again
+        (M. Brooker, "Exponential Backoff And Jitter").
         """
         self._made += 1
         if not error.retryable or (self._end is None and self._made >= self._attempts):
             return None
         longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._made - 1, 10))
-        seconds = longest * (0.5 + random.random() / 2)  # noqa: S311 - no secret depends on it
+        seconds = longest * (0.5 + random.random() / 2)  # noqa: S311 - not used for security
         if self._end is not None and time.monotonic() + seconds >= self._end:
             return None
         logger.info(
@@ -71,7 +71,7 @@ class Retry:
 
 
 def log_if_slow(seconds: float, threshold: float) -> None:
-    """Log a unit of work that took long; a threshold of 0 logs none."""
+    """Log a unit of work that took longer than the threshold in seconds; 0 disables the log."""
     if 0 < threshold <= seconds:
         logger.warning(
             "slow unit of work: %.3f s", seconds, extra={"event": "slow_unit_of_work", "duration_s": round(seconds, 3)}

@@ -1,4 +1,4 @@
-"""Which server the settings mean: one with an address, or the bundled one, which is started."""
+"""The server to use: one at an address, or the bundled one, which is started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mesh_storage.postgres import engine
 from mesh_storage.postgres.engine import connect_arguments, session_arguments, split_scheme
 from mesh_storage.settings import Settings
 
-if TYPE_CHECKING:  # It loads when needed.
+if TYPE_CHECKING:  # imported on demand
     from mesh_storage.embedded.server import EmbeddedServer
 
 logger = logging.getLogger("mesh_storage")
@@ -23,13 +23,14 @@ logger = logging.getLogger("mesh_storage")
 
 @dataclass(frozen=True)
 class Server:
-    """How a database is reached, and the bundled server that must run for that."""
+    """How to connect to a database, and the bundled server behind it, if any."""
 
-    connect: dict[str, Any] = field(repr=False)  # the password is in it
-    """The arguments for `psycopg.connect`."""
+    connect: dict[str, Any] = field(repr=False)  # contains the password
+    """The arguments of `psycopg.connect`."""
     embedded: EmbeddedServer | None = None
     local_parameters: str | None = None
-    """The statements by which each transaction sets its parameters, where a pooler leaves no session to keep them."""
+    """The SET LOCAL statements for each transaction, if a pooler in transaction mode leaves no session to keep
+    parameters."""
 
     @property
     def kind(self) -> str:
@@ -37,31 +38,31 @@ class Server:
         return "server" if self.embedded is None else "embedded"
 
     def require_session(self) -> None:
-        """Refuse to begin what holds locks or parameters of a session beyond a transaction.
+        """Raise unless the connection has a dedicated session, as session-level locks and parameters require.
 
         Raises:
-            ConfigurationError: A pooler gives each transaction another session.
+            ConfigurationError: A pooler assigns a session per transaction.
         """
         if self.local_parameters is not None:
             raise ConfigurationError(
-                "bad setting transaction_pooling: migrations, backup and restore need a session of their own; set the "
-                "URL to that of the server itself, and transaction_pooling to false"
+                "invalid setting 'transaction_pooling': migrations, backup and restore need a dedicated session; set "
+                "the URL to the server itself, and transaction_pooling to false"
             )
 
     def close(self) -> None:
-        """Stop the bundled server, if there is one that nobody else uses."""
+        """Stop the bundled server, if there is one, unless others use it."""
         if self.embedded is not None:
             self.embedded.close()
 
 
 def open_server(settings: Settings, *, create: bool = True, space: int = 0) -> Server:
-    """Find the server of the settings; start the bundled one if they mean that.
+    """Return the server for the settings; start the bundled one if they select it.
 
-    Without `create`, the bundled one makes no database; one that is thrown away will need `space` bytes.
+    Without `create`, the bundled server creates no database; a temporary one will need `space` bytes.
 
     Raises:
-        ConfigurationError: A setting is wrong, or the extra `embedded` is not installed.
-        UnavailableError: The bundled server does not start, or it has no data and `create` is off.
+        ConfigurationError: A setting is invalid, or the extra `embedded` is not installed.
+        UnavailableError: The bundled server does not start, or has no data and `create` is off.
     """
     embedded = _open_embedded(settings, create=create, space=space)
     if embedded is None:
@@ -87,11 +88,11 @@ def _open_embedded(settings: Settings, *, create: bool, space: int) -> EmbeddedS
 
     if scheme == "memory":
         if rest not in ("", "//"):
-            raise ConfigurationError("bad setting url: nothing may follow memory:; a path goes with embedded:")
+            raise ConfigurationError("invalid setting 'url': nothing may follow memory:; use embedded: with a path")
         return EmbeddedServer.throw_away(space=space)
     if settings.url is None and create and not (home := default_home()).exists():
         logger.warning(
-            "no URL is set: making a database under %s; set MESH_STORAGE_URL to that of a server, or to embedded:",
+            "no URL is set: creating a database in %s; set MESH_STORAGE_URL to the URL of a server, or to embedded:",
             home,
             extra={"event": "create", "path": str(home)},
         )
@@ -103,6 +104,6 @@ def _create_database(connect: dict[str, Any]) -> None:
     name = connect["dbname"]
     with engine.connect({**connect, "dbname": "postgres"}) as connection:
         if connection.execute("SELECT FROM pg_database WHERE datname = %s", [name]).fetchone() is None:
-            # Another process that shares the server may be faster.
+            # Another process that shares the server may have created it first.
             with suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
                 connection.execute(f'CREATE DATABASE "{name}"'.encode())

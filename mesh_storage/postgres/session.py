@@ -1,4 +1,4 @@
-"""The ORM session of a unit of work, on either side: a session of SQLAlchemy's that joins a transaction of ours."""
+"""The ORM session of a unit of work, sync or asyncio: a SQLAlchemy session that joins our transaction."""
 
 from __future__ import annotations
 
@@ -12,25 +12,36 @@ import sqlalchemy
 from sqlalchemy.orm import Session
 
 from mesh_storage.postgres.failure import DRIVER_ERRORS
+from mesh_storage.postgres.savepoints import Savepoints
 
 logger = logging.getLogger("mesh_storage")
 
 
+class Joined(Protocol):
+    """Where the connection of a unit of work keeps its session."""
+
+    session: UnitOfWorkSession | None
+
+
 class Joinable(Protocol):
-    """The connection of a unit of work as its session needs it; what returns Any is awaited for asyncio."""
+    """What a session needs of its unit of work's connection; methods that return Any are coroutines for asyncio."""
 
-    joined: UnitOfWorkSession | None
-
-    def failed(self, error: BaseException) -> Any:
-        """Remember why the transaction ended."""
+    @property
+    def joined(self) -> Joined:
+        """Where the session is kept."""
         ...
 
-    def check_whole(self) -> None:
-        """Refuse to end the transaction inside of a savepoint."""
+    @property
+    def savepoints(self) -> Savepoints:
+        """The open savepoints."""
+        ...
+
+    def failed(self, error: BaseException) -> Any:
+        """Record why the transaction failed."""
         ...
 
     def rollback(self) -> Any:
-        """Roll the transaction back."""
+        """Roll back the transaction."""
         ...
 
     def join(self) -> Any:
@@ -39,18 +50,18 @@ class Joinable(Protocol):
 
 
 class UnitOfWorkSession(Session):
-    """An ORM session that joins a unit of work's transaction when it first needs the database."""
+    """An ORM session that joins its unit of work's transaction when it first needs the database."""
 
     def __init__(self, connection: Joinable, wait: Callable[[Any], Any], **_: Any) -> None:
-        """Take the connection, and what waits for its coroutines where it has coroutines."""
+        """Take the connection, and a function that awaits its coroutines, if any."""
         super().__init__(expire_on_commit=False, join_transaction_mode="rollback_only")
         self._connection = connection
         self._wait = wait
         self._written = WeakSet[Any]()
-        connection.joined = self
+        connection.joined.session = self
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
-        """Flush; when that fails, SQLAlchemy has rolled back, and nothing but a rollback may follow."""
+        """Flush; after a failure SQLAlchemy has rolled back, so only a rollback may follow."""
         self._written.update(chain(self.new, self.dirty, self.deleted))
         try:
             super().flush(objects)
@@ -59,38 +70,38 @@ class UnitOfWorkSession(Session):
             raise
 
     def commit(self) -> None:
-        """Flush; SQLAlchemy would take for stored what the unit of work may still roll back."""
+        """Flush only: SQLAlchemy would consider as committed what the unit of work may still roll back."""
         self.flush()
 
     def rollback(self) -> None:
-        """Roll back everything, also what the repositories did."""
-        self._connection.check_whole()
+        """Roll back everything, including the changes of the repositories."""
+        self._connection.savepoints.check_none_open()
         self._wait(self._connection.rollback())
 
     def undo(self) -> None:
-        """Follow a rollback, so that what was written is written again when it is added again."""
+        """Follow a rollback: objects that were flushed become new again."""
         self._written.clear()
-        if not self.is_active:  # SQLAlchemy has rolled back, and would warn of what was changed since.
+        if not self.is_active:  # rolled back by SQLAlchemy, which would warn of later changes
             for changed in set(chain(self.new, self.dirty, self.deleted)):
                 self.expunge(changed)
         try:
             super().rollback()
         except DRIVER_ERRORS as error:
-            # The server undoes the work of a connection that it lost.
+            # The server rolls back the transaction of a lost connection.
             logger.debug("rollback failed", exc_info=error)
 
     def settle(self) -> None:
-        """Follow a commit: what was written is stored."""
+        """Follow a commit: flushed objects are persistent."""
         self._written.clear()
         super().commit()
 
     def leave(self) -> None:
-        """Expunge what was only read, so that it stays readable: a rollback makes SQLAlchemy forget all values."""
+        """Expunge unchanged objects, so that they stay readable: a rollback makes SQLAlchemy expire all attributes."""
         self._written.update(chain(self.dirty, self.deleted))
         for read in set(self.identity_map.values()).difference(self._written):
             self.expunge(read)
 
     def get_bind(self, *_arguments: Any, **_keywords: Any) -> sqlalchemy.Connection:
-        """Return the connection of the unit of work; SQLAlchemy asks before each statement."""
+        """Return the connection of the unit of work; called by SQLAlchemy before each statement."""
         connection: sqlalchemy.Connection = self._wait(self._connection.join())
         return connection

@@ -1,4 +1,4 @@
-"""A SQL statement that is built and compiled once: doing that for each call would cost more than running it."""
+"""SQL statements that are built and compiled once, since doing so per call would cost more than executing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqlalchemy.sql.elements import CompilerElement
 Row = tuple[Any, ...]
 Parameters = Mapping[str, Any]
 
-# As text, psycopg would escape each element of an array with a regular expression, which costs four times the binary.
+# In text format, psycopg would escape each array element with a regular expression, at four times the cost of binary.
 _ARRAY_PARAMETER = re.compile(r"%\((\w+)\)s(::[^,)%]*?\[\])")
 
 
@@ -25,10 +25,10 @@ def _dialect() -> sqlalchemy.Dialect:
 
 
 class Statement:
-    """A SQL statement made of SQLAlchemy's Core elements, built and compiled at its first use."""
+    """A SQL statement from SQLAlchemy Core elements, built and compiled on first use."""
 
     def __init__(self, build: Callable[[], Executable], *, writes: bool | None = None) -> None:
-        """Take what builds it; whether it writes is seen from its kind, but for a select with a writing CTE."""
+        """Take the function that builds it; `writes` is inferred, except for a SELECT with a data-modifying CTE."""
         self._build = build
         self._writes = writes
 
@@ -38,12 +38,12 @@ class Statement:
 
     @cached_property
     def writes(self) -> bool:
-        """Whether it changes rows."""
+        """Whether the statement writes."""
         return not isinstance(self._element, sqlalchemy.SelectBase) if self._writes is None else self._writes
 
     @cached_property
     def sql(self) -> bytes:
-        """The SQL in psycopg's form, its parameters by name."""
+        """The SQL with psycopg's named placeholders."""
         assert isinstance(self._element, CompilerElement)
         compiled = self._element.compile(dialect=_dialect())
         fixed = [name for name, value in (compiled.params or {}).items() if value is not None]

@@ -1,4 +1,4 @@
-"""Times that PostgreSQL has and Python has not: they are read as the first or the last time that Python has."""
+"""Timestamps outside the range of Python's datetime, which are loaded as its minimum or maximum."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from psycopg.pq import Format
 from psycopg.rows import tuple_row
 
 FIRST = datetime.min.replace(tzinfo=UTC)
-"""Read for `-infinity` and times before the year 1."""
+"""Loaded for `-infinity` and times before the year 1."""
 LAST = datetime.max.replace(tzinfo=UTC)
-"""Read for `infinity` and times after the year 9999."""
+"""Loaded for `infinity` and times after the year 9999."""
 
 _TYPE = "timestamptz"
 _OUT_OF_RANGE = re.compile(rb"(-infinity|.* BC)|infinity|\d{5,}-.*")
@@ -26,7 +26,7 @@ class _Loader(Loader):
     def __init__(self, oid: int, context: AdaptContext | None = None) -> None:
         super().__init__(oid, context)
         exact = psycopg.adapters.get_loader(oid, self.format)
-        assert exact is not None, "psycopg knows the times of PostgreSQL"
+        assert exact is not None, "psycopg has a loader for timestamptz"
         self._exact = exact(oid, context)
 
     def load(self, data: Buffer) -> datetime:
@@ -64,16 +64,16 @@ class _Context(NamedTuple):
 
 
 def register(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
-    """Let the connection's statements in the text format, which are those of sessions, read such times.
+    """Register a loader of such times for the text format, which sessions use.
 
-    The repositories read in the binary format; there psycopg's own loader stays, since one in Python costs half as much
-    again as all the rest of a row. They come to `read_again` instead.
+    The repositories use the binary format, and there psycopg's own loader is kept, since one in Python takes half as
+    much again as the rest of a row. They call `read_again` instead.
     """
     connection.adapters.register_loader(_TYPE, _TextLoader)
 
 
 def read_again(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> list[tuple[Any, ...]]:
-    """Return all rows of a result in which psycopg's own loader met such a time."""
+    """Return all rows of a result in which psycopg's own loader failed on such a time."""
     adapters = AdaptersMap(cursor.adapters)
     adapters.register_loader(_TYPE, _BinaryLoader)
     result = cursor.pgresult

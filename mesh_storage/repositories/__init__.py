@@ -1,4 +1,4 @@
-"""One repository for each aggregate: the only place where SQL is."""
+"""One repository per aggregate; all SQL is in this package."""
 
 from mesh_storage.repositories.infrastructure.meshes import MeshRepository
 from mesh_storage.repositories.infrastructure.nodes import NodeRepository

@@ -1,4 +1,4 @@
-"""The kinds of aggregates: what the repositories of both sides know of each, its statements and its checks."""
+"""The kinds of aggregates: their statements and validation, shared by the sync and asyncio repositories."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ LIMIT = bindparam("limit", type_=Integer)
 Rows: TypeAlias = Select[*tuple[Any, ...]]
 """A select of any columns."""
 TIMES = ("created", "updated")
-"""The attributes of infrastructure that the database's clock sets."""
+"""The attributes of infrastructure that are set by the database's clock."""
 
 
 class Aggregate(Generic[M]):
-    """The statements of one kind of aggregate, compiled once, and the maker of its objects."""
+    """The statements of one kind of aggregate, each compiled once, and the loader of its objects."""
 
     def __init__(self, model: type[M]) -> None:
         self.model = model
@@ -60,27 +60,27 @@ class Aggregate(Generic[M]):
 
     @cached_property
     def load(self) -> Loader[M]:
-        """What makes aggregates of rows; writing its code takes as long as all the rest."""
+        """The loader of aggregates; lazy, since generating its code takes as long as everything else."""
         return Loader(self.model)
 
     def attributes(self, field: str, entities: Iterable[M]) -> list[dict[str, Any]]:
-        """Return what aggregates hold: new ones have nothing to load, and instrumented access costs five times that.
+        """Return the `__dict__` of each aggregate: there is nothing to load, and instrumented access is 5 times slower.
 
         Raises:
-            InvalidInputError: One is no aggregate of this kind; names the field.
+            InvalidInputError: An object is not an aggregate of this kind; names the field.
         """
         given = checks.many(field, entities)
         for kind in set(map(type, given)):
             if not issubclass(kind, self.model):
-                raise InvalidInputError(f"a {self.name} is needed, not a {kind.__name__}", field=field)
+                raise InvalidInputError(f"{field} must be a {self.name}, not {kind.__name__}", field=field)
         return list(map(vars, given))
 
 
 class Infrastructure(Aggregate[M]):
-    """How one kind of infrastructure is added and updated: all its columns at once."""
+    """The statements that add and update one kind of infrastructure, with all its columns."""
 
     def __init__(self, model: type[M], *, prefix: str) -> None:
-        """Build the statements; `prefix` begins new ids, and an update leaves deferred attributes alone."""
+        """Build the statements; `prefix` starts new ids, and updates skip deferred attributes."""
         super().__init__(model)
         self.prefix = prefix
         self.columns: dict[str, Column[Any]] = dict(zip(self.names, self.table.columns, strict=True))
@@ -115,11 +115,11 @@ class Infrastructure(Aggregate[M]):
         return changed.returning(self.columns["updated"])
 
     def values(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
-        """Check what one aggregate holds and return what is sent for it; a default stands in for None."""
+        """Validate an aggregate's attributes and return the statement parameters, with defaults in place of None."""
         return {name: self.column(name, [attributes.get(name)])[0] for name in self.columns}
 
     def column(self, name: str, values: list[Any]) -> list[Any]:
-        """Check the values of one attribute and return what is sent; a default stands in for None."""
+        """Validate the values of one attribute and return the statement parameters, the default in place of None."""
         default = self.defaults.get(name)
         if default is not None and None in values:
             values = [default if value is None else value for value in values]
@@ -127,7 +127,7 @@ class Infrastructure(Aggregate[M]):
 
 
 class Entries(Aggregate[M]):
-    """A key, a value (bytes or JSON) and the times of the database's clock, by which an entry is put."""
+    """The statements of a key-value table: a key, a value (bytes or JSON) and two times set by the database's clock."""
 
     def __init__(self, model: type[M]) -> None:
         super().__init__(model)
@@ -148,13 +148,13 @@ class Entries(Aggregate[M]):
         )
 
     def insert_many(self) -> Insert:
-        """Insert the arrays `key` and `value`, a row for each position."""
+        """Insert the arrays `key` and `value` as rows."""
         rows = self.batch.table()
         value = cast(rows.c.value, self.value.type) if self.is_json else rows.c.value
         return insert(self.table).from_select([self.key, self.value], select(rows.c.key, value))
 
     def replacing(self, statement: Insert, where: ColumnElement[bool] | None = None) -> Insert:
-        """Let an insert replace the value of a key that is there (PostgreSQL manual, INSERT, ON CONFLICT)."""
+        """Add an ON CONFLICT clause that replaces the value of an existing key (PostgreSQL manual, INSERT)."""
         return statement.on_conflict_do_update(
             index_elements=[self.key],
             set_={self.value: statement.excluded[self.value.name], self.updated_at: func.now()},
@@ -162,7 +162,7 @@ class Entries(Aggregate[M]):
         )
 
     def check_values(self, values: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Check values; give what is sent for them, and what is stored, which shares nothing with the caller's."""
+        """Validate values; return the statement parameters, and the stored values, copied from the caller's."""
         if self._check_bytes is None:
             return jsonb.write(values, self._field)
         checked = self._check_bytes.column(values)
@@ -170,7 +170,7 @@ class Entries(Aggregate[M]):
 
 
 class PrefixEntries(Entries[M]):
-    """Entries whose keys have an order by code point (collation "C") beside that of the database."""
+    """The statements of a key-value table whose keys are ordered by code point (collation "C")."""
 
     def __init__(self, model: type[M]) -> None:
         super().__init__(model)
@@ -187,5 +187,5 @@ class PrefixEntries(Entries[M]):
 
 
 def values_by_key(rows: Sequence[Row]) -> dict[str, JSON]:
-    """Read rows of a key and a JSON value."""
+    """Return the JSON values of rows of key and value, by key."""
     return dict(zip([row[0] for row in rows], jsonb.read_all(row[1] for row in rows), strict=True))

@@ -1,4 +1,4 @@
-"""What may be stored in a column: every value is checked before it is sent, and refused by the name of its field."""
+"""Validation of column values before they are sent; errors name the field."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ INT64_MAX = 2**63 - 1
 INT64_MIN = -(2**63)
 _INT32_MAX = 2**31 - 1
 
-# Of a numeric, before and behind the decimal point (manual, 8.1).
+# Maximum digits of numeric before and after the decimal point (PostgreSQL manual, 8.1).
 _NUMERIC_DIGITS = 131_072
 _NUMERIC_SCALE = 16_383
 
 _CONTENT_BYTES = 2**28
 _ID_LENGTH = 255
-"""Longer than any id is."""
+"""Longer than any id."""
 _ULID = re.compile(r"[a-z]{2,10}_[0-9A-HJKMNP-TV-Z]{26}\Z")
 
 
 def text(field: str, value: object, limit: int | None = None, *, empty: bool = False) -> str:
-    """Check a text of 1 (or 0, where it may be empty) to `limit` characters."""
+    """Check a string of 1 (0 if `empty`) to `limit` characters."""
     if not isinstance(value, str):
         raise InvalidInputError(f"{field} must be a str, not {type(value).__name__}", field=field)
     if not value and not empty:
@@ -42,7 +42,7 @@ def text(field: str, value: object, limit: int | None = None, *, empty: bool = F
 
 
 def integer(field: str, value: object, low: int = INT64_MIN, high: int = INT64_MAX) -> int:
-    """Check a whole number from `low` to `high`."""
+    """Check an integer from `low` to `high`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidInputError(f"{field} must be an int, not {type(value).__name__}", field=field)
     if not low <= value <= high:
@@ -51,7 +51,7 @@ def integer(field: str, value: object, low: int = INT64_MIN, high: int = INT64_M
 
 
 def content(field: str, value: object) -> bytes:
-    """Check bytes, of up to 256 MiB: pg_dump doubles them, and a line of its may have 1 GB."""
+    """Check bytes of up to 256 MiB: pg_dump writes them as hex, and its lines are limited to 1 GB."""
     if not isinstance(value, bytes):
         raise InvalidInputError(f"{field} must be bytes, not {type(value).__name__}", field=field)
     if len(value) > _CONTENT_BYTES:
@@ -67,20 +67,20 @@ def ulid(field: str, value: object) -> str:
 
 
 def number(field: str, value: object) -> Decimal:
-    """Check a number of zero or more; a float is kept as the exact decimal that it is."""
+    """Check a non-negative number; a float keeps its exact decimal value."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise InvalidInputError(f"{field} must be a Decimal, int or float, not {type(value).__name__}", field=field)
     decimal = Decimal(value)
     if not decimal.is_finite() or decimal < 0:
-        raise InvalidInputError(f"{field} must be a finite number of 0 or more", field=field)
+        raise InvalidInputError(f"{field} must be a finite number, 0 or more", field=field)
     _, digits, exponent = decimal.as_tuple()
     if len(digits) + int(exponent) > _NUMERIC_DIGITS or -int(exponent) > _NUMERIC_SCALE:
-        raise InvalidInputError(f"{field} has more digits than PostgreSQL keeps", field=field)
+        raise InvalidInputError(f"{field} has more digits than PostgreSQL's numeric type can store", field=field)
     return decimal
 
 
 def time(field: str, value: object) -> datetime:
-    """Check a moment, which needs a time zone."""
+    """Check a timezone-aware datetime."""
     if not isinstance(value, datetime):
         raise InvalidInputError(f"{field} must be a datetime, not {type(value).__name__}", field=field)
     if value.utcoffset() is None:
@@ -88,8 +88,8 @@ def time(field: str, value: object) -> datetime:
     try:
         moment = value.astimezone(UTC)
     except OverflowError:
-        raise InvalidInputError(f"{field} is outside of the years 1 to 9999 in UTC", field=field) from None
-    # One of a subclass may be written in another way.
+        raise InvalidInputError(f"{field} is outside the years 1 to 9999 in UTC", field=field) from None
+    # psycopg may adapt an instance of a subclass differently.
     return moment if type(moment) is datetime else datetime.combine(moment.date(), moment.time(), UTC)
 
 
@@ -101,17 +101,17 @@ def flag(field: str, value: object) -> bool:
 
 
 def many(field: str, values: Iterable[T]) -> list[T]:
-    """Check that many things were given, and give them as a list."""
+    """Check an iterable, and return it as a list."""
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
         raise InvalidInputError(f"{field} must be an iterable, not {type(values).__name__}", field=field)
     return list(values)
 
 
 class Check:
-    """The check of a column: of one value, or of as many as there are rows."""
+    """The check of a column: of a single value, or of the values of many rows."""
 
     def __init__(self, one: Callable[[Any], Any], plain: Callable[[list[Any]], bool] | None = None) -> None:
-        """Take the check of a value, and what tells at a glance that many may be sent just as they are."""
+        """Take the check of a value, and a fast test of whether many values can be sent unchanged."""
         self._one = one
         self._plain = plain
 
@@ -119,18 +119,18 @@ class Check:
         """Return a value as it is sent.
 
         Raises:
-            InvalidInputError: It cannot be stored; names the field.
+            InvalidInputError: The value cannot be stored; names the field.
         """
         return self._one(value)
 
     def column(self, values: list[Any]) -> list[Any]:
-        """Return many values as they are sent; raises as for one."""
+        """Return many values as they are sent; raises as for a single value."""
         if self._plain is not None and values and self._plain(values):
             return values
         return [self._one(value) for value in values]
 
     def optional(self) -> Check:
-        """Make the check that lets None pass."""
+        """Return a check that also accepts None."""
         one, plain = self._one, self._plain
 
         def plain_or_none(values: list[Any]) -> bool:
@@ -141,7 +141,7 @@ class Check:
 
 
 def whole(field: str, low: int, high: int = INT64_MAX) -> Check:
-    """Make the check of whole numbers from `low` to `high`."""
+    """Return a check of integers from `low` to `high`."""
     return Check(
         lambda value: integer(field, value, low, high),
         lambda values: _all_are(int, values) and low <= min(values) and max(values) <= high,
@@ -149,7 +149,7 @@ def whole(field: str, low: int, high: int = INT64_MAX) -> Check:
 
 
 def of_column(field: str, column: Column[Any]) -> Check:
-    """Make the check of a column by its type."""
+    """Return the check for a column's type."""
     kind = column.type
     if isinstance(kind, LargeBinary):
         return Check(
@@ -179,7 +179,7 @@ def of_column(field: str, column: Column[Any]) -> Check:
 
 
 def of_key(field: str, column: Column[Any]) -> Check:
-    """Make the check of a key to look for: what is no ULID is simply not there."""
+    """Return the check of a key to look up: a string that is not a ULID is simply not found."""
     if column.info.get("ulid"):
         return Check(lambda value: text(field, value, _ID_LENGTH))
     return of_column(field, column)
@@ -190,7 +190,7 @@ def _all_are(kind: type, values: list[Any]) -> bool:
 
 
 def _plain_texts(values: list[Any], limit: int | None, *, empty: bool) -> bool:
-    """Return whether all are ASCII texts within the limits: by what runs in C, so that a thousand cost little."""
+    """Return whether all are ASCII strings within the limits, using only C functions, so that many cost little."""
     if not _all_are(str, values) or not (empty or all(values)):
         return False
     if limit is not None and max(map(len, values)) > limit:

@@ -1,11 +1,11 @@
-"""How rows become aggregates.
+"""Creation of aggregates from rows.
 
-An aggregate is *detached* in SQLAlchemy's terms: it is readable for ever, and `session.add` takes it up as persistent.
-It is made without the events of the ORM's own loading, and its `InstanceState` when something asks for it (see
-models/base.py). With states made at once a page takes 2.2 times the CPU, a stream 2.1, storing 1,000 new messages 3.5,
-and one `get` 1.04. The code that is written for each model is a part of that: with `dict(zip(names, row))` in its place
-a page takes 1.3 times, a stream 1.4. It can all go when SQLAlchemy itself makes its states late, or when a listing may
-take twice as long: then `mapper.class_manager.new_instance()` and a loop are enough.
+An aggregate is *detached* in SQLAlchemy's terms: it stays readable, and `session.add` makes it persistent. It is
+created without the ORM's load events, and its `InstanceState` only when needed (see models/base.py). With eager states,
+a page takes 2.2 times the CPU, a stream 2.1, storing 1,000 new messages 3.5, and a single `get` 1.04. The code
+generated for each model is part of that: with `dict(zip(names, row))` instead, a page takes 1.3 times as long, a stream
+1.4. All of this can be removed once SQLAlchemy defers its states itself, or once a listing may take twice as long: then
+`mapper.class_manager.new_instance()` and a loop are enough.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mesh_storage.postgres.statement import Row
 
 M = TypeVar("M", bound=Entity)
 
-# Written out as code, as dataclasses do.
+# Generated code, as in dataclasses.
 _CODE = """
 def of_values(row):
     {values} = row
@@ -39,12 +39,12 @@ def many(rows, *documents):
 
 
 class Loader(Generic[M]):
-    """Makes aggregates of rows that have the columns of their table, in its order."""
+    """Creates aggregates from rows with all columns of their table, in order."""
 
     of_values: Callable[[Row], M]
-    """Makes an aggregate of a row whose JSON was read already."""
+    """Creates an aggregate from a row whose JSON is already decoded."""
     one: Callable[[Row], M]
-    """Makes an aggregate of a row."""
+    """Creates an aggregate from a row."""
 
     def __init__(self, model: type[M]) -> None:
         names = attribute_names(model)
@@ -60,13 +60,13 @@ class Loader(Generic[M]):
         )
         made: dict[str, Any] = {"model": model, "new": model.__new__}
         code = _CODE.format(values=", ".join(values), attributes=attributes, each=each)
-        exec(code, made)  # noqa: S102 - all that is in it are the names of our own attributes
+        exec(code, made)  # noqa: S102 - it contains only our own attribute names
         self._many: Callable[..., Iterator[M]] = made["many"]
         self.of_values = made["of_values"]
         self.one = self._one if self._json else self.of_values
 
     def many(self, rows: Sequence[Row]) -> Iterator[M]:
-        """Make the aggregates of many rows, each when it is asked for."""
+        """Yield the aggregates of many rows lazily."""
         return self._many(rows, *(jsonb.read_all(map(itemgetter(number), rows)) for number in self._json))
 
     def _one(self, row: Row) -> M:

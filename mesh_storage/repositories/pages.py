@@ -1,4 +1,4 @@
-"""Pages of a listing, and the cursors by which they follow each other."""
+"""Pages of a listing, and the cursors that link them."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from mesh_storage.repositories import checks
 T = TypeVar("T")
 
 MAX_ROWS = 10_000
-"""Rows that one page or batch may have."""
+"""Maximum number of rows per page or batch."""
 
 Position: TypeAlias = tuple[str | int, ...]
-"""The key of a row, in the order of the listing."""
+"""The sort key of a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """A part of a listing, in the order of its key."""
+    """A page of a listing, in key order."""
 
     items: list[T]
     """What is on this page."""
     next: str | None
-    """The cursor to pass as `after` for the next page; None at the end. Its form is no promise."""
+    """The cursor to pass as `after` for the next page; None on the last page. Its format is opaque."""
 
 
 def encode(position: Position) -> str:
-    """Return the cursor of a position."""
+    """Return the cursor for a position."""
     return base64.urlsafe_b64encode(json.dumps(position).encode()).decode()
 
 
 def decode(cursor: str, shape: tuple[type[str | int], ...]) -> Position:
-    """Return the position of a cursor, whose values are to have these types.
+    """Return the position of a cursor, whose values must have these types.
 
     Raises:
-        InvalidInputError: It is no cursor of such a listing.
+        InvalidInputError: It is not a cursor of this listing.
     """
     try:
         values: list[Any] = json.loads(base64.b64decode(cursor, altchars=b"-_", validate=True))
@@ -46,7 +46,7 @@ def decode(cursor: str, shape: tuple[type[str | int], ...]) -> Position:
     except (TypeError, ValueError, RecursionError):
         values, fits = [], False
     if not fits:
-        raise InvalidInputError("after must be the `next` of a page of this listing", field="after")
+        raise InvalidInputError("after must be the `next` attribute of a page of this listing", field="after")
     return tuple(
         checks.text("after", value) if isinstance(value, str) else checks.integer("after", value) for value in values
     )

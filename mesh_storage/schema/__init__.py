@@ -1,4 +1,4 @@
-"""The schema of a database: its revisions, deploying them, and adopting the databases of the earlier Go service."""
+"""The schema of a database: revisions, deployment, and the adoption of databases of the earlier Go service."""
 
 from mesh_storage.schema.deploy import (
     alembic_config,

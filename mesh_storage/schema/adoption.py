@@ -1,4 +1,4 @@
-"""What stands in the way of the migrations in a database of the earlier Go service, found before any change."""
+"""Pre-flight checks of the migrations on a database of the earlier Go service, before anything is changed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import sqlalchemy.exc
 from mesh_storage.errors import ConflictError
 
 Tables: TypeAlias = Mapping[str, Mapping[str, str]]
-"""The columns of each table with their definitions, as `CREATE TABLE` has them; `PRIMARY KEY` may be among them."""
+"""The columns of each table with their definitions, as in `CREATE TABLE`; `PRIMARY KEY` may be among them."""
 Checks: TypeAlias = Mapping[str, Mapping[str, str]]
-"""The checks of each table: the name of a column, and the condition."""
+"""The check constraints of each table: column name and condition."""
 Indexes: TypeAlias = Mapping[str, tuple[str, str, bool]]
 """The table of each index, its columns, and whether it is unique."""
 
 LISTED = 10
-"""How many rows are listed for each broken rule; the count is of all."""
+"""Maximum number of rows listed per violated rule; the count includes all."""
 
 _TYPES = {
     "timestamp": "timestamp without time zone",
@@ -34,7 +34,7 @@ _TEXT = ("text", "character varying", "character")
 _UNSUITABLE = """
     SELECT name, reason FROM unnest(CAST(:names AS text[])) AS name JOIN pg_class ON pg_class.oid = to_regclass(name),
     LATERAL (VALUES
-        (relkind = 'p', 'it is partitioned, and no index can be built on it beside the traffic'),
+        (relkind = 'p', 'it is partitioned, and no index can be built on it concurrently'),
         (relkind = 'v', 'it is a view, not a table'),
         (relkind = 'm', 'it is a materialized view, not a table'),
         (relkind = 'f', 'it is a foreign table'),
@@ -47,7 +47,7 @@ _UNSUITABLE = """
         (EXISTS (SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attgenerated <> ''
                  AND attname IN ('created', 'updated', 'timestamp')), 'a column that gets a default is generated'),
         (NOT pg_has_role(relowner, 'USAGE'),
-         concat('it belongs to ', pg_get_userbyid(relowner), ', and ', current_user, ' may not alter it')),
+         concat('it is owned by ', pg_get_userbyid(relowner), ', and ', current_user, ' may not alter it')),
         (row_security_active(pg_class.oid) AND relkind IN ('r', 'p'),
          concat('its row level security hides rows from ', current_user))
     ) AS found (holds, reason)
@@ -57,7 +57,7 @@ _RIGHTS = """
     SELECT current_schema(), current_user, has_schema_privilege(current_schema(), 'CREATE')
     WHERE CAST(:names AS text[]) IS NOT NULL
 """
-# By command tag, which event triggers go by; each builds on the one before.
+# One statement per command tag, which event triggers filter by; each requires the previous one.
 _TRIALS = {
     "CREATE TABLE": "CREATE TABLE mesh_storage_trial (trial integer)",
     "ALTER TABLE": "ALTER TABLE mesh_storage_trial ALTER COLUMN trial SET DEFAULT 1",
@@ -84,19 +84,19 @@ def check(
     shape: bool,
     times: bool,
 ) -> None:
-    """Find everything that would stop the migrations, and change nothing.
+    """Find everything that would make the migrations fail, without changing anything.
 
     Args:
-        connection: To the database.
-        tables: What the tables of the first revision look like.
-        checks: What a later revision asks of the rows.
-        indexes: Those that are to be made; one that is there already must be the same, but may be half built.
-        new_tables: Those that are to be made.
-        shape: Whether the tables were never migrated, and so must look as given.
-        times: Whether the types of `created` and `updated` are still to be changed.
+        connection: A connection to the database.
+        tables: The expected tables of the first revision.
+        checks: The check constraints that later revisions add.
+        indexes: The indexes to be created; an existing one must be identical, but may be invalid.
+        new_tables: The tables to be created.
+        shape: Whether the tables were never migrated, and so must match `tables`.
+        times: Whether the types of `created` and `updated` are yet to be changed.
 
     Raises:
-        ConflictError: There is something; the message lists it by table, key and reason.
+        ConflictError: There are problems; the message lists them by table, key and reason.
     """
     problems: list[str] = _surroundings(connection, [*tables])
     for table, definitions in tables.items():
@@ -110,17 +110,17 @@ def check(
     if times:
         problems += _dependents(connection, [name for name in tables if "created" in tables[name]])
     problems += _indexes(connection, indexes)
-    problems += [f"table {name}: it is there already" for name in new_tables if _columns(connection, name)]
+    problems += [f"table {name}: it already exists" for name in new_tables if _columns(connection, name)]
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
         raise ConflictError(
-            "the database holds what the schema of mesh_storage refuses; nothing was changed. "
-            f"Correct this and run the upgrade again:\n{listed}"
+            "the database violates the schema of mesh_storage; nothing was changed. "
+            f"Fix the following and run the upgrade again:\n{listed}"
         )
 
 
 def _surroundings(connection: sqlalchemy.Connection, tables: list[str]) -> list[str]:
-    """Find what the statements of the migrations cannot be done to, or this role may not do."""
+    """Return what the migrations cannot be applied to, and the privileges that this role lacks."""
     problems = [f"table {table}: {reason}" for table, reason in _facts(connection, _UNSUITABLE, tables)]
     namespace, role, may_create = _facts(connection, _RIGHTS, tables)[0]
     if not may_create:
@@ -134,7 +134,7 @@ def _facts(connection: sqlalchemy.Connection, query: str, tables: list[str]) -> 
 
 
 def _event_triggers(connection: sqlalchemy.Connection) -> list[str]:
-    """Try what the migrations do on a table of its own that does not last, where event triggers may refuse it."""
+    """Run the kinds of statements used by the migrations on a scratch table, as event triggers may reject them."""
     triggers = connection.execute(
         sqlalchemy.text(
             "SELECT evtname FROM pg_event_trigger WHERE evtenabled IN ('O', 'A') AND evtevent <> 'login' ORDER BY 1"
@@ -150,7 +150,7 @@ def _event_triggers(connection: sqlalchemy.Connection) -> list[str]:
         except sqlalchemy.exc.DBAPIError as error:
             trial.rollback()
             reason = error.orig.diag.message_primary if isinstance(error.orig, psycopg.Error) else error
-            problems.append(f"{tag} is refused ({reason}); there are the event triggers {listed}")
+            problems.append(f"{tag} is rejected ({reason}); event triggers: {listed}")
             if tag == "CREATE TABLE":
                 break
     connection.rollback()
@@ -158,7 +158,7 @@ def _event_triggers(connection: sqlalchemy.Connection) -> list[str]:
 
 
 def _deletes(connection: sqlalchemy.Connection) -> list[str]:
-    """Find what may refuse to let stale entries of the log be set aside: by row, where there are any; else always."""
+    """Return what may interfere with moving stale log entries: row-level only if any exist, statement-level always."""
     if not _columns(connection, "mesh_consensus_log").keys() >= {"term", "index"}:
         return []
     rows = connection.execute(
@@ -176,13 +176,13 @@ def _deletes(connection: sqlalchemy.Connection) -> list[str]:
         )
     ).scalars()
     return [
-        f"table mesh_consensus_log: {name} acts on DELETE, which sets stale entries aside; disable it meanwhile"
+        f"table mesh_consensus_log: {name} fires on DELETE, which moves stale entries; disable it during the upgrade"
         for name in rows
     ]
 
 
 def _columns(connection: sqlalchemy.Connection, table: str) -> dict[str, _Column]:
-    # The base type of a domain is what its values have in common with ours.
+    # For a domain, compare its base type.
     rows = connection.execute(
         sqlalchemy.text(
             """
@@ -199,7 +199,7 @@ def _columns(connection: sqlalchemy.Connection, table: str) -> dict[str, _Column
 
 
 def _type(definition: str) -> str:
-    """Return the type of a column's definition by PostgreSQL's own name."""
+    """Return the type in a column definition under PostgreSQL's canonical name."""
     word = definition.split(maxsplit=1)[0]
     return _TYPES.get(word, word.replace("varchar", "character varying"))
 
@@ -222,20 +222,20 @@ def _key(definitions: Mapping[str, str]) -> list[str]:
 def _shape(
     connection: sqlalchemy.Connection, table: str, definitions: Mapping[str, str], found: Mapping[str, _Column]
 ) -> list[str]:
-    """Compare the table itself: what the migrations do not bring about must be there."""
+    """Compare a table with its definition, as far as the migrations will not change it."""
     problems: list[str] = []
     for name, definition in definitions.items():
         if name == "PRIMARY KEY":
             continue
         expected = _type(definition)
         if name not in found:
-            problems.append(f"table {table}: there is no column {name} ({expected})")
+            problems.append(f"table {table}: column {name} ({expected}) is missing")
         elif found[name].type != expected:
             problems.append(f"table {table}: column {name} is of type {found[name].type}, not {expected}")
         elif found[name].not_null != (_is_not_null(definition) or name in _key(definitions)):
             problems.append(f"table {table}: column {name} is {'' if found[name].not_null else 'not '}NOT NULL")
     problems += [
-        f"table {table}: column {name} may not be null and has no default, so no row could be added"
+        f"table {table}: column {name} is NOT NULL without a default, so no row could be inserted"
         for name, column in found.items()
         if name not in definitions and column.not_null and not column.filled
     ]
@@ -251,14 +251,14 @@ def _shape(
         for name, definition in definitions.items()
         if "REFERENCES nodes" in definition
     ]
-    problems += [f"table {table}: there is no constraint {each}" for each in wanted if each not in there]
+    problems += [f"table {table}: constraint {each} is missing" for each in wanted if each not in there]
     return problems
 
 
 def _rules(
     table: str, definitions: Mapping[str, str], checks: Mapping[str, str], found: Mapping[str, _Column]
 ) -> dict[str, str]:
-    """Return what each row must fulfil, by reason: only what PostgreSQL does not see to already, and can evaluate."""
+    """Return the rules that each row must satisfy, except those that PostgreSQL enforces or cannot evaluate."""
     rules = {f"breaks {table}_{name}_check, {rule}": rule for name, rule in checks.items()}
     for name, definition in definitions.items():
         if name not in found:
@@ -282,13 +282,13 @@ def _rules(
 def _rows(
     connection: sqlalchemy.Connection, table: str, rules: Mapping[str, str], definitions: Mapping[str, str]
 ) -> list[str]:
-    """Look for rows that break a rule, in one pass over the table."""
+    """Return the rows that violate a rule, in one pass over the table."""
     if not rules:
         return []
     key = " || ', ' || ".join(f"'{name}=' || quote_nullable({name})" for name in _key(definitions))
     cases = ", ".join(f"CASE WHEN NOT ({rule}) THEN {number} END" for number, rule in enumerate(rules.values()))
     any_broken = " OR ".join(f"NOT ({rule})" for rule in rules.values())
-    # The names and the rules are our own.
+    # The names and rules are our own.
     query = f"""
         WITH refused AS MATERIALIZED (
             SELECT {key} AS key, array_remove(ARRAY[{cases}], NULL) AS rules FROM {table} WHERE {any_broken}
@@ -307,14 +307,14 @@ def _rows(
     for rule, (total, keys) in listed.items():
         problems += [f"table {table}, row {row}: {list(rules)[rule]}" for row in keys]
         if total > len(keys):
-            problems.append(f"table {table}: {total - len(keys)} more rows, {total} in all: {list(rules)[rule]}")
+            problems.append(f"table {table}: {total - len(keys)} more rows, {total} in total: {list(rules)[rule]}")
     return problems
 
 
 def _dependents(connection: sqlalchemy.Connection, tables: list[str]) -> list[str]:
-    """Find what keeps PostgreSQL from changing the type of a time: views, rules, policies, triggers, functions.
+    """Return the objects that prevent changing the type of a time column: views, rules, policies, triggers, functions.
 
-    And generated columns, and indexes that compute with it: what they compute would depend on the zone of a session.
+    Also generated columns and indexes on expressions of it, whose results would depend on the session's time zone.
     """
     rows = connection.execute(
         sqlalchemy.text(
@@ -343,17 +343,17 @@ def _dependents(connection: sqlalchemy.Connection, tables: list[str]) -> list[st
         {"names": tables},
     )
     return [
-        f"table {table}: the type of column {column} cannot change while there is {dependent}"
+        f"table {table}: the type of column {column} cannot be changed because of {dependent}"
         for table, column, dependent in rows
     ]
 
 
 def _indexes(connection: sqlalchemy.Connection, indexes: Indexes) -> list[str]:
-    """Find what has the name of an index of ours but is another one: the migrations would take it for ours."""
+    """Return objects that the migrations would take for one of our indexes, with its name but another definition."""
     rows = connection.execute(
         sqlalchemy.text(
             """
-            SELECT name, CASE WHEN indexrelid IS NULL THEN 'no index' ELSE concat(
+            SELECT name, CASE WHEN indexrelid IS NULL THEN 'another kind of relation' ELSE concat(
                 CASE WHEN indisunique THEN 'UNIQUE ' END, 'INDEX ON ', CAST(CAST(indrelid AS regclass) AS text),
                 regexp_replace(pg_get_indexdef(indexrelid), '^.*? USING', ' USING'),
                 CASE WHEN NOT indimmediate THEN ' DEFERRABLE' END
@@ -369,7 +369,7 @@ def _indexes(connection: sqlalchemy.Connection, indexes: Indexes) -> list[str]:
     for name, found in rows:
         table, columns, unique = indexes[name]
         ours = f"{'UNIQUE ' if unique else ''}INDEX ON {table} USING btree ({columns})"
-        # PostgreSQL puts some names into quotes.
+        # PostgreSQL quotes some names.
         if found.replace('"', "") != ours.replace('"', ""):
-            problems.append(f"table {table}: {name} is there already, but it is {found}, not {ours}")
+            problems.append(f"table {table}: {name} already exists as {found}, not as {ours}")
     return problems

@@ -1,4 +1,4 @@
-"""The schema of a database: which revision it has, which one this code needs, and how to deploy it."""
+"""The schema of a database: its revision, the one this code requires, and its deployment."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mesh_storage")
 
 _UPGRADE = "run: mesh-storage upgrade (or alembic upgrade head)"
-# Alembic keeps what it works on in its modules, so of two threads one would migrate the other's database.
+# Alembic keeps its context in module globals, so with two threads one would migrate the other's database.
 _alembic = threading.Lock()
 
 
 @functools.cache
 def script_location() -> Path:
-    """Return the directory of the migrations: inside the installed package, or beside it in a checkout."""
+    """Return the directory of the migrations: in the installed package, or next to it in a checkout."""
     package = Path(__file__).parent.parent
     return next(path for path in (package / "alembic", package.parent / "alembic") if (path / "env.py").exists())
 
 
 @functools.cache
 def revisions() -> tuple[str, ...]:
-    """Return the revisions of the migrations in their order, which is that of their file names."""
+    """Return the revisions of the migrations in order, which is that of their file names."""
     files = (script_location() / "versions").glob("[0-9]*_*.py")
     return tuple(sorted(file.name.split("_", 1)[0] for file in files))
 
 
 def head() -> str:
-    """Return the revision that this code works with."""
+    """Return the revision that this code requires."""
     return revisions()[-1]
 
 
 def current(connection: sqlalchemy.Connection) -> str | None:
-    """Return the revision of a database, or None where mesh_storage's schema was never deployed."""
+    """Return the revision of a database, or None if the schema was never deployed."""
     return tables.revision_in(tables.by_sqlalchemy(connection))
 
 
 def check(revision: str | None) -> None:
-    """Refuse a database whose schema is not the one that this code works with.
+    """Raise unless the revision of a database is the one that this code requires.
 
     Raises:
-        SchemaMismatchError: It is behind, ahead, or not there; the message says what to run.
+        SchemaMismatchError: It is older, newer or missing; the message says what to run.
     """
     if revision == head():
         return
@@ -64,20 +64,20 @@ def check(revision: str | None) -> None:
         raise SchemaMismatchError(f"the database has no mesh_storage schema; {_UPGRADE} (to {head()})")
     if revision in revisions():
         raise SchemaMismatchError(
-            f"the schema is behind: the database is at revision {revision}, this mesh_storage needs {head()}; "
+            f"the schema is out of date: the database is at revision {revision}, this mesh_storage requires {head()}; "
             + _UPGRADE
         )
     raise SchemaMismatchError(
-        f"the schema is ahead: the database is at revision {revision}, which this mesh_storage (at {head()}) does not "
-        "know; run a newer mesh_storage"
+        f"the schema is too new: the database is at revision {revision}, which this mesh_storage (at {head()}) "
+        "does not know; use a newer mesh_storage"
     )
 
 
 def ensure(server: Server) -> None:
-    """Deploy the schema on a bundled server; on any other, check that it is there.
+    """Deploy the schema on a bundled server; on any other, check that it exists.
 
     Raises:
-        SchemaMismatchError: It is behind or ahead of this code.
+        SchemaMismatchError: It is older or newer than this code requires, or missing.
         UnavailableError: The database cannot be reached.
     """
     try:
@@ -94,7 +94,7 @@ def ensure(server: Server) -> None:
 
 
 def alembic_config(connect: dict[str, object] | None = None) -> Config:
-    """Make Alembic's configuration for the packaged migrations, for the database of these connect arguments."""
+    """Return Alembic's configuration for the packaged migrations and the database of these connect arguments."""
     from alembic.config import Config
 
     config = Config()
@@ -105,17 +105,18 @@ def alembic_config(connect: dict[str, object] | None = None) -> Config:
 
 
 def upgrade(url: str | None = None, revision: str = "head") -> None:
-    """Bring the schema of a database up to date: what `alembic upgrade head` does, from Python.
+    """Upgrade the schema of a database, like `alembic upgrade head`, from Python.
 
-    Without a URL the settings of the environment apply. Many processes and threads may do this at once: one
+    Without a URL, the settings come from the environment. Safe to call from many processes and threads at once: one
     migrates, and the others wait for it.
 
     Raises:
-        ConflictError: The database holds rows that cannot be adopted; nothing was changed, and the message lists them.
-        ConfigurationError: The URL or another setting is wrong, `transaction_pooling` among them.
+        ConflictError: The database contains rows that cannot be adopted; nothing was changed, and the message lists
+            them.
+        ConfigurationError: The URL or another setting is invalid, including `transaction_pooling`.
         UnavailableError: The database cannot be reached.
-        StorageTimeoutError: A lock was not to be had, or another process migrates for too long.
-        SchemaMismatchError: The schema is ahead of this code.
+        StorageTimeoutError: A lock could not be acquired, or another process takes too long to migrate.
+        SchemaMismatchError: The schema is newer than this code.
     """
     server = open_server(Settings() if url is None else Settings(url=SecretStr(url)))
     try:
@@ -125,7 +126,7 @@ def upgrade(url: str | None = None, revision: str = "head") -> None:
 
 
 def upgrade_server(server: Server, revision: str = "head") -> None:
-    """Bring the schema up to date on a server that is open already."""
+    """Upgrade the schema on a server that is already open."""
     from alembic import command
     from alembic.util import CommandError
 
@@ -135,7 +136,7 @@ def upgrade_server(server: Server, revision: str = "head") -> None:
         with _alembic:
             command.upgrade(alembic_config(server.connect), revision)
     except CommandError as error:
-        raise MeshStorageError(f"the schema cannot be brought to {revision}: {error}") from error
+        raise MeshStorageError(f"the schema cannot be upgraded to revision {revision}: {error}") from error
     except Exception as error:
         translated = translate(error)
         if translated is error:
@@ -144,7 +145,7 @@ def upgrade_server(server: Server, revision: str = "head") -> None:
 
 
 def migrate(connection: sqlalchemy.Connection, revision: str) -> None:
-    """Bring the schema to a revision, a newer or an older one, in the transaction of a connection."""
+    """Upgrade or downgrade the schema to a revision, in the transaction of a connection."""
     from alembic import command
 
     config = alembic_config()

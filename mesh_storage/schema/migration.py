@@ -1,11 +1,11 @@
-"""What the migrations need: one migrator at a time, locks that hold nobody up, indexes built beside the traffic.
+"""Helpers for migrations: one migrator at a time, short locks, and concurrent index builds.
 
-Three rules keep the services that use the database going while it is migrated:
+Three rules keep services running while their database is migrated:
 
-- A lock that keeps others waiting is taken by `lock`, which gives up after `HOLD_UP_MS`; then the whole revision is
-  undone, and tried again after a pause by `patiently`.
-- What only needs a lock that nobody else's reading and writing conflicts with is done after `wait_longer`.
-- What cannot be done in a transaction is done in `beside_traffic`, by statements that may be done twice.
+- A lock that blocks others is acquired by `lock`, which times out after `HOLD_UP_MS`; then the whole revision is rolled
+  back and, after a pause, retried by `patiently`.
+- Statements that need only locks that do not conflict with reads and writes follow `wait_longer`.
+- Statements that cannot run in a transaction run in `beside_traffic`, and are idempotent.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from mesh_storage.schema.tables import Location
 logger = logging.getLogger("mesh_storage")
 
 HOLD_UP_MS = 300
-"""Milliseconds that others may wait behind a migration that waits for its locks.
+"""Milliseconds for which others may be blocked by a migration that waits for its locks.
 
-Less than PostgreSQL's `deadlock_timeout` of a second, so that in a deadlock with a service it is the migration that
-gives way, before the server chooses.
+Less than PostgreSQL's `deadlock_timeout` of 1 s, so that in a deadlock with a service the migration gives way, before
+the server chooses a victim.
 """
 LOCK_TIMEOUT_S = 5
-"""Seconds that a migration waits for a lock where nobody waits behind it.
+"""Seconds that a migration waits for a lock that blocks no one else while it waits.
 
-More than `deadlock_timeout`, after which the server ends an autovacuum that is in the way.
+More than `deadlock_timeout`, after which the server cancels an autovacuum that holds a conflicting lock.
 """
 LOCK_PATIENCE_S = 300.0
-"""Seconds for which a migration that got no lock is tried again."""
+"""Seconds for which a migration that could not acquire its locks is retried."""
 TURN_TIMEOUT_S = 900.0
-"""Seconds to wait for another process that migrates the same database."""
+"""Seconds to wait for another process that is migrating the same database."""
 _OLD_TRANSACTION_S = 5
 _REPAIRS = 100
 
 # "mesh_sto" as a number: the advisory lock of all migrators of a database.
 _ADVISORY_LOCK = int.from_bytes(b"mesh_sto")
-# The server learns within half a minute that the machine of a migrator is gone, however idle the connection is, and
-# within a second that its process is, however busy the connection is; it ends neither session for any other reason.
+# The server detects within half a minute that the migrator's machine is gone, however idle the connection is, and
+# within a second that its process is, however busy the connection is; no other limit ends either session.
 _OPTIONS = (
     f"-c lock_timeout={HOLD_UP_MS} -c statement_timeout=0 -c idle_in_transaction_session_timeout=0 "
     "-c idle_session_timeout=0 -c client_connection_check_interval=1s "
@@ -103,11 +103,11 @@ _PREPARED_TRANSACTIONS = """
 
 
 class InUseError(StorageTimeoutError):
-    """The tables are in use; the migration was undone and may be tried again."""
+    """The tables are in use; the migration was rolled back and may be retried."""
 
 
 def create_engine(connect: dict[str, Any]) -> sqlalchemy.Engine:
-    """Make the engine for migrations; its limits come with the connection, so nothing runs before Alembic begins."""
+    """Create the engine for migrations; its limits are connection options, so they apply from the first statement."""
     arguments = {**connect, "options": f"{connect.get('options', '')} {_OPTIONS}".strip()}
     made = sqlalchemy.create_engine(
         "postgresql+psycopg://", connect_args=arguments, poolclass=NullPool, hide_parameters=True
@@ -116,7 +116,7 @@ def create_engine(connect: dict[str, Any]) -> sqlalchemy.Engine:
 
     @sqlalchemy.event.listens_for(made, "connect")
     def lift(connection: Any, _record: Any) -> None:
-        # Only PostgreSQL 17 and later knows it, and an option that a server does not know is refused.
+        # Only known from PostgreSQL 17 on, and a server rejects unknown options.
         connection.execute("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'")
         connection.commit()
 
@@ -124,15 +124,15 @@ def create_engine(connect: dict[str, Any]) -> sqlalchemy.Engine:
 
 
 def settle(connection: sqlalchemy.Connection, *, changes: bool) -> Location:
-    """Find the tables, and let unqualified names lead to their schema for the rest of the session.
+    """Locate the tables, and set the `search_path` to their schema for the rest of the session.
 
     Args:
-        connection: In no transaction.
-        changes: Whether a revision is to be done or undone, for which the version table gets its own name first.
+        connection: A connection without a transaction.
+        changes: Whether a revision is to be applied or reverted, before which the version table is renamed.
 
     Raises:
-        ConfigurationError: It is not clear which tables are ours.
-        StorageTimeoutError: A prepared transaction is in the way.
+        ConfigurationError: It is ambiguous which tables are ours.
+        StorageTimeoutError: A prepared transaction holds a conflicting lock.
     """
     location = tables.locate(tables.by_sqlalchemy(connection))
     if changes and location.version_table == tables.FORMER_VERSION_TABLE:
@@ -148,9 +148,9 @@ def settle(connection: sqlalchemy.Connection, *, changes: bool) -> Location:
 
 
 def take_over(connection: sqlalchemy.Connection, location: Location) -> None:
-    """Give the version table its own name; where it has rows of others, give our row a table of its own.
+    """Rename the version table; if it also has rows of others, move our row to a new table.
 
-    A service that may read the one may read the other: grants and the owner stay.
+    Services keep their access: privileges and the owner are preserved.
     """
     former = tables.qualified(location.namespace, tables.FORMER_VERSION_TABLE)
     ours = tables.qualified(location.namespace, tables.VERSION_TABLE)
@@ -170,7 +170,7 @@ def take_over(connection: sqlalchemy.Connection, location: Location) -> None:
             f"ALTER TABLE {ours} RENAME CONSTRAINT {tables.FORMER_VERSION_TABLE}_pkc TO {_VERSION_KEY}"
         )
     logger.info(
-        "the version table is %s from now on",
+        "the version table is now %s",
         ours,
         extra={"event": "deploy", "version_table": tables.VERSION_TABLE, "revision": location.revision},
     )
@@ -178,21 +178,23 @@ def take_over(connection: sqlalchemy.Connection, location: Location) -> None:
 
 @contextmanager
 def turn(connect: dict[str, Any]) -> Generator[Callable[[], None]]:
-    """Wait until no other process migrates this database, and keep others waiting meanwhile.
+    """Hold the migration lock of this database during the block, waiting for other processes that hold it.
 
-    The lock belongs to a connection of its own that is in no transaction, so that it neither ends with one nor keeps a
-    concurrent index waiting; the server frees it when this process dies. Gives a function that fails when the
-    connection, and so the turn, was lost.
+    The advisory lock is held by a separate connection without a transaction, so that it neither ends with one nor
+    blocks a concurrent index build; the server releases it if this process dies. Yields a function that raises if that
+    connection, and so the lock, was lost.
 
     Raises:
-        StorageTimeoutError: Another process migrates for longer than `TURN_TIMEOUT_S`.
+        StorageTimeoutError: Another process held the lock for longer than `TURN_TIMEOUT_S`.
     """
     arguments = {**connect, "options": f"{connect.get('options', '')} {_OPTIONS}".strip()}
     with engine.connect(arguments) as connection:
         deadline = time.monotonic() + TURN_TIMEOUT_S
         while not _try_lock(connection):
             if time.monotonic() > deadline:
-                raise StorageTimeoutError(f"another process migrates this database for over {TURN_TIMEOUT_S:.0f} s")
+                raise StorageTimeoutError(
+                    f"another process has been migrating this database for over {TURN_TIMEOUT_S:.0f} s"
+                )
             time.sleep(0.2)
 
         def check() -> None:
@@ -207,10 +209,10 @@ def _try_lock(connection: psycopg.Connection[tuple[Any, ...]]) -> bool:
 
 
 def patiently(work: Callable[[], None]) -> None:
-    """Do work until it gets its locks; in between, those who had to wait for it have their turn.
+    """Retry work until it acquires its locks, with pauses in which blocked transactions can proceed.
 
     Raises:
-        InUseError: It got none for `LOCK_PATIENCE_S`.
+        InUseError: It acquired none within `LOCK_PATIENCE_S`.
         sqlalchemy.exc.DBAPIError: The same, or another failure.
     """
     deadline = time.monotonic() + LOCK_PATIENCE_S
@@ -221,13 +223,13 @@ def patiently(work: Callable[[], None]) -> None:
         except (InUseError, sqlalchemy.exc.DBAPIError) as error:
             if not _is_in_use(error) or time.monotonic() > deadline:
                 raise
-        logger.info("the migration waits for locks", extra={"event": "retry", "pause": pause})
-        time.sleep(random.uniform(0.5, 1.0) * pause)  # noqa: S311 - no secret
+        logger.info("waiting to retry the migration: the tables are locked", extra={"event": "retry", "pause": pause})
+        time.sleep(random.uniform(0.5, 1.0) * pause)  # noqa: S311 - not used for security
         pause = min(5.0, pause * 1.5)
 
 
 def what_ended(error: sqlalchemy.exc.PendingRollbackError) -> BaseException:
-    """Return what broke a transaction off, which SQLAlchemy's words about the transaction itself hide."""
+    """Return the original error of a failed transaction, which SQLAlchemy's own message about its state hides."""
     found: BaseException = error
     while isinstance(found, sqlalchemy.exc.PendingRollbackError) and found.__context__ is not None:
         found = found.__context__
@@ -241,18 +243,18 @@ def _is_in_use(error: Exception) -> bool:
 
 
 def lock(*names: str) -> None:
-    """Lock tables against all use, for the rest of a revision that has little left to do; must be its first act.
+    """Lock tables exclusively for the rest of a short revision; must be its first statement.
 
-    First they are locked against other migrations and vacuuming only, which may take a while and holds nobody up. Then
-    only transactions of services are in the way, and these all together get `HOLD_UP_MS` to end.
+    They are first locked only against other migrations and vacuum, which may take a while and blocks no service. Then
+    only transactions of services can conflict, and all of these together get `HOLD_UP_MS` to end.
 
     Raises:
-        InUseError: They did not.
+        InUseError: They did not end in time.
     """
     listed = ", ".join(names)
     wait_longer()
     op.execute(f"LOCK TABLE {listed} IN SHARE UPDATE EXCLUSIVE MODE")
-    # For the statement as a whole: lock_timeout is for each of the tables, and those before it are locked already.
+    # statement_timeout covers the statement as a whole: lock_timeout applies per table, with the previous ones locked.
     op.execute(f"SET LOCAL statement_timeout TO '{HOLD_UP_MS}ms'")
     savepoint = nullcontext() if op.get_context().as_sql else op.get_bind().begin_nested()
     try:
@@ -261,7 +263,7 @@ def lock(*names: str) -> None:
     except sqlalchemy.exc.DBAPIError as error:
         if isinstance(error.orig, psycopg.errors.QueryCanceled):
             raise InUseError(
-                f"transactions that use {listed} did not end for {LOCK_PATIENCE_S:.0f} s: {_holders(names)}"
+                f"transactions that use {listed} did not end within {LOCK_PATIENCE_S:.0f} s: {_holders(names)}"
             ) from error
         raise
     op.execute("SET LOCAL statement_timeout TO 0")
@@ -269,31 +271,31 @@ def lock(*names: str) -> None:
 
 
 def _holders(names: Sequence[str]) -> str:
-    """Say whose transactions use the tables now."""
+    """Return a description of the sessions that hold locks on the tables."""
     listed = ", ".join(f"'{name}'::regclass" for name in names)
     query = (
         "SELECT DISTINCT pid, application_name FROM pg_locks JOIN pg_stat_activity USING (pid) "  # noqa: S608 - names of ours
         f"WHERE relation IN ({listed}) AND granted AND pid <> pg_backend_pid() ORDER BY pid"
     )
     holders = op.get_bind().exec_driver_sql(query)
-    return ", ".join(_process(*holder) for holder in holders) or "they come and go"
+    return ", ".join(_process(*holder) for holder in holders) or "different ones each time"
 
 
 def hold_nobody_up() -> None:
-    """Say for the SQL that is written instead of run what comes with the connection otherwise; for any statement."""
+    """Set for SQL in offline mode the limits that connections of migrations have; for any statement."""
     op.execute(f"SET LOCAL lock_timeout TO '{HOLD_UP_MS}ms'")
     op.execute("SET LOCAL statement_timeout TO 0")
 
 
 def wait_longer() -> None:
-    """Let the statements of a revision wait for locks that nobody queues up behind: no stronger than SHARE UPDATE."""
+    """Allow the statements of a revision a longer wait for locks that block no one: at most SHARE UPDATE EXCLUSIVE."""
     op.execute(f"SET LOCAL lock_timeout TO '{LOCK_TIMEOUT_S}s'")
     op.execute("SET LOCAL statement_timeout TO 0")
 
 
 @contextmanager
 def beside_traffic() -> Generator[None]:
-    """Run statements outside of transactions, with time to wait for those of others: nobody queues up behind them."""
+    """Run statements outside a transaction, with a longer wait for other transactions, since no one waits for them."""
     if _in_callers_transaction():
         yield
         return
@@ -306,13 +308,13 @@ def beside_traffic() -> Generator[None]:
 
 
 def create_index(name: str, table: str, columns: str, *, unique: bool = False, repair: str = "") -> None:
-    """Create an index beside the traffic; one that a killed migrator left half built is built anew.
+    """Create an index concurrently; an invalid one left by an interrupted migration is rebuilt.
 
-    Must run in `beside_traffic()`. For a unique index, `repair` is a statement that takes doubles away; it is done
-    again when a service has added another meanwhile.
+    Must run in `beside_traffic()`. For a unique index, `repair` is a statement that removes duplicates; it is repeated
+    if a service has inserted another one in the meantime.
 
     Raises:
-        InUseError: A transaction of a service goes on for so long that the index would not be finished.
+        InUseError: A long-running transaction of a service would keep the index from being completed.
     """
     online = not op.get_context().as_sql
     if online and _is_valid(name):
@@ -335,21 +337,21 @@ def create_index(name: str, table: str, columns: str, *, unique: bool = False, r
 
 
 def announce_lost_grants(*names: str) -> None:
-    """Log the grants on tables that a downgrade drops; those of ALTER DEFAULT PRIVILEGES come back by themselves."""
+    """Log the privileges on tables that a downgrade drops, except those that ALTER DEFAULT PRIVILEGES restores."""
     if op.get_context().as_sql:
         return
     listed = ", ".join(f"to_regclass('{name}')" for name in names)
     lost = [grant for (grant,) in op.get_bind().exec_driver_sql(_GRANTS.format(tables=listed))]
     if lost:
         logger.warning(
-            "the downgrade drops tables and the grants on them; after the next upgrade do: %s",
+            "the downgrade drops tables with their privileges; after the next upgrade, run: %s",
             "; ".join(lost),
             extra={"event": "downgrade", "grants": lost},
         )
 
 
 def drop_index(name: str) -> None:
-    """Drop an index beside the traffic; must run in `beside_traffic()`."""
+    """Drop an index concurrently; must run in `beside_traffic()`."""
     op.execute(f"DROP INDEX {'' if _in_callers_transaction() else 'CONCURRENTLY '}IF EXISTS {name}")
 
 
@@ -358,15 +360,15 @@ def _in_callers_transaction() -> bool:
 
 
 def _is_valid(name: str) -> bool:
-    valid = f"SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('{name}')"  # noqa: S608 - a name of ours
+    valid = f"SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('{name}')"  # noqa: S608 - our own name
     return bool(op.get_bind().exec_driver_sql(valid).scalar())
 
 
 def _await_old_transactions() -> None:
-    """Refuse to begin what must wait for a long transaction in the end: it would run into the timeout, for nothing.
+    """Raise if a long-running transaction would make a concurrent build time out at its end.
 
-    Who is not a member of pg_monitor is not shown since when the transactions of others go on; which ones are there, it
-    is. Those that are still there after the same time are long ones.
+    Roles without pg_monitor see the transactions of others but not their start time. Those still open after the same
+    time are considered long-running.
     """
     deadline = time.monotonic() + _OLD_TRANSACTION_S
     young: set[Any] | None = None
@@ -378,21 +380,21 @@ def _await_old_transactions() -> None:
         if old is None and time.monotonic() > deadline:
             old = min(young, default=None)
         if old is not None:
-            raise InUseError(f"a transaction does not end: that of {_process(old.pid, old.application_name)}")
+            raise InUseError(f"a transaction does not end: {_process(old.pid, old.application_name)}")
         if not young:
             return
         time.sleep(0.2)
 
 
 def _process(pid: int, application_name: str) -> str:
-    return f"process {pid} of the server ({application_name!r})"
+    return f"server process {pid} ({application_name!r})"
 
 
 def _refuse_prepared_transactions(connection: sqlalchemy.Connection, location: Location) -> None:
-    """Refuse to wait for a prepared transaction, which ends only when somebody says so.
+    """Raise if a prepared transaction holds a conflicting lock, since it ends only by an explicit statement.
 
     Raises:
-        StorageTimeoutError: There is one, for longer than it takes to commit in two phases.
+        StorageTimeoutError: There is one, older than a two-phase commit takes.
     """
     oids = ", ".join(str(oid) for oid in location.tables.values())
     query = _PREPARED_TRANSACTIONS.format(oids=oids, seconds=_OLD_TRANSACTION_S)
@@ -401,6 +403,6 @@ def _refuse_prepared_transactions(connection: sqlalchemy.Connection, location: L
     if prepared:
         listed = ", ".join(f"{gid!r} of {owner} since {since:%Y-%m-%d %H:%M:%S %Z}" for gid, owner, since in prepared)
         raise StorageTimeoutError(
-            f"prepared transactions hold locks on the tables: {listed}; end them by COMMIT PREPARED or ROLLBACK "
+            f"prepared transactions hold locks on the tables: {listed}; end them with COMMIT PREPARED or ROLLBACK "
             "PREPARED, and run the upgrade again"
         )

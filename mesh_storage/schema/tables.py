@@ -1,4 +1,4 @@
-"""Which tables are this library's, and in which schema of PostgreSQL they are: whatever needs to know asks here."""
+"""The tables of this library, and the PostgreSQL schema they are in."""
 
 from __future__ import annotations
 
@@ -25,71 +25,71 @@ SINCE: Mapping[str, str] = {
     "mesh_runtime_config": "0001",
     "mesh_consensus_log_stale": "0006",
 }
-"""The tables by name, with the revision that makes each; a service's own models on our `Base` are not among them."""
+"""The tables and the revision that creates each; a service's own models on our `Base` are not included."""
 VERSION_TABLE = "mesh_alembic_version"
-"""Where Alembic keeps the revision; not under the name that a service's own environment takes by default."""
+"""Alembic's version table; not its default name, which a service's own environment may use."""
 FORMER_VERSION_TABLE = "alembic_version"
-"""Where it was kept up to revision 0009."""
+"""The version table up to revision 0009."""
 TABLES = (*SINCE, VERSION_TABLE)
 
 _FIRST = tuple(name for name, revision in SINCE.items() if revision == "0001")
 _FORMER_REVISIONS = tuple(f"{number:04}" for number in range(1, 10))
 
 Fetch: TypeAlias = Callable[[str], Sequence[Any]]
-"""Runs a query and returns its rows; see `by_psycopg` and `by_sqlalchemy`."""
+"""Executes a query and returns its rows; see `by_psycopg` and `by_sqlalchemy`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where the tables of a database are, and what is there."""
+    """The location of the tables in a database, and which of them exist."""
 
     namespace: str
-    """The schema of PostgreSQL."""
+    """The PostgreSQL schema."""
     tables: Mapping[str, int]
-    """Those that are there, with their object ids, the version table among them."""
+    """The existing tables with their OIDs, including the version table."""
     version_table: str | None
-    """The table with the revision: None before the first deployment."""
+    """The table that contains the revision; None before the first deployment."""
     revision: str | None
     shared: bool = False
-    """Whether the version table, still under its former name, holds revisions of others as well."""
+    """Whether the version table, under its former name, also contains revisions of others."""
 
     @property
     def missing(self) -> list[str]:
-        """The tables that belong to the revision and are not there."""
+        """The tables that belong to the revision but do not exist."""
         return missing(self.revision, self.tables)
 
 
 def missing(revision: str | None, there: Iterable[str]) -> list[str]:
-    """Return the tables that belong to a revision and are not among those given."""
+    """Return the tables that belong to a revision but are not among those given."""
     found = {*there}
     return [name for name, since in SINCE.items() if revision is not None and since <= revision and name not in found]
 
 
 def by_psycopg(connection: psycopg.Connection[tuple[Any, ...]]) -> Fetch:
-    """Make what runs a query on a connection of psycopg."""
+    """Return a function that executes a query on a psycopg connection."""
     return lambda query: connection.execute(query.encode()).fetchall()
 
 
 def by_sqlalchemy(connection: sqlalchemy.Connection) -> Fetch:
-    """Make what runs a query on a connection of SQLAlchemy."""
+    """Return a function that executes a query on a SQLAlchemy connection."""
     return lambda query: connection.exec_driver_sql(query).fetchall()
 
 
 def locate(fetch: Fetch) -> Location:
-    """Find the tables in the schemas of the `search_path`, as unqualified names find them.
+    """Locate the tables in the schemas of the `search_path`, as unqualified names resolve.
 
-    They are in the schema that has the version table. In a database that has none they are where the tables of the
-    first revision are: in the current schema, or all of them in another one. Otherwise they are to be made in the
-    current schema, which is the first one of the `search_path` that exists.
+    They are in the schema of the version table. Without one, they are where the tables of the first revision are: in
+    the current schema, or all of them in another one. Otherwise they are to be created in the current schema, that is,
+    the first existing one of the `search_path`.
 
     Raises:
-        ConfigurationError: The `search_path` leads to no schema, or to tables in several.
-        SchemaMismatchError: The version table holds several revisions.
+        ConfigurationError: The `search_path` contains no existing schema, or finds tables in several.
+        SchemaMismatchError: The version table contains several revisions.
     """
     path = _search_path(fetch)
     if not path:
         raise ConfigurationError(
-            "the search_path of the connection leads to no schema that exists and may be used; create it, or grant "
+            "the search_path of the connection contains no existing schema that may be used; create it, or grant "
             "USAGE on it"
         )
     marked = next((namespace for namespace, found in path.items() if VERSION_TABLE in found), None)
@@ -108,41 +108,41 @@ def locate(fetch: Fetch) -> Location:
 
 
 def revision_in(fetch: Fetch) -> str | None:
-    """Return the revision of a database, or None where the schema was never deployed."""
+    """Return the revision of a database, or None if the schema was never deployed."""
     try:
         return locate(fetch).revision
     except (psycopg.errors.UndefinedTable, sqlalchemy.exc.ProgrammingError) as error:
         original = error.orig if isinstance(error, sqlalchemy.exc.ProgrammingError) else error
         if not isinstance(original, psycopg.errors.UndefinedTable):
             raise
-    # An upgrade has given the version table its name meanwhile.
+    # A concurrent upgrade has renamed the version table.
     return locate(fetch).revision
 
 
 def qualified(namespace: str, table: str) -> str:
-    """Write the name of a table with its schema, as SQL does."""
+    """Return the schema-qualified, quoted name of a table."""
     return sql.Identifier(namespace, table).as_string()
 
 
 def leading_to(namespace: str, path: Iterable[str]) -> str:
-    """Write the `search_path` that begins with a schema and goes on as before."""
+    """Return the `search_path` with a schema moved to the front."""
     rest = (name for name in path if name != namespace)
     return ", ".join(sql.Identifier(name).as_string() for name in (namespace, *rest))
 
 
 def include_object(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:  # noqa: FBT001 - Alembic's signature
-    """Return whether an object is a service's own, not one of mesh_storage's tables, for its Alembic environment.
+    """Return whether an object is not one of mesh_storage's tables, for a service's own Alembic environment.
 
-    It goes into `context.configure(include_object=...)`, with a function of the service's own by `and`. Alembic looks
-    at no column, index or constraint of a table that is left out, be it in the metadata or in the database. A table of
-    the service's that has the name of one of ours is included where its metadata gives it a schema.
+    Pass it to `context.configure(include_object=...)`, combined with the service's own function, if any, by `and`.
+    Alembic ignores the columns, indexes and constraints of excluded tables, in the metadata and in the database. A
+    table of the service with the same name as one of ours is included if its metadata has a schema.
     """
     del compare_to
     return kind != "table" or name not in TABLES or (not reflected and item.schema is not None)
 
 
 def _search_path(fetch: Fetch) -> dict[str, dict[str, int]]:
-    """Return the schemas of the `search_path`, each with what is there under the names of our tables."""
+    """Return the schemas of the `search_path`, each with its relations that have the names of our tables."""
     names = ", ".join(f"'{name}'" for name in (*TABLES, FORMER_VERSION_TABLE))
     path: dict[str, dict[str, int]] = {}
     for namespace, name, oid in fetch(
@@ -167,7 +167,7 @@ def _ours(found: Mapping[str, int]) -> dict[str, int]:
 
 
 def _first_found(path: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
-    """Return the schema in which each unqualified name is found."""
+    """Return the schema that each unqualified name resolves to."""
     return {
         name: next(namespace for namespace, found in path.items() if name in found)
         for name in TABLES
@@ -176,7 +176,7 @@ def _first_found(path: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
 
 
 def _check_marked(path: Mapping[str, Mapping[str, int]], location: Location) -> None:
-    """Refuse to go on where a name leads to another schema than the version table is in."""
+    """Raise if a name resolves to another schema than that of the version table."""
     order = list(path)
     astray = {
         name: namespace
@@ -187,13 +187,13 @@ def _check_marked(path: Mapping[str, Mapping[str, int]], location: Location) -> 
     if astray:
         listed = ", ".join(f"{namespace}.{name}" for name, namespace in astray.items())
         raise ConfigurationError(
-            f"mesh_storage is deployed in the schema {location.namespace} (its {VERSION_TABLE} is there), but the "
-            f"search_path ({', '.join(path)}) leads to {listed}; {_say_which(location.namespace)}"
+            f"mesh_storage is deployed in schema {location.namespace}, with its {VERSION_TABLE}, but the "
+            f"search_path ({', '.join(path)}) finds {listed}; {_say_which(location.namespace)}"
         )
 
 
 def _unmarked(path: Mapping[str, Mapping[str, int]]) -> str:
-    """Find the schema where no version table says it."""
+    """Return the schema of the tables if there is no version table."""
     current, *_ = path
     found = _first_found(path)
     namespaces = {*found.values()}
@@ -204,18 +204,18 @@ def _unmarked(path: Mapping[str, Mapping[str, int]]) -> str:
         return first
     listed = ", ".join(f"{namespace}.{name}" for name, namespace in found.items())
     raise ConfigurationError(
-        f"the tables of mesh_storage must be in one schema, but the search_path ({', '.join(path)}) leads to {listed}, "
-        f"and what is not there would be made in {current}; {_say_which(current)}, or move the tables together with "
+        f"the tables of mesh_storage must be in one schema, but the search_path ({', '.join(path)}) finds {listed}, "
+        f"and missing ones would be created in {current}; {_say_which(current)}, or move the tables together with "
         "ALTER TABLE ... SET SCHEMA"
     )
 
 
 def _say_which(namespace: str) -> str:
-    return f"say which schema is meant by the URL's parameter options=-csearch_path={namespace}, or another one"
+    return f"select the schema with the URL parameter options=-csearch_path={namespace}, or another one"
 
 
 def _former(fetch: Fetch, path: Mapping[str, Mapping[str, int]], namespace: str, there: Mapping[str, int]) -> Location:
-    """Look for our revision where it was kept up to 0009: in a table whose name others use for theirs too."""
+    """Locate a version table under the former name, which others may use for their revisions too."""
     revisions = _plausible(fetch, there)
     for other, found in path.items():
         if FORMER_VERSION_TABLE not in found:
@@ -226,8 +226,8 @@ def _former(fetch: Fetch, path: Mapping[str, Mapping[str, int]], namespace: str,
             raise _ambiguous(f"{other}.{FORMER_VERSION_TABLE}", rows)
         if ours and other != namespace:
             raise ConfigurationError(
-                f"the tables of mesh_storage are in the schema {namespace}, but their {FORMER_VERSION_TABLE} is in "
-                f"{other}; bring them together: ALTER TABLE {qualified(other, FORMER_VERSION_TABLE)} SET SCHEMA "
+                f"the tables of mesh_storage are in schema {namespace}, but their {FORMER_VERSION_TABLE} is in "
+                f"{other}; move it to the same schema: ALTER TABLE {qualified(other, FORMER_VERSION_TABLE)} SET SCHEMA "
                 f"{sql.Identifier(namespace).as_string()}"
             )
         if ours:
@@ -237,10 +237,10 @@ def _former(fetch: Fetch, path: Mapping[str, Mapping[str, int]], namespace: str,
 
 
 def _plausible(fetch: Fetch, there: Mapping[str, int]) -> list[str]:
-    """Return the revisions up to 0009 that tables which look like this can have.
+    """Return the revisions up to 0009 that are consistent with the shape of the tables.
 
-    A service's own revision may be called like one of ours. Tables of the Go service look alike at revision 0001 and
-    before it; they count as before, since the first revision changes nothing about them.
+    A service's own revision may have the same name as one of ours. The Go service's tables look the same at revision
+    0001 and before; they count as before, since the first revision does not change them.
     """
     ((made, keys, zones, checks),) = fetch(
         f"""
@@ -264,6 +264,5 @@ def _plausible(fetch: Fetch, there: Mapping[str, int]) -> list[str]:
 def _ambiguous(table: str, rows: Sequence[Any]) -> SchemaMismatchError:
     listed = ", ".join(sorted(str(revision) for (revision,) in rows))
     return SchemaMismatchError(
-        f"{table} has several rows that may be the revision of mesh_storage: {listed}; delete those that are not, and "
-        "run it again"
+        f"{table} has several rows that may be the revision of mesh_storage: {listed}; delete the others, and try again"
     )

@@ -71,7 +71,7 @@ def test_one_unit_of_work_cannot_be_entered_twice_at_once(run: Run, mesh_storage
     async def main() -> None:
         async with storage_at_rest(mesh_storage_url, watch, pool_size=2) as storage:
             scope = storage.begin()
-            with pytest.raises(MeshStorageError, match="open already"):
+            with pytest.raises(MeshStorageError, match="already open"):
                 async with scope as one:
                     await one.state.put("a", b"")
                     async with scope:

@@ -301,22 +301,18 @@ def test_a_backup_that_does_not_verify_is_none(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_uses_the_disk_where_the_ram_is_too_small(
-    storage: MeshStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_asks_for_twice_the_room(storage: MeshStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = storage.backup(tmp_path / "backup")
-    monkeypatch.setattr(backup.shutil, "disk_usage", lambda _: type("Usage", (), {"free": made.size}))
-    opened: list[str] = []
+    asked: list[int] = []
     real = backup.open_server
 
-    def note(settings: Settings) -> Server:
-        opened.append(settings.url.get_secret_value() if settings.url else "")
-        return real(settings)
+    def note(settings: Settings, *, space: int) -> Server:
+        asked.append(space)
+        return real(settings, space=space)
 
     monkeypatch.setattr(backup, "open_server", note)
     backup.verify(tmp_path / "backup")
-    assert opened[0].startswith("embedded:")
-    assert not Path(opened[0].removeprefix("embedded:")).exists()
+    assert asked == [2 * made.size]
 
 
 def test_tables_in_a_schema_of_their_own(storage: MeshStorage, bare: Server, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,8 @@ from mesh_storage.backup.manifest import Manifest
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
 
-OTHER = "the 'other'"
-"""A role."""
+OTHER = f"the 'other' {os.getpid()}"
+"""A role; those of other test processes may be on the same server."""
 
 
 @pytest.fixture
@@ -257,6 +258,14 @@ DOES_NOT_FIT = {
         ("DELETE FROM mesh_messages WHERE id <> 'later';"
         "ALTER TABLE mesh_messages ADD CONSTRAINT theirs EXCLUDE ((1) WITH =)"), "theirs",
     ),
+    "another type": (
+        "DELETE FROM mesh_messages; ALTER TABLE mesh_messages ALTER from_node TYPE int USING 1",
+        r"public\.mesh_messages",
+    ),
+    "a shorter column": (
+        "DELETE FROM mesh; ALTER TABLE mesh ALTER mesh_name TYPE varchar(1)",
+        r"public\.mesh ",
+    ),
     "a column that is gone": ("ALTER TABLE mesh_messages DROP COLUMN created_at", "mesh_messages.created_at"),
 }  # fmt: skip
 
@@ -414,3 +423,61 @@ def test_rows_in_tables_that_inherit_are_not_left_out_of_a_backup_without_a_word
     run(server, "INSERT INTO theirs VALUES ('k', 'v')")
     with pytest.raises(ConflictError, match=r"public\.theirs"):
         backup.backup(server, tmp_path / "backup")
+
+
+@pytest.mark.parametrize("former", ["backup", "database", "both"])
+def test_the_version_table_may_have_its_former_name(
+    storage: MeshStorage, server: Server, bare: Server, tmp_path: Path, former: str
+) -> None:
+    fill(storage)
+    rename, back = (
+        f"ALTER TABLE {old} RENAME TO {new}; ALTER TABLE {new} RENAME CONSTRAINT {old}_pkc TO {new}_pkc"
+        for old, new in [("mesh_alembic_version", "alembic_version"), ("alembic_version", "mesh_alembic_version")]
+    )
+    run(server, "GRANT SELECT ON mesh_alembic_version TO PUBLIC")
+    before, rows = definition(server), contents(server)
+    if former != "database":
+        run(server, rename)
+    backup.backup(server, tmp_path / "backup", verify=True)
+    if former == "backup":
+        run(server, back)
+    elif former == "database":
+        run(server, rename)
+    backup.restore(server, tmp_path / "backup", overwrite=True)
+    assert (definition(server), contents(server)) == (before, rows)
+    backup.restore(bare, tmp_path / "backup")
+    assert contents(bare) == rows
+
+
+def test_a_backup_goes_into_what_a_downgrade_has_left(
+    storage: MeshStorage, server: Server, bare: Server, made: Path
+) -> None:
+    del storage
+    backup.restore(bare, made)
+    before = definition(server)
+    command.downgrade(schema.alembic_config(server.connect), "base")
+    assert set(contents(server)) == {"mesh_alembic_version"}
+    backup.restore(server, made)
+    assert (definition(server), contents(server)) == (before, contents(bare))
+
+
+def test_a_backup_goes_into_tables_that_were_never_adopted(server: Server, bare: Server, made: Path) -> None:
+    backup.restore(bare, made)
+    run(server, "CREATE DOMAIN ulid AS text")  # so that a downgrade leaves the tables to the Go service
+    before = definition(server)
+    command.downgrade(schema.alembic_config(server.connect), "base")
+    run(server, "DROP TABLE mesh_alembic_version")
+    with pytest.raises(ConflictError, match="overwrite"):
+        backup.restore(server, made)
+    backup.restore(server, made, overwrite=True)
+    assert (definition(server), contents(server)) == (before, contents(bare))
+
+
+def test_some_tables_without_a_revision_are_not_taken_for_ours(server: Server, bare: Server, made: Path) -> None:
+    run(bare, "CREATE TABLE nodes (id int)")
+    with pytest.raises(ConflictError, match="nodes are there at revision none"):
+        backup.restore(bare, made, overwrite=True)
+    assert texts(bare, "SELECT count(*)::text FROM nodes") == ["0"]
+    run(server, "DROP TABLE mesh_state", "UPDATE mesh_alembic_version SET version_num = '0008'")
+    with pytest.raises(ConflictError, match=r"at revision 0008, but not mesh_state"):
+        backup.restore(server, made, overwrite=True)

@@ -106,7 +106,7 @@ def test_nothing_is_committed_after_an_error_that_was_caught(storage: MeshStorag
         uow.meshes.add(Mesh(name="taken"))
         with pytest.raises(AlreadyExistsError) as caught:
             uow.meshes.add(Mesh(name="taken"))
-        with pytest.raises(MeshStorageError, match="failed before"):
+        with pytest.raises(MeshStorageError, match="earlier call"):
             uow.meshes.count()
     assert error.value.__cause__ is caught.value
     assert (error.value.sqlstate, error.value.constraint) == ("23505", "mesh_mesh_name_key")

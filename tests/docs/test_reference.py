@@ -61,7 +61,7 @@ def test_the_documents_are_current() -> None:
     ("document", "current", "stale"),
     [
         ("models.md", "`port` integer | `8443`", "`port` integer | `443`"),
-        ("models.md", "One-way latency, in milliseconds.", "One-way latency, in seconds."),
+        ("models.md", "One-way latency in milliseconds.", "One-way latency in seconds."),
         ("logging.md", "| `slow_unit_of_work` | WARNING |", "| `slow_unit_of_work` | INFO |"),
         ("schema.svg", ">node_name<", ">name<"),
     ],
@@ -83,7 +83,8 @@ def test_every_attribute_and_relationship_of_every_model_is_documented() -> None
         assert list(attributes(name)) == list(attribute_names(model))
         assert all(cells[-1] for cells in attributes(name).values())
         listed = re.findall(r"^- `(\w+)`", section("models.md", name), re.MULTILINE)
-        assert listed == list(model.__mapper__.relationships.keys())
+        own = model.__annotations__  # a test may have added others to the mapper
+        assert listed == [key for key in model.__mapper__.relationships.keys() if key in own]  # noqa: SIM118
 
 
 @pytest.mark.parametrize("name", MODELS)

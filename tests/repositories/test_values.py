@@ -481,7 +481,10 @@ def test_nesting_of_an_older_service_is_read_or_says_what_it_is(uow: UnitOfWork)
         nest = "CAST(repeat('[', :depth) || repeat(']', :depth) AS jsonb)"
         uow.session.execute(sql(f"INSERT INTO mesh_runtime_config VALUES (:key, {nest})"), {"key": key, "depth": depth})
     assert isinstance(uow.runtime_config.value("deep"), list)
-    with pytest.raises(MeshStorageError, match="a JSON value of another service's is nested too deep"), uow.savepoint():
+    with (
+        pytest.raises(MeshStorageError, match="a JSON value stored by another service is nested too deep"),
+        uow.savepoint(),
+    ):
         uow.runtime_config.all()
     with pytest.raises(MeshStorageError, match="nested too deep"), uow.savepoint():
         uow.session.get(ConfigEntry, "deeper")

@@ -108,7 +108,7 @@ def test_a_schema_of_its_own_is_not_mistaken_for_that_of_another(url: str) -> No
     with MeshStorage.open(leading(url, "one, two")) as storage, storage.begin() as uow:
         uow.state.put("k", b"one")
     # Both are on the path, and the first counts: it is the one that unqualified names lead to.
-    with pytest.raises(SchemaMismatchError, match="behind"):
+    with pytest.raises(SchemaMismatchError, match="out of date"):
         MeshStorage.open(leading(url, "two, one"))
     schema.upgrade(leading(url, "two, one"))
     with MeshStorage.open(leading(url, "two")) as storage, storage.unit_of_work() as uow:
@@ -118,7 +118,7 @@ def test_a_schema_of_its_own_is_not_mistaken_for_that_of_another(url: str) -> No
 AMBIGUOUS = {
     "a part of the tables behind another schema": (
         "CREATE SCHEMA own; CREATE TABLE public.nodes (id int)",
-        "public.nodes.*would be made in own",
+        "public.nodes.*would be created in own",
     ),
     "tables in two schemas": (
         "CREATE SCHEMA own; CREATE TABLE own.mesh (id int); CREATE TABLE public.nodes (id int)",
@@ -128,7 +128,7 @@ AMBIGUOUS = {
         "CREATE SCHEMA own; CREATE VIEW own.mesh_state AS SELECT 1; CREATE TABLE public.nodes (id int)",
         "own.mesh_state",
     ),
-    "no schema at all": ("DROP SCHEMA public", "no schema that exists"),
+    "no schema at all": ("DROP SCHEMA public", "no existing schema"),
 }
 
 
@@ -160,7 +160,7 @@ def test_a_table_that_stands_before_ours_is_refused_by_name(mesh_storage_url: st
     run(mesh_storage_url, "CREATE SCHEMA own", "CREATE TABLE own.nodes (id int)")
     hidden = leading(mesh_storage_url, "own, public")
     for call in (schema.upgrade, MeshStorage.open):
-        with pytest.raises(ConfigurationError, match=r"deployed in the schema public .* leads to own\.nodes"):
+        with pytest.raises(ConfigurationError, match=r"deployed in schema public, .* finds own\.nodes"):
             call(hidden)
     assert MeshStorage.open(mesh_storage_url).close() is None
 

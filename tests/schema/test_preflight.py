@@ -150,7 +150,7 @@ def test_all_is_reported_at_once_and_the_command_fails(
     for constraint, (table, key) in expected.items():
         assert f"- table {table}, row {key}: breaks {constraint}" in err
     assert err.count("- table mesh_messages, row id='bad-") == adoption.LISTED
-    assert "990 more rows, 1000 in all: breaks mesh_messages_from_node_check" in err
+    assert "990 more rows, 1000 in total: breaks mesh_messages_from_node_check" in err
     assert (legacy.rows(connection), legacy.structure(connection)) == before
     # Corrected, the same command succeeds.
     connection.execute("UPDATE mesh_messages SET from_node = 'unknown' WHERE from_node = ''")
@@ -195,44 +195,44 @@ def test_all_is_reported_at_once_and_the_command_fails(
             "ALTER TABLE nodes ALTER port DROP DEFAULT, ALTER port TYPE text",
             ["table nodes: column port is of type text, not integer"],
         ),
-        ("ALTER TABLE mesh DROP COLUMN allow_join", ["table mesh: there is no column allow_join (boolean)"]),
+        ("ALTER TABLE mesh DROP COLUMN allow_join", ["table mesh: column allow_join (boolean) is missing"]),
         (
             "ALTER TABLE mesh_runtime_config DROP CONSTRAINT mesh_runtime_config_pkey",
             [
                 "table mesh_runtime_config: column key is not NOT NULL",
-                "table mesh_runtime_config: there is no constraint PRIMARY KEY (key)",
+                "table mesh_runtime_config: constraint PRIMARY KEY (key) is missing",
             ],
         ),
         (
             "ALTER TABLE nodes DROP CONSTRAINT nodes_node_name_key",
-            ["table nodes: there is no constraint UNIQUE (node_name)"],
+            ["table nodes: constraint UNIQUE (node_name) is missing"],
         ),
         (
             "ALTER TABLE routes DROP CONSTRAINT routes_target_node_id_fkey",
             [
                 (
-                    "table routes: there is no constraint FOREIGN KEY (target_node_id) REFERENCES nodes(node_id) "
-                    "ON UPDATE CASCADE ON DELETE CASCADE"
+                    "table routes: constraint FOREIGN KEY (target_node_id) REFERENCES nodes(node_id) "
+                    "ON UPDATE CASCADE ON DELETE CASCADE is missing"
                 )
             ],
         ),
         (
             "CREATE VIEW recent AS SELECT node_id FROM nodes WHERE created > '2024-01-01'",
-            ["table nodes: the type of column created cannot change while there is rule _RETURN on view recent"],
+            ["table nodes: the type of column created cannot be changed because of rule _RETURN on view recent"],
         ),
         (
             "CREATE INDEX late ON nodes (created) WHERE created > '2020-01-01'",
-            ["table nodes: the type of column created cannot change while there is index late"],
+            ["table nodes: the type of column created cannot be changed because of index late"],
         ),
         (
             "CREATE INDEX daily ON routes (date_trunc('day', updated))",
-            ["table routes: the type of column updated cannot change while there is index daily"],
+            ["table routes: the type of column updated cannot be changed because of index daily"],
         ),
         (
             "ALTER TABLE mesh ADD made date GENERATED ALWAYS AS (created::date) STORED",
             [
                 (
-                    "table mesh: the type of column created cannot change while there is default value for column made "
+                    "table mesh: the type of column created cannot be changed because of default value for column made "
                     "of table mesh"
                 )
             ],
@@ -242,11 +242,11 @@ def test_all_is_reported_at_once_and_the_command_fails(
                 "ALTER TABLE mesh_state ADD tenant text NOT NULL DEFAULT '', ADD owner text NOT NULL DEFAULT ''; "
                 "ALTER TABLE mesh_state ALTER tenant DROP DEFAULT"
             ),
-            ["table mesh_state: column tenant may not be null and has no default, so no row could be added"],
+            ["table mesh_state: column tenant is NOT NULL without a default, so no row could be inserted"],
         ),
         (
             "CREATE TABLE mesh_consensus_log_stale (note text)",
-            ["table mesh_consensus_log_stale: it is there already"],
+            ["table mesh_consensus_log_stale: it already exists"],
         ),
         (
             (
@@ -255,13 +255,13 @@ def test_all_is_reported_at_once_and_the_command_fails(
             ),
             [
                 (
-                    "table mesh_consensus_log: mesh_consensus_log_index_key is there already, but it is "
-                    "INDEX ON mesh_consensus_log USING btree (term), not "
+                    "table mesh_consensus_log: mesh_consensus_log_index_key already exists as "
+                    "INDEX ON mesh_consensus_log USING btree (term), not as "
                     "UNIQUE INDEX ON mesh_consensus_log USING btree (index)"
                 ),
                 (
-                    "table nodes: nodes_status_node_id_idx is there already, but it is INDEX ON nodes USING btree "
-                    "(port), not INDEX ON nodes USING btree (status, node_id)"
+                    "table nodes: nodes_status_node_id_idx already exists as INDEX ON nodes USING btree "
+                    "(port), not as INDEX ON nodes USING btree (status, node_id)"
                 ),
             ],
         ),
@@ -269,8 +269,8 @@ def test_all_is_reported_at_once_and_the_command_fails(
             "CREATE INDEX nodes_region_id_node_id_idx ON nodes (region_id, node_id) WHERE port = 1",
             [
                 (
-                    "table nodes: nodes_region_id_node_id_idx is there already, but it is INDEX ON nodes USING btree "
-                    "(region_id, node_id) WHERE (port = 1), not INDEX ON nodes USING btree (region_id, node_id)"
+                    "table nodes: nodes_region_id_node_id_idx already exists as INDEX ON nodes USING btree "
+                    "(region_id, node_id) WHERE (port = 1), not as INDEX ON nodes USING btree (region_id, node_id)"
                 )
             ],
         ),
@@ -278,7 +278,7 @@ def test_all_is_reported_at_once_and_the_command_fails(
             "CREATE SEQUENCE mesh_state_key_c_idx",
             [
                 (
-                    "table mesh_state: mesh_state_key_c_idx is there already, but it is no index, not "
+                    "table mesh_state: mesh_state_key_c_idx already exists as another kind of relation, not as "
                     'INDEX ON mesh_state USING btree (key COLLATE "C")'
                 )
             ],
@@ -331,7 +331,7 @@ def test_an_index_that_is_not_ours_is_reported_at_a_later_revision_as_well(
 ) -> None:
     schema.upgrade(legacy_url, "0006")
     connection.execute("CREATE INDEX nodes_status_node_id_idx ON nodes (port)")
-    with pytest.raises(ConflictError, match="table nodes: nodes_status_node_id_idx is there already"):
+    with pytest.raises(ConflictError, match="table nodes: nodes_status_node_id_idx already exists"):
         schema.upgrade(legacy_url)
     assert connection.execute("SELECT version_num FROM mesh_alembic_version").fetchone() == ("0006",)
     connection.execute("DROP INDEX nodes_status_node_id_idx")
@@ -381,7 +381,7 @@ SURROUNDINGS = {
             "created_at timestamptz DEFAULT now(), updated_at timestamptz DEFAULT now()) PARTITION BY HASH (key); "
             "CREATE TABLE part PARTITION OF mesh_state FOR VALUES WITH (MODULUS 1, REMAINDER 0)"
         ),
-        ["table mesh_state: it is partitioned, and no index can be built on it beside the traffic"],
+        ["table mesh_state: it is partitioned, and no index can be built on it concurrently"],
     ),
     "a partition": (
         (
@@ -398,7 +398,7 @@ SURROUNDINGS = {
         "ALTER TABLE mesh_runtime_config RENAME TO config; CREATE VIEW mesh_runtime_config AS SELECT * FROM config",
         [
             "table mesh_runtime_config: it is a view, not a table",
-            "table mesh_runtime_config: there is no constraint PRIMARY KEY (key)",
+            "table mesh_runtime_config: constraint PRIMARY KEY (key) is missing",
         ],
     ),
     "a generated column": (
@@ -413,11 +413,15 @@ SURROUNDINGS = {
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no deletes'; END $$; "
             "CREATE TRIGGER k BEFORE DELETE OR TRUNCATE ON mesh_consensus_log EXECUTE FUNCTION refuse()"
         ),
-        ["table mesh_consensus_log: trigger k acts on DELETE, which sets stale entries aside; disable it meanwhile"],
+        [
+            "table mesh_consensus_log: trigger k fires on DELETE, which moves stale entries; disable it during the upgrade"
+        ],
     ),
     "a rule that refuses deletes": (
         "CREATE RULE keep AS ON DELETE TO mesh_consensus_log DO INSTEAD NOTHING",
-        ["table mesh_consensus_log: rule keep acts on DELETE, which sets stale entries aside; disable it meanwhile"],
+        [
+            "table mesh_consensus_log: rule keep fires on DELETE, which moves stale entries; disable it during the upgrade"
+        ],
     ),
 }
 
@@ -472,9 +476,7 @@ def test_an_event_trigger_that_refuses_the_migrations_is_reported(
     connection.execute(f"CREATE EVENT TRIGGER halt ON ddl_command_start {filtered} EXECUTE FUNCTION refuse()".encode())
     with pytest.raises(ConflictError) as caught:
         schema.upgrade(legacy_url)
-    assert str(caught.value).splitlines()[1:] == [
-        f"- {tag} is refused (frozen); there are the event triggers halt" for tag in tags
-    ]
+    assert str(caught.value).splitlines()[1:] == [f"- {tag} is rejected (frozen); event triggers: halt" for tag in tags]
     connection.execute("DROP EVENT TRIGGER halt")
     assert legacy.structure(connection) == before
     schema.upgrade(legacy_url)
@@ -500,7 +502,7 @@ def test_a_role_that_may_not_alter_the_tables_is_told_before_anything_is_changed
             schema.upgrade(f"{legacy_url}&options=-crole%3D{role}")
         lines = str(caught.value).splitlines()[1:]
         assert lines[:9] == [
-            f"- table {table}: it belongs to postgres, and {role} may not alter it" for table in sorted(legacy.TABLES)
+            f"- table {table}: it is owned by postgres, and {role} may not alter it" for table in sorted(legacy.TABLES)
         ]
         assert lines[9:] == [f"- schema public: {role} may not create tables there (GRANT CREATE ON SCHEMA)"]
         assert legacy.structure(connection) == before

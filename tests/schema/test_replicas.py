@@ -60,7 +60,7 @@ def test_who_waits_for_its_turn_gives_up_in_time(legacy_url: str, monkeypatch: p
     monkeypatch.setattr(migration, "TURN_TIMEOUT_S", 0.5)
     with (
         migration.turn(connect_arguments(Settings(url=legacy_url))),
-        pytest.raises(StorageTimeoutError, match="another process migrates"),
+        pytest.raises(StorageTimeoutError, match="another process has been migrating"),
     ):
         schema.upgrade(legacy_url)
 
@@ -77,7 +77,7 @@ def test_who_gets_no_lock_gives_up_in_time_and_has_changed_nothing(
         holder.execute("SELECT FROM mesh_messages LIMIT 1")
         with pytest.raises(
             StorageTimeoutError,
-            match=r"transactions that use mesh, mesh_messages .*: process \d+ of the server \('holder'\)",
+            match=r"transactions that use mesh, mesh_messages .*: server process \d+ \('holder'\)",
         ):
             schema.upgrade(legacy_url)
     assert legacy.structure(connection) == before

@@ -1,1 +1,1 @@
-"""How a unit of work of the asyncio side reaches the server."""
+"""Connections, transactions and the pool for asyncio."""

@@ -1,4 +1,4 @@
-"""How asyncio does what a blocking caller does at once: in greenlets, threads and tasks of their own."""
+"""Greenlets, threads and background tasks for the asyncio side, where the sync side makes a direct call."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Ts = TypeVarTuple("Ts")
 
 
 async def in_greenlet(function: Callable[[*Ts], T], *args: *Ts) -> T:
-    """Call a sync function of SQLAlchemy's that may wait for the server, in a greenlet of SQLAlchemy's."""
+    """Call a sync function of SQLAlchemy that may wait for the server, in SQLAlchemy's greenlet."""
     return await greenlet_spawn(function, *args)
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call what needs the processor for long, without keeping the event loop from its other tasks."""
+    """Call a CPU-bound function in a thread, without blocking the event loop."""
     return await asyncio.to_thread(function, *args, **kwargs)
 
 
 async def uninterrupted(
     owner: Ownership, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    """Run to its end what must not be left half done, also when this task is cancelled meanwhile.
+    """Run a coroutine to completion even if this task is cancelled.
 
-    `finished` waits for what goes on for an owner although nobody waits for it any more.
+    `finished` waits for the coroutines of an owner that are still running after such a cancellation.
     """
     task = in_background(work(*args, **kwargs))
     unfinished = _unfinished.setdefault(owner, set())
@@ -44,14 +44,14 @@ async def uninterrupted(
 
 
 async def finished(owner: Ownership) -> None:
-    """Wait until all that was to be uninterrupted for an owner has come to its end."""
+    """Wait until all uninterrupted coroutines of an owner have completed."""
     if unfinished := _unfinished.get(owner):
         await asyncio.wait(unfinished)
 
 
 def sync_connection(connection: AsyncConnection) -> sqlalchemy.Connection:
-    """Return the sync connection inside of an asyncio one, which a session works on."""
-    assert connection.sync_connection is not None, "it was started"
+    """Return the sync connection wrapped by an asyncio one, for a session."""
+    assert connection.sync_connection is not None, "the connection is started"
     return connection.sync_connection
 
 
@@ -65,7 +65,7 @@ _unfinished = WeakKeyDictionary[Ownership, set[asyncio.Task[Any]]]()
 
 
 def in_background(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Run to its end what nobody may have the time to wait for."""
+    """Run a coroutine in a task to completion, whether or not anyone awaits it."""
     task = asyncio.create_task(work)
     _background.add(task)
     task.add_done_callback(_done)
@@ -75,4 +75,4 @@ def in_background(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 def _done(task: asyncio.Task[Any]) -> None:
     _background.discard(task)
     if not task.cancelled():
-        task.exception()  # Whoever waited has it; when nobody did, a rollback failed, and the connection is given up.
+        task.exception()  # retrieved, so that asyncio does not log it; the awaiter has raised it

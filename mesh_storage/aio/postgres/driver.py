@@ -1,9 +1,9 @@
-"""One connection to the server as psycopg has it: statements, transaction and state.
+"""A psycopg connection: statements, transaction and session state.
 
-The cursor, and the SQLAlchemy connection around it, are made once and serve many units of work: checking a connection
-out of SQLAlchemy's pool and making its result objects costs twice the CPU of a read and half as much again for a write
-(docs/performance.md). SQLAlchemy's own execution could replace this if it offered a prepared statement without a result
-object for each call.
+The cursor, and the SQLAlchemy connection around it, are created once and reused by many units of work: checking a
+connection out of SQLAlchemy's pool and creating its result objects takes twice the CPU of a read and half as much again
+for a write (docs/performance.md). SQLAlchemy's own execution could replace this if it offered prepared statements
+without a result object per call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh_storage.aio.postgres.timed import AsyncTimedConnection
 from mesh_storage.postgres import jsonb, timestamps
-from mesh_storage.postgres.characteristics import Mode, SessionLimits
+from mesh_storage.postgres.characteristics import Mode
+from mesh_storage.postgres.deadline import SessionLimits
 from mesh_storage.postgres.events import Events
 from mesh_storage.postgres.liveness import Liveness
 from mesh_storage.postgres.statement import Parameters, Row
@@ -27,7 +28,7 @@ _LIMITS = """
 """
 
 
-# What DISCARD ALL does (PostgreSQL manual), but for the prepared statements, which are psycopg's.
+# The steps of DISCARD ALL (PostgreSQL manual), except for the prepared statements, which psycopg manages.
 _RESET = b"""
     CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; SELECT pg_advisory_unlock_all();
     DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES
@@ -35,16 +36,16 @@ _RESET = b"""
 
 
 class AsyncDriver:
-    """A connection to the server that units of work use one after the other."""
+    """A connection to the server, reused by one unit of work after another."""
 
     def __init__(self, sqlalchemy: AsyncConnection, connection: AsyncTimedConnection, events: Events) -> None:
         self.sqlalchemy = sqlalchemy
         self.connection = connection
         self.mode = Mode()
-        """The mode that it is in."""
+        """The current mode."""
         self.liveness = Liveness(connection)
         self.unreplicated = False
-        """Whether the server said of a commit that it did not wait for a synchronous standby."""
+        """Whether the server warned that a commit did not wait for a synchronous standby."""
         self._events = events
         self._limits: SessionLimits | None = None
         timestamps.register(connection)
@@ -54,13 +55,13 @@ class AsyncDriver:
         connection.add_notice_handler(self._notice)
 
     def status(self) -> int:
-        """Return the state of the transaction, a `TransactionStatus`; UNKNOWN means that the connection is lost."""
-        # As it comes: the constructor of the enumeration costs as much as the question.
+        """Return the `TransactionStatus`; UNKNOWN means that the connection is lost."""
+        # The bare int: constructing the enum would double the cost of this call.
         status: int = self._pgconn.transaction_status
         return status
 
     async def execute(self, sql: bytes, parameters: Parameters | None = None, /) -> tuple[list[Row], int]:
-        """Execute a statement; return its rows, and how many it found or changed."""
+        """Execute a statement; return its rows, and the number of rows selected or affected."""
         cursor = self._cursor
         if self._events.listened:
             sql, parameters = self._events.before(cursor, sql, parameters)
@@ -68,7 +69,7 @@ class AsyncDriver:
             self._events.after(cursor, sql, parameters)
         else:
             await cursor.execute(sql, parameters)
-        # A row number is there when rows are; the description would have to be made.
+        # rownumber is set if there are rows; cursor.description would have to be built.
         if cursor.rownumber is None:
             return [], cursor.rowcount
         try:
@@ -77,20 +78,20 @@ class AsyncDriver:
             return timestamps.read_again(cursor), cursor.rowcount
 
     async def copy(self, sql: bytes, rows: Iterable[Row], /) -> None:
-        """Execute a COPY FROM STDIN; the rows are asked for while the server works on those before."""
+        """Execute a COPY FROM STDIN; rows are consumed while the server processes the previous ones."""
         async with self._cursor.copy(sql) as copy:
             try:
                 for row in rows:
                     await copy.write_row(row)
             except Exception:
                 raise
-            except BaseException:  # To end the COPY is to wait for a server that may wait for others.
+            except BaseException:  # ending the COPY would wait for the server
                 await self.connection.hurry()
                 raise
 
     async def execute_script(self, sql: bytes, /) -> None:
-        """Execute several statements without parameters or rows, in one round trip."""
-        # Not by our cursor, whose binary results PostgreSQL has for single statements only.
+        """Execute several statements without parameters or results, in one round trip."""
+        # Not on our cursor: its binary results require the extended protocol, which takes single statements only.
         await self.connection.execute(sql, prepare=False)
 
     async def commit(self) -> None:
@@ -99,11 +100,11 @@ class AsyncDriver:
         await self.connection.commit()
 
     async def rollback(self) -> None:
-        """Roll the transaction back."""
+        """Roll back the transaction."""
         await self.connection.rollback()
 
     async def switch(self, mode: Mode) -> None:
-        """Change the mode, between transactions; costs no round trip."""
+        """Change the mode, between transactions; takes no round trip."""
         if mode != self.mode:
             await self.connection.set_autocommit(mode.autocommit)
             await self.connection.set_isolation_level(mode.level)
@@ -111,30 +112,30 @@ class AsyncDriver:
             self.mode = mode
 
     async def session_limits(self) -> SessionLimits:
-        """Return the server's limits for whole transactions that the session has; asked once a connection."""
+        """Return the session's own limits on transactions; queried once per connection."""
         if self._limits is None:
             cursor = await self.connection.execute(_LIMITS)
             row = await cursor.fetchone()
-            assert row is not None, "the statement has one row always"
+            assert row is not None, "the statement always returns one row"
             self._limits = SessionLimits(int(row[0]), None if row[1] is None else int(row[1]))
         return self._limits
 
     async def reset(self) -> None:
-        """Bring the session back to where it began: what a caller has set, locked, listened to or kept aside goes."""
+        """Reset the session: discard its parameters, advisory locks, LISTEN registrations and temporary tables."""
         await self.switch(Mode(autocommit=True))
         await self.execute_script(_RESET)
 
     async def cut(self) -> None:
-        """End the connection, which is lost, but let its transaction be rolled back as if it were there."""
+        """Close a lost connection, while its transaction can still be rolled back on this side."""
         if not self.sqlalchemy.closed:
             await self.sqlalchemy.invalidate()
 
     async def discard(self) -> None:
-        """End the connection, which is lost, in doubt, or no longer needed."""
+        """Close a connection that is lost, in an unknown state, or no longer needed."""
         if not self.sqlalchemy.closed:
             await self.cut()
             await self.sqlalchemy.close()
 
     def _notice(self, diagnostic: Diagnostic) -> None:
-        # By the function of the server, since its SQLSTATE is that of any warning (syncrep.c).
+        # Recognized by the server function: its SQLSTATE is that of any warning (PostgreSQL's syncrep.c).
         self.unreplicated = self.unreplicated or diagnostic.source_function == "SyncRepWaitForLSN"

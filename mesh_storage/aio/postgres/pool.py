@@ -1,7 +1,7 @@
-"""The pool of the asyncio side: connections to one database, lent to one unit of work each.
+"""The connection pool for asyncio.
 
-`mesh_storage/postgres/pool.py` says why the pool is ours. This one is written by hand as well: what a thread waits for
-and what a task waits for differ, and a task may be cancelled while its connection is made.
+See `mesh_storage/postgres/pool.py` for why the pool is our own. This one is also written by hand rather than shared:
+threads and tasks wait for different things, and a task may be cancelled while its connection is being established.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.aio.postgres.timed import AsyncTimedConnection
 from mesh_storage.errors import MeshStorageError
-from mesh_storage.postgres.characteristics import Characteristics, Deadline
+from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.engine import connect_before, engine_arguments, share_time
 from mesh_storage.postgres.events import Events
 from mesh_storage.postgres.pool import (
@@ -47,10 +47,10 @@ class AsyncPool:
     def __init__(self, settings: Settings, server: Server) -> None:
         self.size = settings.pool_size
         self.in_use = 0
-        """The number of connections that are lent at this moment."""
+        """The number of connections in use."""
         self.closed = False
         self._timeout = settings.pool_timeout
-        self._response_timeout = response_timeout(settings)
+        self._response_timeout = response_timeout(server)
         self._pooling = Pooling.of(settings, server.local_parameters)
         self._server = server
         connect = server.connect | {"async_creator_fn": _connect}
@@ -63,13 +63,13 @@ class AsyncPool:
         renew_after_fork(self)
 
     async def acquire(self, characteristics: Characteristics) -> AsyncUnitOfWorkConnection:
-        """Lend a connection; `release` must follow.
+        """Acquire a connection, to be returned by `release`.
 
         Raises:
-            ClosedError: The pool was closed.
+            ClosedError: The pool is closed.
             MeshStorageError: The storage belongs to another event loop.
-            UnavailableError: None is free in time, or the server cannot be reached.
-            StorageTimeoutError: The caller's time is over.
+            UnavailableError: No connection became available in time, or the server cannot be reached.
+            StorageTimeoutError: The timeout of the unit of work expired.
         """
         characteristics.check()
         deadline = characteristics.deadline()
@@ -79,18 +79,17 @@ class AsyncPool:
             await self._wait(characteristics.timeout)
         else:
             await self._free.acquire()
-        if self.closed:  # It was closed while we waited.
+        if self.closed:  # it may have been closed in the meantime
             self._free.release()
             check_open(closed=True)
         driver = self._idle_driver()
-        # A task of its own, since a connection that is half made when it is cancelled would stay open.
+        # In its own task, since a half-open connection would leak if cancelled.
         connecting = None if driver else self._keep_running(self._connect(deadline))
         try:
             if connecting is not None:
                 driver = await asyncio.shield(connecting)
-            assert driver is not None, "it was idle, or was just made"
-            limit = None if deadline is None else Deadline(deadline)
-            connection = AsyncUnitOfWorkConnection(driver, characteristics, limit, self._pooling)
+            assert driver is not None, "either idle or just connected"
+            connection = AsyncUnitOfWorkConnection(driver, characteristics, deadline, self._pooling)
             await connection.prepare()
         except BaseException:
             self._keep_running(self._give_up(driver, connecting))
@@ -99,26 +98,26 @@ class AsyncPool:
         return connection
 
     async def release(self, connection: AsyncUnitOfWorkConnection) -> None:
-        """Take a connection back; what was not committed is rolled back, also when this task is cancelled meanwhile."""
+        """Release a connection, rolling back uncommitted changes, even if this task is cancelled meanwhile."""
         if connection.owner.inherited:
             keep_for_parent(connection)
-        elif connection.joined is None and connection.settled() and not self.closed:
+        elif not connection.joined.is_used and connection.settled() and not self.closed:
             await connection.close()
             self._put_back(connection)
         else:
             await asyncio.shield(in_background(self._clean(connection)))
 
     async def close(self) -> None:
-        """Close the connections that are not lent; the others are closed when they come back."""
+        """Close the idle connections; those in use are closed on release."""
         self.closed = True
-        # Who waits for a connection learns of it at once: this wakes one, and each wakes the next.
+        # Wakes one waiter with `ClosedError`, which in turn wakes the next.
         self._free.release()
         await self._close_idle()
-        while self._connecting:  # Nobody waits for these any more.
+        while self._connecting:  # their waiters are gone
             await asyncio.wait(self._connecting)
 
     def after_fork(self) -> None:
-        """In a forked child, begin with no connections and leave the parent's alone."""
+        """Start with no connections in a forked child, leaving the parent's open."""
         keep_for_parent((self._idle, self._connecting))
         self._idle = deque()
         self._connecting = set()
@@ -134,7 +133,7 @@ class AsyncPool:
             self._loop = loop
         elif self._loop is not loop:
             raise MeshStorageError(
-                "this storage belongs to another event loop; open one for each loop, inside of the loop that uses it"
+                "this storage belongs to another event loop; open one per event loop, in the loop that uses it"
             )
 
     async def _wait(self, timeout: float | None) -> None:
@@ -146,7 +145,7 @@ class AsyncPool:
 
     async def _clean(self, connection: AsyncUnitOfWorkConnection) -> None:
         try:
-            await finished(connection.owner)  # A savepoint or rollback whose task was cancelled a second time.
+            await finished(connection.owner)  # a rollback whose task was cancelled twice
             await connection.close()
             if connection.is_lost:
                 self._condemned = time.monotonic()
@@ -167,7 +166,7 @@ class AsyncPool:
             await self._idle.pop().discard()
 
     def _idle_driver(self) -> AsyncDriver | None:
-        """Return the idle connection that was used last, if there is one that still works."""
+        """Return the most recently used idle connection that is still usable, if any."""
         while self._idle:
             driver = self._idle.pop()
             if driver.liveness.usable() and driver.liveness.born > self._condemned:
@@ -196,10 +195,10 @@ class AsyncPool:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._connecting.discard(task)
         if not task.cancelled():
-            task.exception()  # Whoever waits for it has it.
+            task.exception()  # retrieved, so that asyncio does not log it
 
     async def _give_up(self, driver: AsyncDriver | None, connecting: asyncio.Task[AsyncDriver] | None) -> None:
-        """Discard a connection that nobody waits for any more; only then may another be made."""
+        """Discard a connection whose waiter is gone; its slot is released only afterwards."""
         try:
             if driver is None and connecting is not None:
                 with suppress(MeshStorageError):
@@ -210,11 +209,11 @@ class AsyncPool:
             self._free.release()
 
 
-async def _connect(**parameters: Any) -> AsyncTimedConnection:
-    """Connect within the time for all hosts together."""
+async def _connect(*_conninfo: str, **parameters: Any) -> AsyncTimedConnection:
+    """Connect within the time limit for all hosts together."""
     seconds = share_time(parameters)
     try:
         async with asyncio.timeout(seconds):
             return await AsyncTimedConnection.connect(**parameters)
     except TimeoutError:
-        raise psycopg.errors.ConnectionTimeout(f"no server has answered within {seconds:g} s") from None
+        raise psycopg.errors.ConnectionTimeout(f"no server responded within {seconds:g} s") from None

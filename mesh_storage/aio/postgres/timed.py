@@ -1,7 +1,7 @@
-"""psycopg's connection with a limit in its own wait, which ends also where the server stands still and answers nothing.
+"""A psycopg connection with a deadline for every wait, even if the server is suspended or unreachable.
 
-Limits are kept on this side of the connection, so that a statement costs no more with a timeout than without one. This
-needs psycopg's `Connection.wait`, which its manual does not describe: `tests/postgres/test_timed.py` pins what is used.
+Deadlines are enforced by the client, so that a statement with a timeout costs no more than one without. This relies on
+psycopg's undocumented `Connection.wait`; `tests/postgres/test_timed.py` pins what is used of it.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from mesh_storage.postgres.liveness import GRACE_S
 T = TypeVar("T")
 
 _POLL_S = 0.1
-"""Seconds after which psycopg looks for signals, such as that of Ctrl-C."""
+"""Interval in seconds at which psycopg checks for signals, such as SIGINT."""
 
 
 class AsyncTimedConnection(AsyncConnection):
-    """A connection that waits for the server no longer than to a deadline, and for no single answer beyond a limit."""
+    """A connection that waits for the server until a deadline at most, with a limit for each response."""
 
     deadline: float | None = None
-    """The moment of `time.monotonic()` by which every wait ends."""
+    """The time, by `time.monotonic()`, at which every wait ends."""
     response_timeout: float | None = None
-    """Seconds that one wait may take."""
+    """Maximum duration of one wait in seconds."""
     cancelled = False
-    """Whether a request to cancel was sent; it may arrive late and hit a later statement of this connection."""
+    """Whether a cancel request was sent, which may arrive late and cancel a later statement of this connection."""
     silent = False
-    """Whether the server did not even answer a request to cancel, so that the connection was closed."""
+    """Whether the server did not respond even to a cancel request, so that the connection was closed."""
 
     async def wait(self, gen: PQGen[T], interval: float = _POLL_S, timeout: float | None = None) -> T:
-        """Wait for the server; when the time is over or the wait is interrupted, cancel what the server does.
+        """Wait for the server; once the deadline has passed or the wait is interrupted, cancel the statement.
 
         Raises:
-            psycopg.errors.QueryCanceled: The time was over, and the server has cancelled the statement.
-            psycopg.OperationalError: The time was over, and the server did not answer; or the connection is lost.
+            psycopg.errors.QueryCanceled: The deadline passed, and the server cancelled the statement.
+            psycopg.OperationalError: The deadline passed without a response, or the connection is lost.
         """
         begun = time.monotonic()
         limit = self._limit(begun, timeout)
@@ -62,13 +62,13 @@ class AsyncTimedConnection(AsyncConnection):
         return await self._cancel_and_wait(gen, interval, interrupt)
 
     async def hurry(self) -> None:
-        """Cancel what the server does, and wait for nothing longer than a moment from now on."""
+        """Send a cancel request, and limit all further waiting to the grace period."""
         self.cancelled = True
         self.response_timeout = GRACE_S
         if capabilities.has_cancel_safe():
-            with suppress(psycopg.Error):  # It does not answer, and so the connection will be closed.
+            with suppress(psycopg.Error):  # no response: the connection will be closed
                 await self.cancel_safe(timeout=GRACE_S)
-        else:  # libpq before 17 blocks for as long as the server does.
+        else:  # before libpq 17, the request blocks until the server responds
             request = self.pgconn.get_cancel()
             threading.Thread(target=request.cancel, name="mesh_storage cancel", daemon=True).start()
 
@@ -91,15 +91,15 @@ class AsyncTimedConnection(AsyncConnection):
             self.pgconn.finish()
             if interrupt is None:
                 self.silent = True
-                raise psycopg.OperationalError("the server did not answer in time") from error
+                raise psycopg.OperationalError("the server did not respond in time") from error
         except psycopg.Error:
             if interrupt is None:
                 raise
-        except BaseException:  # Interrupted again.
+        except BaseException:  # interrupted again
             self.pgconn.finish()
             raise
         else:
             if interrupt is None:
                 return result
-        assert interrupt is not None, "all else has returned or raised"
+        assert interrupt is not None, "all other paths return or raise"
         raise interrupt

@@ -1,4 +1,4 @@
-"""One repository for each aggregate, for asyncio; those of `mesh_storage.repositories` are derived from these."""
+"""One repository per aggregate, for asyncio; those of `mesh_storage.repositories` are generated from these."""
 
 from mesh_storage.aio.repositories.infrastructure.meshes import AsyncMeshRepository
 from mesh_storage.aio.repositories.infrastructure.nodes import AsyncNodeRepository

@@ -1,4 +1,4 @@
-"""What the repositories share: listing in pages, and everything that works by the primary key alone."""
+"""The base classes of the repositories: pagination, and operations by primary key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class AsyncListing(Generic[T]):
-    """A listing by key: each part is one statement that begins behind the last key, so its cost does not grow."""
+    """A listing by keyset pagination: each page or batch is one statement that starts after the last key."""
 
     def __init__(
         self,
@@ -27,21 +27,21 @@ class AsyncListing(Generic[T]):
         position: Callable[[Row], Position] = itemgetter(slice(1)),
         shape: tuple[type[str | int], ...] = (str,),
     ) -> None:
-        """Take what fetches rows, what makes items of rows, and where a row is: by its first column, a text."""
+        """Take functions to fetch rows, to load items, and to return a row's sort key, by default its first column."""
         self._fetch = fetch
         self._load = load
         self._position = position
         self._shape = shape
 
     async def page(self, after: str | None, limit: int) -> Page[T]:
-        """Return up to `limit` rows from behind the cursor `after`."""
+        """Return up to `limit` rows after the cursor `after`."""
         checks.integer("limit", limit, 1, MAX_ROWS)
         rows = await self._fetch(None if after is None else decode(after, self._shape), limit + 1)
         following = encode(self._position(rows[limit - 1])) if len(rows) > limit else None
         return Page(list(self._load(rows[:limit])), following)
 
     def stream(self, batch_size: int) -> AsyncGenerator[T, None]:
-        """Yield all rows, with no more than `batch_size` in memory and nothing open on the server in between."""
+        """Yield all rows, with at most `batch_size` in memory and nothing open on the server between batches."""
         checks.integer("batch_size", batch_size, 1, MAX_ROWS)
         return self._rows(batch_size)
 
@@ -57,7 +57,7 @@ class AsyncListing(Generic[T]):
 
 
 class AsyncRepository(Generic[M]):
-    """One kind of aggregate in the database, for as long as its unit of work lasts."""
+    """One kind of aggregate in the database, for the lifetime of its unit of work."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection, aggregate: Aggregate[M]) -> None:
         self._connection = connection
@@ -72,7 +72,7 @@ class AsyncRepository(Generic[M]):
 
     async def _fetch_value(self, statement: Statement, **parameters: object) -> Any:
         row = await self._connection.fetch_one(statement, parameters)
-        assert row is not None, "the statement gives one row always"
+        assert row is not None, "the statement always returns one row"
         return row[0]
 
     def _get(self, key: object, found: M | None) -> M:
@@ -82,7 +82,7 @@ class AsyncRepository(Generic[M]):
 
 
 class AsyncKeyedRepository(AsyncRepository[M]):
-    """A kind of aggregate with one text as its key."""
+    """A kind of aggregate with a string as its primary key."""
 
     async def find(self, key: str) -> M | None:
         """Return the aggregate with this key, or None."""
@@ -106,15 +106,15 @@ class AsyncKeyedRepository(AsyncRepository[M]):
             raise NotFoundError(self._aggregate.name, key)
 
     async def page(self, *, after: str | None = None, limit: int = 100) -> Page[M]:
-        """Return up to `limit` (at most 10,000) aggregates in key order, beginning after the cursor `after`."""
+        """Return up to `limit` (at most 10,000) aggregates in key order, starting after the cursor `after`."""
         return await self._by_key().page(after, limit)
 
     def stream(self, *, batch_size: int = 1000) -> AsyncGenerator[M, None]:
-        """Yield all aggregates in the order of their keys, with no more than `batch_size` in memory."""
+        """Yield all aggregates in key order, with at most `batch_size` in memory."""
         return self._by_key().stream(batch_size)
 
     async def count(self) -> int:
-        """Count the aggregates; exact, so it reads them all."""
+        """Return the exact number of aggregates, which takes a full scan."""
         return int(await self._fetch_value(self._aggregate.count))
 
     def _by_key(self) -> AsyncListing[M]:

@@ -1,4 +1,4 @@
-"""What the three infrastructure tables share: aggregates with an id of their own that are added and updated whole."""
+"""The base class of the three infrastructure repositories, whose aggregates have their own id and are written whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mesh_storage.repositories import checks
 from mesh_storage.repositories.aggregates import TIMES, Infrastructure
 from mesh_storage.repositories.loading import M
 
-_NOW = Statement(lambda: select(func.now()), writes=True)  # It is asked for what is about to be written.
+_NOW = Statement(lambda: select(func.now()), writes=True)  # asked for only ahead of a write
 
 
 class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
@@ -29,12 +29,12 @@ class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
         self._infrastructure = infrastructure
 
     async def add(self, entity: M) -> M:
-        """Add one and return it with its id (made where it has none), its defaults and its times.
+        """Add an aggregate and return it with its id (generated if it has none), its defaults and its times.
 
         Raises:
             AlreadyExistsError: The id or the name is taken.
-            MissingReferenceError: It refers to something that is not there.
-            InvalidInputError: Names the field.
+            MissingReferenceError: It refers to an aggregate that does not exist.
+            InvalidInputError: A value is invalid; names the field.
         """
         kind = self._infrastructure
         [instance] = kind.attributes(kind.name, [entity])
@@ -50,18 +50,18 @@ class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
         return entity
 
     async def add_many(self, entities: Iterable[M]) -> list[M]:
-        """Add many, all or none, and return them as `add` does; they go by COPY."""
+        """Add many aggregates by COPY, all or none, and return them as `add` does."""
         kind = self._infrastructure
         given = checks.many("entities", entities)
         instances = kind.attributes(kind.name, given)
-        if len(set(map(id, given))) < len(given):  # It would be stored under two ids, of which it has one.
-            raise InvalidInputError(f"entities must not have the same {kind.name} twice", field="entities")
+        if len(set(map(id, given))) < len(given):  # it would be stored twice, under two ids
+            raise InvalidInputError(f"entities must not contain the same {kind.name} twice", field="entities")
         if not given:
             return given
         named = set(chain.from_iterable(instances))
         ids = [instance.get("id") for instance in instances]
         kind.checks["id"].column([id_ for id_ in ids if id_ is not None])
-        # What none of them says is the same in all rows; the database's own default for a time is its now.
+        # An attribute that no entity sets has the same value in all rows; a time defaults to now() in the database.
         shared = {name: kind.column(name, [None])[0] for name in kind.others if name not in named}
         columns = {
             name: kind.column(name, [instance.get(name) for instance in instances])
@@ -92,12 +92,12 @@ class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
         return given
 
     async def update(self, entity: M) -> M:
-        """Store what was changed in an aggregate, by its id, and return it with its new `updated`.
+        """Update an aggregate, identified by its id, and return it with its new `updated`.
 
-        `created` stays as it is stored; a default stands in for None, as for `add`.
+        `created` keeps its stored value; None is replaced by the default, as in `add`.
 
         Raises:
-            NotFoundError: It is not there.
+            NotFoundError: The aggregate does not exist.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
         """
         kind = self._infrastructure
@@ -106,7 +106,7 @@ class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
         row = await self._connection.fetch_one(kind.update, values)
         if row is None:
             raise NotFoundError(kind.name, values["id"])
-        # To a session there is nothing left to store.
+        # Mark the attributes as committed, so that a session does not flush them again.
         history = inspect(entity).committed_state
         for name in kind.changed:
             given = getattr(entity, name)
@@ -118,7 +118,7 @@ class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
 
 
 def _ids(prefix: str, given: Iterable[str | None], used: list[str]) -> Iterator[str]:
-    """Yield an id for each, made where none is given, and keep it."""
+    """Yield an id for each row, generated if none is given, and append it to `used`."""
     for id_ in given:
         used.append(new_id(prefix) if id_ is None else id_)
         yield used[-1]

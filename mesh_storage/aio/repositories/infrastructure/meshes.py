@@ -1,4 +1,4 @@
-"""Meshes: the networks that administrators define, and who may join them."""
+"""The repository of meshes: the networks that administrators define, and who may join them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from mesh_storage.repositories.aggregates import Infrastructure
 
 
 def _check_hash(value: object) -> str:
-    """Refuse a join key in the place of its hash; the hash of another row, as in a copy, may pass."""
+    """Reject a join key passed instead of its hash; the hash of another row, as in a copy, is accepted."""
     if not isinstance(value, str) or not _HASH.match(value):
-        raise InvalidInputError("Mesh.join_key_hash is made by set_join_key(), not set", field="Mesh.join_key_hash")
+        raise InvalidInputError(
+            "Mesh.join_key_hash must not be set directly; call set_join_key()", field="Mesh.join_key_hash"
+        )
     return value
 
 
@@ -48,13 +50,13 @@ _COST, _BLOCK_SIZE, _PARALLELIZATION = 2**14, 8, 1
 
 
 class AsyncMeshRepository(AsyncInfrastructureRepository[Mesh]):
-    """The meshes."""
+    """The repository of meshes."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _MESHES)
 
     async def get_by_name(self, name: str) -> Mesh:
-        """Return the mesh of this name.
+        """Return the mesh with this name.
 
         Raises:
             NotFoundError: There is none.
@@ -62,10 +64,10 @@ class AsyncMeshRepository(AsyncInfrastructureRepository[Mesh]):
         return self._get(name, await self._fetch_one(_BY_NAME, name=checks.text("name", name, 255)))
 
     async def set_join_key(self, mesh_id: str, key: str | None) -> None:
-        """Set the key that a node must show to join, or take it away with None; only a salted hash is stored.
+        """Set the key that a node must present to join, or remove it with None; only a salted hash is stored.
 
         Raises:
-            NotFoundError: There is no such mesh.
+            NotFoundError: The mesh does not exist.
         """
         hashed = None if key is None else await in_thread(_hash, checks.text("key", key), secrets.token_bytes(16))
         parameters = {"id": self._aggregate.check_key(mesh_id), "hash": hashed}
@@ -73,10 +75,10 @@ class AsyncMeshRepository(AsyncInfrastructureRepository[Mesh]):
             raise NotFoundError(Mesh.__name__, mesh_id)
 
     async def admits(self, mesh_id: str, key: str | None = None) -> bool:
-        """Return whether a node that shows this key may join: the mesh allows it, and has no join key or this one.
+        """Return whether a node presenting this key may join: the mesh allows joining, and has this join key or none.
 
         Raises:
-            NotFoundError: There is no such mesh.
+            NotFoundError: The mesh does not exist.
         """
         if key is not None:
             checks.text("key", key, empty=True)

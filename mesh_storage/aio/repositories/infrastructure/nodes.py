@@ -1,4 +1,4 @@
-"""Nodes: what may take part in the mesh."""
+"""The repository of nodes: the members of the mesh."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _STATES = Aggregate(NodeState)
 _BY_NAME = Statement(lambda: select(_TABLE).where(_TABLE.c.node_name == bindparam("name")))
 
 
-def _behind(rows: Rows) -> Rows:
+def _after_cursor(rows: Rows) -> Rows:
     return rows.where(_TABLE.c.node_id > bindparam("after", type_=Text)).order_by(_TABLE.c.node_id).limit(LIMIT)
 
 
 def _with_state() -> Rows:
     states = _STATES.table
     both = _TABLE.outerjoin(states, states.c.node_id == _TABLE.c.node_id)
-    return _behind(select(_TABLE, states).select_from(both))
+    return _after_cursor(select(_TABLE, states).select_from(both))
 
 
 _WITH_STATE = Statement(_with_state)
 
 
 class _Filtered:
-    """The statements that list the nodes with a status, in a region, both, or all."""
+    """The statements that list all nodes, or those with a status, in a region, or both."""
 
     def __init__(self, *columns: Column[Any]) -> None:
         self._columns = columns
-        self.page = Statement(lambda: _behind(self._matching(select(_TABLE))))
+        self.page = Statement(lambda: _after_cursor(self._matching(select(_TABLE))))
         self.count = Statement(lambda: self._matching(select(func.count()).select_from(_TABLE)))
 
     def _matching(self, rows: Rows) -> Rows:
@@ -56,13 +56,13 @@ _FILTERED = {
 
 
 class AsyncNodeRepository(AsyncInfrastructureRepository[Node]):
-    """The nodes."""
+    """The repository of nodes."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _NODES)
 
     async def get_by_name(self, name: str) -> Node:
-        """Return the node of this name.
+        """Return the node with this name.
 
         Raises:
             NotFoundError: There is none.
@@ -72,22 +72,22 @@ class AsyncNodeRepository(AsyncInfrastructureRepository[Node]):
     async def page(
         self, *, status: str | None = None, region_id: str | None = None, after: str | None = None, limit: int = 100
     ) -> Page[Node]:
-        """Return up to `limit` (10,000 at most) nodes in the order of their ids, from behind the cursor `after`."""
+        """Return up to `limit` (at most 10,000) nodes in id order, starting after the cursor `after`."""
         return await self._filtered(status, region_id).page(after, limit)
 
     def stream(
         self, *, status: str | None = None, region_id: str | None = None, batch_size: int = 1000
     ) -> AsyncGenerator[Node, None]:
-        """Yield all nodes in the order of their ids, with no more than `batch_size` in memory."""
+        """Yield all nodes in id order, with at most `batch_size` in memory."""
         return self._filtered(status, region_id).stream(batch_size)
 
     async def count(self, *, status: str | None = None, region_id: str | None = None) -> int:
-        """Count the nodes; exact, so it reads them all."""
+        """Return the exact number of nodes, which takes a full scan."""
         statements, parameters = _choose(status, region_id)
         return int(await self._fetch_value(statements.count, **parameters))
 
     def with_state(self, *, batch_size: int = 1000) -> AsyncGenerator[tuple[Node, NodeState | None], None]:
-        """Yield each node beside its runtime state (by its id; None where it has none), in the order of the ids."""
+        """Yield each node with its runtime state (None if it has none), in id order."""
 
         async def fetch(after: Position | None, limit: int) -> list[Row]:
             parameters = {"after": "" if after is None else after[0], "limit": limit}

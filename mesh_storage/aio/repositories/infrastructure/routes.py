@@ -1,4 +1,4 @@
-"""Routes: the configured network paths between nodes."""
+"""The repository of routes: the configured network paths between nodes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SOURCE, _TARGET = _TABLE.c.source_node_id, _TABLE.c.target_node_id
 
 
 def _both(there: ColumnElement[bool], back: ColumnElement[bool]) -> CompoundSelect[Any]:
-    """Each half goes by an index of its own, which one condition with OR would not."""
+    """Combine two conditions by UNION ALL, so that each uses its own index, which a single OR would not."""
     halves = select(_TABLE).where(there), select(_TABLE).where(back, _TABLE.c.route_bidirectional)
     return union_all(*halves).order_by(_TABLE.c.route_id.name)
 
@@ -34,15 +34,15 @@ _BETWEEN = Statement(
 
 
 class AsyncRouteRepository(AsyncInfrastructureRepository[Route]):
-    """The routes."""
+    """The repository of routes."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _ROUTES)
 
     async def between(self, a: str, b: str) -> list[Route]:
-        """Return the routes from node `a` to node `b`, including bidirectional ones from `b` to `a`, ordered by id."""
+        """Return the routes from node `a` to node `b`, including bidirectional ones from `b` to `a`, in id order."""
         return await self._fetch_all(_BETWEEN, a=checks.text("a", a, 255), b=checks.text("b", b, 255))
 
     async def for_node(self, node_id: str) -> list[Route]:
-        """Return the routes from a node: those that begin there, and bidirectional ones that end there, by id."""
+        """Return the routes that start at a node, and the bidirectional ones that end there, in id order."""
         return await self._fetch_all(_FOR_NODE, node_id=checks.text("node_id", node_id, 255))

@@ -1,1 +1,1 @@
-"""The repositories of the runtime layer: what the mesh is doing now."""
+"""The repositories of the runtime layer: the current state of the mesh."""

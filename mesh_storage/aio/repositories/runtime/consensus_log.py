@@ -1,8 +1,8 @@
-"""The consensus log of Raft (Ongaro and Ousterhout, "In Search of an Understandable Consensus Algorithm", 5.3).
+"""The repository of the Raft log (Ongaro and Ousterhout, "In Search of an Understandable Consensus Algorithm", 5.3).
 
-An index exists once, terms never fall, and there are no gaps. The unique index of the table decides between two
-appends of one index, and an append needs its predecessor, so that no lock is needed for them. What takes a
-predecessor away locks the table against appends for its transaction; of those that begin a log, one goes first.
+Indexes are unique and without gaps, and terms never decrease. The unique index of the table decides between two appends
+at one index, and an append requires its predecessor, so no lock is needed for either. Deleting a predecessor locks the
+table against appends until the transaction ends; the first append to an empty log is serialized as well.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ _RANGE = Statement(lambda: select(_TABLE).where(_INDEX.between(bindparam("start"
 _FIRST = Statement(lambda: select(_TERM, _INDEX).order_by(_INDEX).limit(literal_column("1")))
 _LAST = Statement(_last)
 _LOCK = Statement(lambda: text("LOCK TABLE mesh_consensus_log IN SHARE ROW EXCLUSIVE MODE"))
-# An advisory lock, since a transaction that has tried to append holds a lock of the table already, and two that both
-# wanted a stronger one would wait for each other. "mesh_log" as a number.
+# An advisory lock, since a transaction that has tried to append already holds a lock on the table, and two that both
+# want a stronger one would deadlock. "mesh_log" as a number.
 _LOCK_BEGINNING = Statement(
     lambda: select(func.pg_advisory_xact_lock(literal_column(str(int.from_bytes(b"mesh_log"))))), writes=True
 )
@@ -82,12 +82,12 @@ _EXTEND_BY_ONE = Statement(_extend_by_one)
 
 
 class _New(NamedTuple):
-    """Entries to append, of consecutive indexes, as columns."""
+    """New entries with consecutive indexes, as columns."""
 
     terms: list[int]
     indexes: list[int]
     texts: list[str]
-    """The JSON of the entries."""
+    """The entries as JSON text."""
 
     @property
     def first_index(self) -> int:
@@ -95,28 +95,29 @@ class _New(NamedTuple):
         return self.indexes[0]
 
     def arrays(self) -> dict[str, Any]:
-        """Return the parameters of the rows."""
+        """Return the statement parameters for the rows."""
         return {"term": self.terms, "index": self.indexes, "entry": self.texts}
 
-    def behind(self, index: int) -> _New:
-        """Return those of higher indexes."""
+    def after(self, index: int) -> _New:
+        """Return the entries with higher indexes."""
         there = max(0, index + 1 - self.first_index)
         return _New(self.terms[there:], self.indexes[there:], self.texts[there:])
 
 
 class AsyncConsensusLogRepository(AsyncRepository[LogEntry]):
-    """The consensus log."""
+    """The repository of the consensus log."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _LOG)
 
     async def append(self, term: int, index: int, entry: JSON) -> LogEntry:
-        """Append an entry at the index behind the last one; the same entry again changes nothing.
+        """Append an entry after the last index; appending the same entry again has no effect.
 
-        Terms are from 0, indexes from 1, both to 2**63 - 1. An empty log may begin at any index.
+        Terms start at 0, indexes at 1; both end at 2**63 - 1. An empty log may start at any index.
 
         Raises:
-            ConflictError: Another entry is at this index, the index leaves a gap, or the term is lower than the last.
+            ConflictError: This index holds a different entry, the index leaves a gap, or the term is lower than the
+                last.
         """
         _CHECK_TERM(term)
         _CHECK_INDEX(index)
@@ -129,10 +130,10 @@ class AsyncConsensusLogRepository(AsyncRepository[LogEntry]):
         return await self.get(index)
 
     async def append_many(self, entries: Iterable[LogEntry | tuple[int, int, JSON]]) -> None:
-        """Append entries, or (term, index, entry) of consecutive indexes; those that are there must be the same.
+        """Append entries, or (term, index, entry) tuples, with consecutive indexes; existing ones must be identical.
 
         Raises:
-            ConflictError: As for `append`; the unit of work can only roll back if others appended meanwhile.
+            ConflictError: As for `append`; after a concurrent append, the unit of work can only be rolled back.
         """
         given = checks.many("entries", entries)
         if not given:
@@ -160,26 +161,26 @@ class AsyncConsensusLogRepository(AsyncRepository[LogEntry]):
         return self._get(index, await self.find(index))
 
     async def range(self, start: int, end: int) -> list[LogEntry]:
-        """Return the entries from index `start` to index `end`, both included, in order; those that exist."""
+        """Return the existing entries from index `start` to index `end`, inclusive, in index order."""
         return await self._fetch_all(_RANGE, start=checks.integer("start", start), end=checks.integer("end", end))
 
     async def first_index(self) -> int:
-        """Return the lowest index, 0 for an empty log."""
+        """Return the lowest index, or 0 for an empty log."""
         return (await self._end(_FIRST))[1]
 
     async def last_index(self) -> int:
-        """Return the highest index, 0 for an empty log."""
+        """Return the highest index, or 0 for an empty log."""
         return (await self._end(_LAST))[1]
 
     async def last_term(self) -> int:
-        """Return the term of the entry with the highest index, 0 for an empty log."""
+        """Return the term of the entry with the highest index, or 0 for an empty log."""
         return (await self._end(_LAST))[0]
 
     async def delete_range(self, start: int, end: int) -> int:
-        """Delete the entries from index `start` to index `end`, both included, and give their number.
+        """Delete the entries from index `start` to index `end`, inclusive, and return their number.
 
-        The range is a prefix of the log (after a snapshot) or a suffix (after a conflict); it may reach beyond. Appends
-        of others wait until this unit of work ends.
+        The range must be a prefix of the log (after a snapshot) or a suffix (after a conflict); it may extend beyond
+        the log. Concurrent appends wait until this unit of work ends.
 
         Raises:
             InvalidInputError: The range would leave a gap.
@@ -193,16 +194,17 @@ class AsyncConsensusLogRepository(AsyncRepository[LogEntry]):
             return 0
         if start > first and end < last:
             raise InvalidInputError(
-                f"the log has indexes {first} to {last}; a range from its middle would leave a gap", field="start"
+                f"the log has indexes {first} to {last}; deleting a range from the middle would leave a gap",
+                field="start",
             )
         return await self._connection.execute(_DELETE, {"start": start, "end": end})
 
     async def count(self) -> int:
-        """Count the entries."""
+        """Return the number of entries."""
         return int(await self._fetch_value(self._aggregate.count))
 
     async def _hold(self, index: int) -> None:
-        """Where an old snapshot is seen, keep the predecessor of an append from being deleted, or fail if it was."""
+        """With a snapshot, lock the predecessor of an append against deletion; fail if it was deleted already."""
         if self._connection.has_snapshot:
             await self._connection.fetch_one(_HOLD, {"index": index})
 
@@ -211,27 +213,29 @@ class AsyncConsensusLogRepository(AsyncRepository[LogEntry]):
         return (0, 0) if row is None else (row[0], row[1])
 
     async def _extend(self, new: _New) -> bool:
-        """Insert behind the last entry; say whether the last entry was the predecessor."""
+        """Insert after the last entry; return whether the last entry was the predecessor."""
         predecessor = {"previous_index": new.first_index - 1, "highest_term": new.terms[0]}
         stored = await self._connection.execute(_EXTEND, new.arrays() | predecessor)
         if 0 < stored < len(new.indexes):
-            # Somebody appended at the same moment, and a part of ours may have gone behind theirs.
-            raise self._connection.fail(ConflictError("another appended to the log at the same moment", retryable=True))
+            # A concurrent append took some of the indexes, and our remaining entries may follow it.
+            raise self._connection.fail(
+                ConflictError("another transaction appended to the log concurrently", retryable=True)
+            )
         return stored > 0
 
     async def _append_slowly(self, new: _New) -> None:
-        """Append to an empty log or over entries that exist, or find out what the conflict is."""
-        for _ in range(3):  # Others may append between the question and the answer.
-            if await self._append_behind_last(new):
+        """Append to an empty log or over existing entries, or raise the conflict."""
+        for _ in range(3):  # others may append between the SELECT and the INSERT
+            if await self._append_after_last(new):
                 return
-        raise ConflictError("others append to the log at this moment", retryable=True)
+        raise ConflictError("other transactions keep appending to the log", retryable=True)
 
-    async def _append_behind_last(self, new: _New) -> bool:
+    async def _append_after_last(self, new: _New) -> bool:
         last_term, last_index = await self._end(_LAST)
         if not last_index:
             if self._connection.has_snapshot:
                 raise InvalidInputError(
-                    "a log begins in a 'read committed' unit of work only; append its first entry in one without "
+                    "the first entry of a log must be appended in a 'read committed' unit of work, that is, without "
                     "isolation=",
                     field="isolation",
                 )
@@ -250,8 +254,8 @@ class AsyncConsensusLogRepository(AsyncRepository[LogEntry]):
             if there is None:
                 raise ConflictError(f"index {index} is before the first entry of the log")
             if there.term != term or not jsonb.same(there.entry, jsonb.loads(text_)):
-                raise ConflictError(f"index {index} holds another entry, of term {there.term}")
-        rest = new.behind(last_index)
+                raise ConflictError(f"index {index} holds a different entry, of term {there.term}")
+        rest = new.after(last_index)
         if rest.indexes and rest.terms[0] < last_term:
             raise ConflictError(f"term {rest.terms[0]} is lower than the term {last_term} of the last entry")
         return not rest.indexes or await self._extend(rest)
@@ -259,12 +263,12 @@ class AsyncConsensusLogRepository(AsyncRepository[LogEntry]):
 
 def _parts(entry: LogEntry | tuple[int, int, JSON]) -> tuple[Any, Any, JSON]:
     if isinstance(entry, LogEntry):
-        attributes = vars(entry)  # A new one has nothing to load, and instrumented access costs five times that.
+        attributes = vars(entry)  # nothing to load, and instrumented access is five times slower
         return attributes.get("term"), attributes.get("index"), attributes.get("entry")
     if isinstance(entry, tuple) and len(entry) == 3:  # noqa: PLR2004 - term, index, entry
         return entry
     raise InvalidInputError(
-        f"entries must be LogEntry or (term, index, entry), not {type(entry).__name__}", field="entries"
+        f"each entry must be a LogEntry or (term, index, entry), not {type(entry).__name__}", field="entries"
     )
 
 
@@ -273,4 +277,4 @@ def _check_order(new: _New) -> None:
         if next_index != index + 1:
             raise ConflictError(f"index {next_index} does not follow index {index}")
         if next_term < term:
-            raise ConflictError(f"term {next_term} at index {next_index} is lower than term {term} before it")
+            raise ConflictError(f"term {next_term} at index {next_index} is lower than the preceding term {term}")

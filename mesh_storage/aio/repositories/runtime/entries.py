@@ -1,4 +1,4 @@
-"""What the four runtime tables of a key and a value share: state, node states, routing table, runtime config."""
+"""The base class of the four runtime key-value repositories: state, node states, routing table, runtime config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mesh_storage.repositories.loading import M
 
 
 class AsyncEntryRepository(AsyncKeyedRepository[M]):
-    """A kind of entry that is put under a key."""
+    """A kind of entry stored by key."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection, entries: Entries[M]) -> None:
         super().__init__(connection, entries)
@@ -23,7 +23,7 @@ class AsyncEntryRepository(AsyncKeyedRepository[M]):
         [sent], [stored] = self._entries.check_values([value])
         parameters = {"key": self._entries.check_key(key), "value": sent}
         row = await self._connection.fetch_one(self._entries.put, parameters)
-        assert row is not None, "an upsert gives its row"
+        assert row is not None, "an upsert returns its row"
         return self._entries.load.of_values((key, stored, *row))
 
     async def _put_many(self, entries: Mapping[str, object]) -> list[M]:
@@ -37,9 +37,9 @@ class AsyncEntryRepository(AsyncKeyedRepository[M]):
         return [made[key] for key in entries]
 
     def _arrays(self, entries: Mapping[str, object]) -> tuple[dict[str, list[Any]], list[Any]]:
-        """Check the entries and sort them by key, so that two that put the same keys cannot deadlock.
+        """Validate entries and sort them by key, so that concurrent upserts of the same keys cannot deadlock.
 
-        Gives what is sent, and the values that are stored by it.
+        Returns the statement parameters and the stored values.
         """
         if not isinstance(entries, Mapping):
             raise InvalidInputError(f"entries must be a mapping, not {type(entries).__name__}", field="entries")

@@ -1,4 +1,4 @@
-"""Messages: stored once under an id, listed in the order of their time."""
+"""The repository of messages: stored once by id, listed in time order."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _SELECT_MANY = Statement(lambda: select(_TABLE).where(_TABLE.c.id == func.any(bi
 
 
 class _Traffic:
-    """The statements that list the messages to a node, from a node, between two, or all."""
+    """The statements that list all messages, or those to a node, from a node, or between two nodes."""
 
     def __init__(self, *ends: Column[Any]) -> None:
         self._ends = ends
@@ -76,42 +76,42 @@ _TRAFFIC = {
 
 
 class AsyncMessageRepository(AsyncKeyedRepository[Message]):
-    """The messages of the mesh."""
+    """The repository of messages."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _MESSAGES)
 
     async def store(self, message: Message) -> Message:
-        """Store a message and give it back with its `timestamp` and `created_at`; the same again changes nothing.
+        """Store a message and return it with its `timestamp` and `created_at`; storing the same again has no effect.
 
-        A message without a timestamp gets the database's clock.
+        A message without a timestamp gets the time of the database's clock.
 
         Raises:
             AlreadyExistsError: A different message has this id.
-            InvalidInputError: Names the field.
+            InvalidInputError: A value is invalid; names the field.
         """
         (given,) = _MESSAGES.attributes("message", [message])
         values = {name: check(given.get(name)) for name, check in _CHECKS.items()}
-        for _ in range(3):  # The row in the way may be deleted before it is read.
+        for _ in range(3):  # the conflicting row may be deleted before it is read
             row = await self._connection.fetch_one(_STORE, values)
             if row is None:
                 found = await self.find(message.id)
                 if found is None:
                     continue
                 if not _same(found, values):
-                    raise AlreadyExistsError(f"another message is stored under {message.id!r}")
+                    raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
                 row = (found.timestamp, found.created_at)
             given.update(timestamp=row[0], created_at=row[1])
             mark_written(message, self._connection.writes)
             return message
-        raise ConflictError(f"others store and delete {message.id!r} at this moment", retryable=True)
+        raise ConflictError(f"message {message.id!r} is being stored and deleted concurrently", retryable=True)
 
     async def store_many(self, messages: Iterable[Message]) -> int:
-        """Store many messages in one statement and give the number of those that were not there before.
+        """Store many messages in one statement and return the number of new ones.
 
         Raises:
-            AlreadyExistsError: A different message has one of the ids; the unit of work can only roll back.
-            InvalidInputError: Names the field; nothing was stored.
+            AlreadyExistsError: A different message has one of the ids; the unit of work can only be rolled back.
+            InvalidInputError: A value is invalid; names the field. Nothing was stored.
         """
         given = _MESSAGES.attributes("message", messages)
         if not given:
@@ -124,7 +124,7 @@ class AsyncMessageRepository(AsyncKeyedRepository[Message]):
             by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
             for found in await self._fetch_all(_SELECT_MANY, ids=list(by_id)):
                 if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
-                    raise self._connection.fail(AlreadyExistsError(f"another message is stored under {found.id!r}"))
+                    raise self._connection.fail(AlreadyExistsError(f"a different message with id {found.id!r} exists"))
         return stored
 
     async def page(
@@ -137,9 +137,9 @@ class AsyncMessageRepository(AsyncKeyedRepository[Message]):
         after: str | None = None,
         limit: int = 100,
     ) -> Page[Message]:
-        """Return up to `limit` (10,000 at most) messages in the order of their time, from behind the cursor `after`.
+        """Return up to `limit` (at most 10,000) messages in time order, starting after the cursor `after`.
 
-        `since` (included) and `until` (not included) are Unix seconds.
+        `since` (inclusive) and `until` (exclusive) are Unix times in seconds.
         """
         return await self._by_time(to_node, from_node, since, until).page(after, limit)
 
@@ -152,9 +152,9 @@ class AsyncMessageRepository(AsyncKeyedRepository[Message]):
         until: int | None = None,
         batch_size: int = 1000,
     ) -> AsyncGenerator[Message, None]:
-        """Yield all messages in the order of their time, with no more than `batch_size` in memory.
+        """Yield all messages in time order, with at most `batch_size` in memory.
 
-        `since` (included) and `until` (not included) are Unix seconds.
+        `since` (inclusive) and `until` (exclusive) are Unix times in seconds.
         """
         return self._by_time(to_node, from_node, since, until).stream(batch_size)
 
@@ -166,9 +166,9 @@ class AsyncMessageRepository(AsyncKeyedRepository[Message]):
         since: int | None = None,
         until: int | None = None,
     ) -> int:
-        """Count messages; exact, so it reads the index of all that it counts.
+        """Return the exact number of messages, which takes an index scan over all that are counted.
 
-        `since` (included) and `until` (not included) are Unix seconds.
+        `since` (inclusive) and `until` (exclusive) are Unix times in seconds.
         """
         traffic, parameters = _traffic(to_node, from_node, since, until)
         return int(await self._fetch_value(traffic.count, **parameters))
@@ -186,17 +186,17 @@ class AsyncMessageRepository(AsyncKeyedRepository[Message]):
 
 
 def _in_order(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Sort messages by their ids, each of which is to be there once, so that two stores cannot deadlock.
+    """Deduplicate messages and sort them by id, so that concurrent stores cannot deadlock.
 
     Raises:
-        AlreadyExistsError: Two different messages have one id.
+        AlreadyExistsError: Two different messages have the same id.
     """
     rows = sorted(zip(*columns.values(), strict=True), key=itemgetter(0))
     by_id = {row[0]: row for row in rows}
     if len(by_id) < len(rows):
         for row in rows:
             if row != by_id[row[0]]:
-                raise AlreadyExistsError(f"two different messages are given for {row[0]!r}")
+                raise AlreadyExistsError(f"two different messages have the id {row[0]!r}")
     return dict(zip(columns, map(list, zip(*by_id.values(), strict=True)), strict=True))
 
 
@@ -209,13 +209,13 @@ def _same(found: Message, values: dict[str, Any]) -> bool:
 def _traffic(
     to_node: str | None, from_node: str | None, since: int | None, until: int | None
 ) -> tuple[_Traffic, dict[str, Any]]:
-    """Choose the statements for a filter and make their parameters; no id is empty, so ('since', '') is before all."""
+    """Return the statements for a filter and their parameters; ids are never empty, so ('since', '') sorts first."""
     parameters: dict[str, Any] = {
         "time": checks.INT64_MIN if since is None else checks.integer("since", since),
         "id": "",
         "last": checks.INT64_MAX if until is None else checks.integer("until", until) - 1,
     }
-    if parameters["last"] < checks.INT64_MIN:  # Nothing is before the first second, and so nothing may be found.
+    if parameters["last"] < checks.INT64_MIN:  # an empty range below the smallest bigint
         parameters |= {"time": checks.INT64_MAX, "last": checks.INT64_MIN}
     for name, node in (("to_node", to_node), ("from_node", from_node)):
         if node is not None:

@@ -1,4 +1,4 @@
-"""Node states: what each node last said about itself, as JSON; made for heartbeats."""
+"""The repository of node states: the state last reported by each node, as JSON; optimized for heartbeats."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _merge() -> ReturningInsert[Any]:
 _MERGE = Statement(_merge)
 _LONGEST_AGE = timedelta(days=365_000)
 
-# By design without an index: one on a time that each heartbeat changes would make each a costlier, non-HOT update.
+# Deliberately without an index: with one on a time that each heartbeat changes, no update would be HOT.
 _STALE = Statement(
     lambda: (
         select(_TABLE)
@@ -48,13 +48,13 @@ _STALE = Statement(
 
 
 class AsyncNodeStateRepository(AsyncEntryRepository[NodeState]):
-    """The runtime states of the nodes."""
+    """The repository of node states."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _NODE_STATES)
 
     async def put(self, node_id: str, state: JSON) -> NodeState:
-        """Store the state of a node (id of 1 to 64 characters), in place of the one that is there."""
+        """Store the state of a node (id of 1 to 64 characters), replacing any existing one."""
         return await self._put(node_id, state)
 
     async def put_many(self, states: Mapping[str, JSON]) -> list[NodeState]:
@@ -62,10 +62,10 @@ class AsyncNodeStateRepository(AsyncEntryRepository[NodeState]):
         return await self._put_many(states)
 
     async def merge(self, node_id: str, patch: Mapping[str, JSON]) -> NodeState:
-        """Replace top-level keys of a node's state, or create the state; what `patch` does not name stays.
+        """Replace the top-level keys of a node's state that are in `patch`, or create the state.
 
         Raises:
-            ConflictError: The stored state is no JSON object.
+            ConflictError: The stored state is not a JSON object.
         """
         if not isinstance(patch, Mapping):
             raise InvalidInputError("patch must be a mapping", field="patch")
@@ -73,14 +73,14 @@ class AsyncNodeStateRepository(AsyncEntryRepository[NodeState]):
         merged = await self._fetch_one(_MERGE, key=key, patch=jsonb.dumps(dict(patch), "patch"))
         if merged is None:
             raise ConflictError(
-                "the stored state is no JSON object, so nothing can be merged into it; put() it instead"
+                "the stored state is not a JSON object, so nothing can be merged into it; replace it with put()"
             )
         return merged
 
     async def stale(self, older_than: timedelta, limit: int = 1000) -> list[NodeState]:
-        """Return the states that were not stored for longer than `older_than` by the database's clock, oldest first.
+        """Return the states not stored for longer than `older_than` by the database's clock, oldest first.
 
-        Reads the whole table, which is small beside the messages; see the note on heartbeats in docs/schema.md.
+        Reads the whole table, which is small compared to the messages; see the note on heartbeats in docs/schema.md.
         """
         if not isinstance(older_than, timedelta) or abs(older_than) > _LONGEST_AGE:
             raise InvalidInputError("older_than must be a timedelta of up to 1,000 years", field="older_than")

@@ -1,4 +1,4 @@
-"""Listing by the prefix of a key, character by character: `%` and `_` are ordinary, and an index is used."""
+"""Listing by key prefix, using an index; `%` and `_` are literal characters."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ _SURROGATES = range(0xD800, 0xE000)
 
 
 class AsyncPrefixRepository(AsyncEntryRepository[M]):
-    """A kind of entry that is listed by the prefix of its key, in the order of code points."""
+    """A kind of entry that is listed by key prefix, in code point order."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection, entries: PrefixEntries[M]) -> None:
         super().__init__(connection, entries)
         self._prefixed = entries
 
     async def page(self, prefix: str = "", *, after: str | None = None, limit: int = 100) -> Page[M]:
-        """Return up to `limit` (10,000 at most) entries whose key begins with `prefix`, from behind `after`."""
+        """Return up to `limit` (at most 10,000) entries whose key starts with `prefix`, after the cursor `after`."""
         return await self._by_prefix(prefix).page(after, limit)
 
     def stream(self, prefix: str = "", *, batch_size: int = 1000) -> AsyncGenerator[M, None]:
-        """Yield all entries whose key begins with `prefix`, in order, with no more than `batch_size` in memory."""
+        """Yield all entries whose key starts with `prefix`, in key order, with at most `batch_size` in memory."""
         return self._by_prefix(prefix).stream(batch_size)
 
     async def count(self, prefix: str = "") -> int:
-        """Count the entries whose key begins with `prefix`; exact, so it reads them all."""
+        """Return the exact number of entries whose key starts with `prefix`, which takes an index scan over them."""
         return int(await self._fetch_value(self._aggregate.count, **_range(prefix)))
 
     async def _all(self, prefix: str) -> dict[str, Any]:
-        """Return the keys and values in one statement, which sees one version of the table."""
+        """Return keys and values by a single statement, which sees a consistent state of the table."""
         return values_by_key(await self._connection.fetch_all(self._prefixed.all, _range(prefix)))
 
     def _by_prefix(self, prefix: str) -> AsyncListing[M]:
         whole = _range(prefix)
 
         async def fetch(after: Position | None, limit: int) -> list[Row]:
-            # No text can have NUL, so U+0001 makes the next one in the order.
+            # Strings cannot contain NUL, so appending U+0001 yields the next string in order.
             start = prefix if after is None else max(prefix, f"{after[0]}\x01")
             return await self._connection.fetch_all(self._aggregate.page, {**whole, "start": start, "limit": limit})
 
@@ -54,13 +54,13 @@ class AsyncPrefixRepository(AsyncEntryRepository[M]):
 
 def _range(prefix: str) -> dict[str, str]:
     checks.text("prefix", prefix, empty=True)
-    return {"start": prefix, "stop": _behind(prefix)}
+    return {"start": prefix, "stop": _upper_bound(prefix)}
 
 
-def _behind(prefix: str) -> str:
-    """Return the first text in the order of code points that is behind all that begin with `prefix`."""
+def _upper_bound(prefix: str) -> str:
+    """Return the smallest string, in code point order, that is greater than all with this prefix."""
     stem = prefix.rstrip(_LAST_CHARACTER)
     if not stem:
-        return _LAST_CHARACTER * 256  # Behind every key of up to 255 characters.
+        return _LAST_CHARACTER * 256  # greater than every key of up to 255 characters
     following = ord(stem[-1]) + 1
     return stem[:-1] + chr(_SURROGATES.stop if following in _SURROGATES else following)

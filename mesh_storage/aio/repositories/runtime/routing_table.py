@@ -1,4 +1,4 @@
-"""The routing table: for each destination the best route right now."""
+"""The repository of the routing table: the current best route to each destination."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from mesh_storage.repositories.aggregates import Entries, values_by_key
 _ROUTING_TABLE = Entries(RoutingEntry)
 _TABLE = _ROUTING_TABLE.table
 
-# One statement, so that it sees one version of the table.
+# A single statement, which sees a consistent state of the table.
 _ALL = Statement(lambda: select(_TABLE.c.destination, _TABLE.c.route).order_by(_TABLE.c.destination))
-# Two swaps at once would mix; this makes the second wait for the first, and lets everybody read meanwhile.
+# Concurrent replacements would interleave; the lock serializes them without blocking readers.
 _LOCK = Statement(lambda: text("LOCK TABLE mesh_routing_table IN SHARE ROW EXCLUSIVE MODE"))
 
 
 def _put_changed() -> Insert:
     new = _ROUTING_TABLE.insert_many()
-    # As texts, since jsonb takes 1 and 1.0 for equal.
+    # As text, since 1 and 1.0 are equal in jsonb.
     differs = cast(_TABLE.c.route, Text).is_distinct_from(cast(new.excluded.route, Text))
     return _ROUTING_TABLE.replacing(new, where=differs)
 
 
 def _delete_others() -> Delete:
     keys = _KEYS.table()
-    # Not NOT IN: what PostgreSQL hashes for that must fit in memory, else it goes through all keys for each row.
+    # Not NOT IN: its hash table must fit in memory, else PostgreSQL scans all keys for each row.
     return delete(_TABLE).where(~exists().where(keys.c.key == _TABLE.c.destination))
 
 
@@ -42,13 +42,13 @@ _PUT_CHANGED = Statement(_put_changed)
 
 
 class AsyncRoutingTableRepository(AsyncEntryRepository[RoutingEntry]):
-    """The routing table."""
+    """The repository of the routing table."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _ROUTING_TABLE)
 
     async def put(self, destination: str, route: JSON) -> RoutingEntry:
-        """Store the route to a destination of 1 to 255 characters, in place of the one that is there."""
+        """Store the route to a destination (1 to 255 characters), replacing any existing one."""
         return await self._put(destination, route)
 
     async def put_many(self, routes: Mapping[str, JSON]) -> list[RoutingEntry]:
@@ -56,13 +56,13 @@ class AsyncRoutingTableRepository(AsyncEntryRepository[RoutingEntry]):
         return await self._put_many(routes)
 
     async def all(self) -> dict[str, JSON]:
-        """Return the whole table as destination and route, in the order of the destinations."""
+        """Return the whole table as a dict of routes by destination, in destination order."""
         return values_by_key(await self._connection.fetch_all(_ALL))
 
     async def replace_all(self, routes: Mapping[str, JSON]) -> None:
-        """Make the table exactly this: others see the old one or the new one, at no time a mixture.
+        """Replace the contents of the table; readers see the old table or the new one, never a mixture.
 
-        Routes that stay the same are not written again. Other writers of the table wait until this unit of work ends.
+        Unchanged routes are not rewritten. Other writers of the table wait until this unit of work ends.
         """
         arrays, _ = self._arrays(routes)
         self._connection.check_sees_present()

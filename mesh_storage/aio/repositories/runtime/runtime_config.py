@@ -1,4 +1,4 @@
-"""Runtime config: operational settings as JSON under a key."""
+"""The repository of the runtime configuration: operational settings as JSON by key."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _RUNTIME_CONFIG = PrefixEntries(ConfigEntry)
 
 
 class AsyncRuntimeConfigRepository(AsyncPrefixRepository[ConfigEntry]):
-    """The settings that may change while the mesh runs."""
+    """The repository of the runtime configuration."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _RUNTIME_CONFIG)
 
     async def put(self, key: str, value: JSON) -> ConfigEntry:
-        """Store a JSON value under a key of 1 to 255 characters, in place of the one that is there."""
+        """Store a JSON value by key (1 to 255 characters), replacing any existing one."""
         return await self._put(key, value)
 
     async def value(self, key: str, default: Any = ...) -> JSON:
-        """Return the value alone, or `default` where there is none.
+        """Return the value of this key, or `default` if there is none.
 
         Raises:
             NotFoundError: There is none, and no default was given.
@@ -37,5 +37,5 @@ class AsyncRuntimeConfigRepository(AsyncPrefixRepository[ConfigEntry]):
         return default
 
     async def all(self, prefix: str = "") -> dict[str, JSON]:
-        """Return all values whose key begins with `prefix`, by key and in the order of the keys."""
+        """Return the values of all keys that start with `prefix`, by key, in key order."""
         return await self._all(prefix)

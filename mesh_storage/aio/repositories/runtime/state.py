@@ -1,4 +1,4 @@
-"""Shared state: bytes under a key, the same for all nodes."""
+"""The repository of the shared state: bytes by key, the same for all nodes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _STATE = PrefixEntries(StateEntry)
 
 
 class AsyncStateRepository(AsyncPrefixRepository[StateEntry]):
-    """The shared state."""
+    """The repository of the shared state."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _STATE)
 
     async def put(self, key: str, value: bytes) -> StateEntry:
-        """Store a value under a key of 1 to 255 characters, in place of the one that is there."""
+        """Store a value by key (1 to 255 characters), replacing any existing one."""
         return await self._put(key, value)
