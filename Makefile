@@ -69,7 +69,7 @@ schema: install ## Check that the models and the migrations say the same
 		$(BIN)/alembic upgrade head && $(BIN)/alembic check
 
 docs: install ## Build the documents, with the reference of all that is public, as a site in build/site
-	$(BIN)/properdocs build --strict --quiet
+	$(BIN)/properdocs build --strict
 	@echo "Open build/site/index.html"
 
 sync: install ## Derive anew the blocking side from mesh_storage/aio, and what docs/ takes from the code
