@@ -1,4 +1,4 @@
-"""How Alembic reaches the database: by the settings of mesh_storage, one migrator at a time."""
+"""Alembic's environment: connects by the settings of mesh_storage, with one migrator at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mesh_storage.schema import adoption, migration, tables
 from mesh_storage.settings import Settings
 
 config = context.config
-# A service's own alembic.ini may leave logging to the service.
+# A service's own alembic.ini may leave the logging configuration to the service.
 if config.config_file_name is not None and config.file_config.has_section("loggers"):
     fileConfig(config.config_file_name, disable_existing_loggers=False)
 
@@ -30,13 +30,13 @@ NOT_REFLECTED = {
     index.name for table in Base.metadata.tables.values() for index in table.indexes if index.info.get("not_reflected")
 }
 MODELLED = tables.SINCE.keys() & Base.metadata.tables.keys()
-"""Our tables that have a model; a service's own models may be on our `Base` too."""
+"""Our tables that have a model; a service's own models may use our `Base` too."""
 TIMES, CHECKS, VALIDATED, STALE, INDEXES = "0003", "0004", "0005", "0006", "0007"
-"""The revisions that change the types of times, add the checks, hold all rows against them, and make what is new."""
+"""The revisions that change the type of times, add the checks, validate them, add the stale log, and add indexes."""
 
 
 def include_object(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:  # noqa: FBT001 - Alembic's signature
-    """Leave alone what is not ours: other tables, whoever declares them, and what others have put onto ours."""
+    """Exclude other tables, whichever metadata they are in, and the objects that others have added to ours."""
     if kind == "table":
         return name in MODELLED and item.schema is None
     if kind == "index" and name in NOT_REFLECTED:
@@ -45,14 +45,14 @@ def include_object(item: Any, name: str | None, kind: str, reflected: bool, comp
 
 
 def compare_type(_context: Any, _column: Any, _metadata_column: Any, inspected: Any, _metadata: Any) -> bool | None:
-    """Take the earlier Go service's domain for ids as the text that it is."""
+    """Treat the earlier Go service's domain for ids as equal to text."""
     return False if isinstance(inspected, DOMAIN) and inspected.name == "ulid" else None
 
 
 def compare_server_default(
     _context: Any, _column: Any, _metadata_column: Any, inspected: str | None, *_: Any
 ) -> bool | None:
-    """Keep the earlier Go service's default for ids."""
+    """Ignore the earlier Go service's default for ids."""
     return False if inspected is not None and "generate_ulid(" in inspected else None
 
 
@@ -67,12 +67,12 @@ OPTIONS: dict[str, Any] = {
 
 
 def changes_revision() -> bool:
-    """Whether the command goes from one revision to another: upgrade, downgrade and stamp."""
+    """Return whether the command changes the revision: upgrade, downgrade or stamp."""
     return "destination_rev" in context.get_context().opts
 
 
 def check_before_upgrade(connection: sqlalchemy.Connection) -> None:
-    """Before an upgrade changes anything, find everything that would stop it half-way."""
+    """Find everything that would make an upgrade fail halfway, before it changes anything."""
     runner = context.get_context()
     command = runner.opts.get("fn")
     if not changes_revision() or getattr(command, "__name__", "") in {"downgrade", "do_stamp"}:
@@ -94,14 +94,14 @@ def check_before_upgrade(connection: sqlalchemy.Connection) -> None:
 
 
 def run_offline() -> None:
-    """Write the SQL instead of running it."""
+    """Generate the SQL without running it (offline mode)."""
     context.configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"}, **OPTIONS)
     with context.begin_transaction():
         context.run_migrations()
 
 
 def run_online(connect: dict[str, Any]) -> None:
-    """Run the migrations; one that gets no lock in time is undone and tried again, so that the traffic goes on."""
+    """Run the migrations; one that cannot get its locks in time is rolled back and retried, to not block traffic."""
     engine = migration.create_engine(connect)
 
     def migrate(connection: sqlalchemy.Connection, check_turn: Callable[[], None]) -> None:
@@ -117,7 +117,7 @@ def run_online(connect: dict[str, Any]) -> None:
             with context.begin_transaction():
                 context.run_migrations()
         except sqlalchemy.exc.IntegrityError:
-            # A service added such a row since the check, which says which one it is.
+            # A service inserted an invalid row after the check, which reports it when repeated.
             connection.rollback()
             check_before_upgrade(connection)
             raise
@@ -134,7 +134,7 @@ def run_online(connect: dict[str, Any]) -> None:
 
 
 def run_in(given: sqlalchemy.Engine | sqlalchemy.Connection) -> None:
-    """Run on the connection of a test, perhaps in its transaction; the test sees to it that nobody else migrates."""
+    """Run on the connection of a test, possibly in its transaction; the test ensures that no one else migrates."""
     with nullcontext(given) if isinstance(given, sqlalchemy.Connection) else given.connect() as connection:
         context.configure(connection=connection, in_callers_transaction=connection.in_transaction(), **OPTIONS)
         with context.begin_transaction():
@@ -160,5 +160,5 @@ elif (given_connection := config.attributes.get("connection")) is not None:
 else:
     try:
         run_from_command_line()
-    except MeshStorageError as error:  # For an operator, whom a traceback tells nothing.
+    except MeshStorageError as error:  # an operator needs no traceback
         raise CommandError(str(error)) from error

@@ -1,13 +1,13 @@
 """${message}.
 
-Every revision runs on live databases of every size, beside services of this version and the one before:
-- nobody waits for longer than a moment: what locks a table against its use begins with migration.lock(), names all its
-  tables there, and then changes the catalog only; a constraint is added NOT VALID and validated in a revision of its
-  own, after migration.wait_longer(); an index is made by migration.create_index() in migration.beside_traffic(), in a
-  revision of its own that may be done twice;
-- no row is lost, and the statements of the version before go on working;
-- the downgrade is written and tested;
-- what squawk warns of is not done, or stands in EXCEPTIONS with the reason why it is safe here.
+Every revision runs on live databases of any size, next to services of this version and the previous one:
+- Nothing is blocked for more than a moment: a revision that takes a lock conflicting with reads or writes starts with
+  migration.lock() on all its tables, and then changes only the catalog; a constraint is added NOT VALID and validated
+  in a separate revision, after migration.wait_longer(); an index is created by migration.create_index() in
+  migration.beside_traffic(), in a separate, idempotent revision.
+- No row is lost, and the statements of the previous version keep working.
+- The downgrade is implemented and tested.
+- What squawk warns about is avoided, or listed in EXCEPTIONS with the reason why it is safe here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Do it."""
+    """Apply the revision."""
     migration.lock("table")
     ${upgrades if upgrades else "raise NotImplementedError"}
 
 
 def downgrade() -> None:
-    """Undo it."""
+    """Revert the revision."""
     migration.lock("table")
     ${downgrades if downgrades else "raise NotImplementedError"}

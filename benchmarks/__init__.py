@@ -1,1 +1,1 @@
-"""What the library costs beside plain psycopg, by one run of both: `python -m benchmarks`."""
+"""The cost of the library compared with plain psycopg, measured in the same run: `python -m benchmarks`."""

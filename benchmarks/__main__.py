@@ -1,4 +1,4 @@
-"""The command: measures, prints the tables, and writes them and the picture to files if asked to."""
+"""The command line: runs the benchmarks, prints the tables, and optionally writes them and the chart to files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUICK_ROWS = 2_000
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what the arguments ask for."""
+    """Run the benchmarks selected by the arguments."""
     given = _parser().parse_args(arguments)
     rounds = given.rounds or (1 if given.quick else 7)
     workloads = [one for one in _workloads() if given.only in one.name]
@@ -52,24 +52,31 @@ def _workloads() -> list[Workload]:
     try:
         from benchmarks import aio
     except ImportError as error:
-        print(f"the asyncio side is left out: {error}")
+        print(f"skipping asyncio: {error}")
         return found
     return [*found, *aio.WORKLOADS]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Measure mesh_storage beside plain psycopg."
+        prog="python -m benchmarks", description="Measure mesh_storage against plain psycopg."
     )
-    parser.add_argument("--only", default="", metavar="NAME", help="only what has this in its name; 'growth' is one")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each workload (7)")
     parser.add_argument(
-        "--rows", default="10000,100000,1000000", metavar="N,N", help="table sizes for the growth; '' for none"
+        "--only", default="", metavar="NAME", help="run only benchmarks whose name contains this, such as 'growth'"
     )
-    parser.add_argument("--large", action="store_true", help="10,000,000 messages as well")
-    parser.add_argument("--quick", action="store_true", help="try everything in half a minute; the figures mean little")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the growth, as SVG")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds per workload (default: 7)")
+    parser.add_argument(
+        "--rows",
+        default="10000,100000,1000000",
+        metavar="N,N",
+        help="table sizes for the growth benchmark; '' to skip it",
+    )
+    parser.add_argument("--large", action="store_true", help="also measure with 10,000,000 messages")
+    parser.add_argument(
+        "--quick", action="store_true", help="run everything in half a minute; the results are not meaningful"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write a chart of the growth as SVG")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The asyncio side: beside psycopg's own asyncio connection, and a bare AsyncSession with the same statement."""
+"""asyncio, compared with psycopg's own asyncio connection and with an AsyncSession running the same statement."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _AGAINST_PSYCOPG = Target(cpu=1.5)
 _AGAINST_SESSION = Target(cpu=1.15)
 _AGAINST_TASKS = Target(throughput=0.7)
 
-# Core statements, since the ORM's own make a session only slower.
+# Core statements, since the ORM's own would only make a session slower.
 _MESSAGES, _STATE, _LOG = table_of(Message), table_of(StateEntry), table_of(LogEntry)
 _STORE_NAMES = ("id", "from_node", "to_node", "content")
 _APPEND_NAMES = ("term", "index", "entry", "previous", "highest")
@@ -41,7 +41,7 @@ Arguments = tuple[Any, ...]
 
 
 class Arena:
-    """An event loop with all that the contestants need, open for one contest."""
+    """An event loop with everything the contestants need, for one contest."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -59,11 +59,11 @@ class Arena:
         self._runner.close()
 
     def round(self, work: Callable[[int], Coroutine[Any, Any, None]]) -> Round:
-        """Make a round of what a coroutine does."""
+        """Return a round that runs a coroutine function."""
         return lambda calls: self._runner.run(work(calls))
 
     def connect(self, *, autocommit: bool = False) -> psycopg.AsyncConnection[Any]:
-        """Connect by plain psycopg."""
+        """Connect with plain psycopg."""
         return self._runner.run(self._connect(autocommit=autocommit))
 
     async def _open(self) -> None:
@@ -91,7 +91,7 @@ def _writing(
     arguments: Callable[[Database], Callable[[], Arguments]],
     names: tuple[str, ...],
 ) -> Callable[[Database], Any]:
-    """Make the workload that writes one thing a unit of work."""
+    """Return the workload that writes one aggregate per unit of work."""
 
     @contextmanager
     def write(database: Database) -> Generator[Contest]:
@@ -131,7 +131,7 @@ def _writing(
 
 @contextmanager
 def get_message(database: Database) -> Generator[Contest]:
-    """Get one message by its id in a read-only unit of work, against autocommit."""
+    """Get one message by id in a read-only unit of work, compared with autocommit."""
     by_id = select(_MESSAGES).where(_MESSAGES.c.id == bindparam("key"))
     with Arena(database) as arena:
         cursor = arena.connect(autocommit=True).cursor(binary=True)
@@ -163,7 +163,7 @@ def get_message(database: Database) -> Generator[Contest]:
 
 @contextmanager
 def store_message_in_tasks(database: Database) -> Generator[Contest]:
-    """Store one message a unit of work, in eight tasks; against eight threads of the library too."""
+    """Store one message per unit of work in eight tasks; also compared with the library in eight threads."""
     with Arena(database) as arena, ThreadPoolExecutor(THREADS) as executor:
         connections = [arena.connect() for _ in range(TASKS)]
 

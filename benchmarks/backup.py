@@ -1,4 +1,4 @@
-"""Backup and restore of a million messages against plain pg_dump and pg_restore on the same server, in the same run.
+"""Backup and restore of a million messages, compared with plain pg_dump and pg_restore on the same server.
 
 python benchmarks/backup.py [--rows N] [--size BYTES] [--jobs N] [--repeat N]
 """
@@ -64,7 +64,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mesh_storage-benchmark-") as name:
         home = Path(name)
-        embedded = EmbeddedServer.open(home / "server")  # on disk, and as durable as any
+        embedded = EmbeddedServer.open(home / "server")  # on disk, with default durability
         try:
             measure(given, home, {**embedded.connect_arguments, "dbname": "postgres", "options": ""})
         finally:

@@ -1,4 +1,4 @@
-"""Many rows: stored in one statement, streamed, or read by ranges."""
+"""Many rows: stored in one statement, streamed, or read by range."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _READ = Target(throughput=0.7)
 
 @contextmanager
 def store_messages(database: Database) -> Generator[Contest]:
-    """Store a thousand messages a unit of work; making them counts, on both sides."""
+    """Store a thousand messages per unit of work, including the creation of the objects, on both sides."""
 
     def ours(calls: int) -> None:
         for _ in range(calls):
@@ -47,7 +47,7 @@ def store_messages(database: Database) -> Generator[Contest]:
 
 @contextmanager
 def append_entries(database: Database) -> Generator[Contest]:
-    """Append a hundred entries a unit of work."""
+    """Append a hundred entries per unit of work."""
     index = next_index(database)
 
     def ours(calls: int) -> None:
@@ -71,7 +71,7 @@ def append_entries(database: Database) -> Generator[Contest]:
 
 @contextmanager
 def put_node_states(database: Database) -> Generator[Contest]:
-    """Put the states of a thousand nodes, which most of them had before."""
+    """Put the states of a thousand nodes, most of which already exist."""
 
     def ours(calls: int) -> None:
         for _ in range(calls):
@@ -92,7 +92,7 @@ def put_node_states(database: Database) -> Generator[Contest]:
 
 @contextmanager
 def add_topology(database: Database) -> Generator[Contest]:
-    """Add ten thousand nodes, and five routes from each; making their ids counts, on both sides."""
+    """Add ten thousand nodes, each with five routes, including the generation of ids, on both sides."""
 
     def ours(calls: int) -> None:
         nodes, routes = NODES * calls // 100, ROUTES * calls // 100
@@ -130,7 +130,7 @@ def _ends(routes: int, nodes: int) -> Generator[tuple[int, int]]:
 
 @contextmanager
 def stream_messages(database: Database) -> Generator[Contest]:
-    """Go through all messages in the order of their time."""
+    """Stream all messages in time order."""
 
     def ours(calls: int) -> None:
         with database.storage.unit_of_work(read_only=True) as uow:
@@ -172,7 +172,7 @@ WORKLOADS = [
     Workload("store 10,000 messages by 1,000", store_messages, calls=10, quick_calls=1, items=MESSAGES_A_CALL),
     Workload("append 10,000 log entries by 100", append_entries, calls=100, quick_calls=2, items=ENTRIES_A_CALL),
     Workload("put 1,000 node states", put_node_states, calls=10, quick_calls=1, items=NODES_A_CALL),
-    # A call is a hundredth of it, so that the quick run has a small topology.
+    # A call adds a hundredth of it, so that the quick run uses a small topology.
     Workload(
         "add 10,000 nodes and 50,000 routes", add_topology, calls=100, quick_calls=1, items=(NODES + ROUTES) // 100
     ),

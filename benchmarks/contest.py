@@ -1,4 +1,4 @@
-"""A contest: one piece of work, done by the library and by its rivals in turns, and what it cost each of them."""
+"""A contest: the same work done by the library and its rivals in turn, and its cost for each."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ WARM_UP_CALLS = 20
 
 
 class Sample(NamedTuple):
-    """What one round took."""
+    """The cost of one round."""
 
     cpu: float
-    """Seconds of the client's processor; the server is another process."""
+    """CPU seconds of the client; the server is a separate process."""
     wall: float
-    """Seconds on the clock."""
+    """Wall-clock seconds."""
 
 
 class Target(NamedTuple):
-    """What is asked of the library against a rival: a ratio of the CPU at most, of the throughput at least."""
+    """The target for the library against a rival: the maximum CPU ratio, the minimum throughput ratio."""
 
     cpu: float | None = None
     throughput: float | None = None
@@ -42,12 +42,12 @@ class Target(NamedTuple):
 NO_TARGET = Target()
 
 Round = Callable[[int], Sample | None]
-"""Does the work as many times as it is told; gives what that took where this process cannot measure it."""
+"""Does the work the given number of times; returns the cost if this process cannot measure it."""
 
 
 @dataclass(frozen=True)
 class Rival:
-    """Somebody else who does the same work."""
+    """Another implementation of the same work."""
 
     name: str
     round: Round
@@ -61,52 +61,52 @@ class Contest:
     ours: Round
     rivals: list[Rival]
     tidy: Callable[[], object] = lambda: None
-    """Undoes a round, on nobody's account."""
+    """Cleans up after a round; not measured."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A kind of work, by the name under which it is reported."""
+    """A kind of work, with the name it is reported under."""
 
     name: str
     open: Callable[[Database], AbstractContextManager[Contest]]
     calls: int
-    """How often it is done in a round."""
+    """Number of calls per round."""
     quick_calls: int
     items: int = 1
-    """How many things a call works on."""
+    """Number of items per call."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The library against one rival."""
+    """The library compared with one rival."""
 
     workload: str
     rival: str
     target: Target
     cpu_ours: float
-    """Microseconds for each item, the median of the rounds; so are the next three."""
+    """Microseconds per item, as the median of the rounds; likewise the next three."""
     cpu_rival: float
     wall_ours: float
     wall_rival: float
     cpu_ratio: float
-    """The median of the ratios within each round, which does not mind that the machine gets faster or slower."""
+    """The median of the ratios within each round, which is robust against changes in the speed of the machine."""
     throughput_ratio: float
 
     @property
     def meets_target(self) -> bool:
-        """Whether the ratios are as asked for."""
+        """Whether the ratios meet the target."""
         cpu, throughput = self.target
         return (cpu is None or self.cpu_ratio <= cpu) and (throughput is None or self.throughput_ratio >= throughput)
 
 
 def compare(workload: Workload, database: Database, rounds: int, *, quick: bool = False) -> list[Comparison]:
-    """Let all do the work in turns, in a different order each time, and compare the library with each rival."""
+    """Run all contestants in turn, in varying order, and compare the library with each rival."""
     calls = workload.quick_calls if quick else workload.calls
     with workload.open(database) as contest:
         sides = [contest.ours, *(rival.round for rival in contest.rivals)]
         samples: list[list[Sample]] = [[] for _ in sides]
-        for side in sides:  # Statements get prepared, caches filled.
+        for side in sides:  # warm-up: statements are prepared, caches filled
             side(min(calls, WARM_UP_CALLS))
             contest.tidy()
         for number in range(rounds):
@@ -133,7 +133,7 @@ def compare(workload: Workload, database: Database, rounds: int, *, quick: bool 
 
 
 def _measure(work: Round, calls: int) -> Sample:
-    # Each begins without garbage of the others, and pays for its own: the collector stays on.
+    # Start without the garbage of the others; the collector stays on, so that each pays for its own.
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
     measured = work(calls)

@@ -1,4 +1,4 @@
-"""The database that is measured: a bundled PostgreSQL on disk, as durable as any, with filled tables."""
+"""The database under test: a bundled PostgreSQL on disk with default durability, with filled tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mesh_storage import MeshStorage
 from mesh_storage.embedded.server import EmbeddedServer
 
 MOST_OTHER_ROWS = 1_000_000
-"""Beyond this, only the messages get more."""
+"""Beyond this, only the number of messages grows."""
 
 _FILL_MESSAGES = """
     INSERT INTO mesh_messages (id, from_node, to_node, content, timestamp)
@@ -44,23 +44,23 @@ _TABLES = (
 
 @dataclass
 class Database:
-    """A storage on a server of its own, and what it takes to connect to the same database without the library."""
+    """A storage on its own server, and how to connect to the same database without the library."""
 
     storage: MeshStorage
     url: str
     connect_arguments: dict[str, Any]
     rows: int = 0
-    """How many rows each of the runtime tables was filled with."""
+    """Number of rows in each runtime table."""
 
     @contextmanager
     def connection(self, *, autocommit: bool = False) -> Generator[psycopg.Connection[Any]]:
-        """Connect by plain psycopg, with the faster of the JSON parsers that are installed."""
+        """Connect with plain psycopg, using the fastest installed JSON parser."""
         with psycopg.connect(**self.connect_arguments, autocommit=autocommit) as connection:
             set_json_loads(from_json, connection)
             yield connection
 
     def fill(self, rows: int) -> None:
-        """Empty all tables and fill those of the runtime layer with rows numbered from 1."""
+        """Empty all tables, and fill those of the runtime layer with rows numbered from 1."""
         with self.connection(autocommit=True) as connection:
             connection.execute(f"TRUNCATE {_TABLES}")
             connection.execute(_FILL_MESSAGES.format(rows=rows))
@@ -73,7 +73,7 @@ class Database:
 
 @contextmanager
 def durable_database() -> Generator[Database]:
-    """Make a database whose commits are on disk when they return, and remove it afterwards."""
+    """Create a database with durable commits, and remove it afterwards."""
     with tempfile.TemporaryDirectory(prefix="mesh_storage-benchmark-") as name:
         path = Path(name) / "postgresql"
         server = EmbeddedServer.open(path)

@@ -1,4 +1,4 @@
-"""What a call costs when the tables grow, beside plain psycopg on the same tables."""
+"""The cost of a call as the tables grow, compared with plain psycopg on the same tables."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ WORKLOADS = [
 
 @dataclass(frozen=True)
 class Point:
-    """How the time of a workload grew from the smallest tables to larger ones."""
+    """The growth in the time of a workload from the smallest tables to larger ones."""
 
     workload: str
     rows: int
     ours: float
-    """The time on the clock for one item, as a multiple of that on the smallest tables; so is the next."""
+    """Wall-clock time per item, as a multiple of that on the smallest tables; likewise the next."""
     plain: float
     ratio: float
-    """How much more ours grew, by the ratios within each round."""
+    """The growth of ours relative to plain psycopg's, from the ratios within each round."""
 
 
 def measure(

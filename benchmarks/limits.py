@@ -1,4 +1,4 @@
-"""What has a limit of its own and no rival: the memory of a stream, the time to open, the share of one layer."""
+"""Absolute limits without a rival: the memory of a stream, the time to open, the share of a single module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROFILED_CALLS = 500
 
 @dataclass(frozen=True)
 class Fact:
-    """Something measured, and its limit."""
+    """A measured value and its limit."""
 
     name: str
     value: float
@@ -31,7 +31,7 @@ class Fact:
 
 
 def stream_memory(database: Database) -> Fact:
-    """Measure the most memory that going through all messages takes, in a pass that nobody times."""
+    """Measure the peak memory of streaming all messages, in a separate, untimed pass."""
     with database.storage.unit_of_work(read_only=True) as uow:
         tracemalloc.start()
         try:
@@ -44,7 +44,7 @@ def stream_memory(database: Database) -> Fact:
 
 
 def open_memory(_database: Database) -> Fact:
-    """Measure the time from opening a throw-away database to its first answer."""
+    """Measure the time from opening a temporary database to its first result."""
     begun = time.perf_counter()
     with MeshStorage.open("memory:") as storage, storage.unit_of_work(read_only=True) as uow:
         uow.messages.count()
@@ -53,7 +53,7 @@ def open_memory(_database: Database) -> Fact:
 
 
 def largest_layer(database: Database) -> Fact:
-    """Measure how much of the time of storing a message the largest of our own modules takes."""
+    """Measure the share of the most expensive of our modules in the time of storing a message."""
 
     def store(calls: int) -> None:
         for _ in range(calls):

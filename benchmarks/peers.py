@@ -1,4 +1,4 @@
-"""Other ways to do it on the same tables: SQLAlchemy's ORM as in its tutorial, and what else is installed."""
+"""Other libraries on the same tables: SQLAlchemy's ORM used as in its tutorial, and others if installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MODELS: dict[str, type[Any]] = {"msg": Message, "key": StateEntry, "dest": Rout
 
 @contextmanager
 def store_one(database: Database) -> Generator[list[Rival]]:
-    """Store one message a transaction."""
+    """Store one message per transaction."""
     with _engine(database) as engine:
 
         def orm(calls: int) -> None:
@@ -35,7 +35,7 @@ def store_one(database: Database) -> Generator[list[Rival]]:
 
 @contextmanager
 def get_one(database: Database, prefix: str) -> Generator[list[Rival]]:
-    """Get one aggregate by its key."""
+    """Get one aggregate by key."""
     with _engine(database) as engine:
         model = _MODELS[prefix]
 
@@ -53,7 +53,7 @@ def get_one(database: Database, prefix: str) -> Generator[list[Rival]]:
 
 @contextmanager
 def store_many(database: Database, number: int) -> Generator[list[Rival]]:
-    """Store many messages a transaction."""
+    """Store many messages per transaction."""
     with _engine(database) as engine:
 
         def orm(calls: int) -> None:
@@ -82,7 +82,7 @@ def _message() -> Message:
 
 
 def _by_repository(engine: sqlalchemy.Engine, work: Callable[[Any], object], *, commit: bool = True) -> list[Rival]:
-    """Make the rival that is advanced-alchemy's repository, where that is installed."""
+    """Yield advanced-alchemy's repository as a rival, if it is installed."""
     try:
         module: Any = importlib.import_module("advanced_alchemy.repository")
     except ImportError:

@@ -1,4 +1,4 @@
-"""A picture of the cost by table size: an SVG with a small chart for each workload."""
+"""A chart of the cost by table size: an SVG with a small plot per workload."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OURS, _PLAIN = "#0b62c4", "#8a8a8a"
 
 
 def draw(points: Sequence[Point]) -> str:
-    """Draw the growth of each workload, ours beside plain psycopg's."""
+    """Return the SVG that plots the growth of each workload for the library and plain psycopg."""
     by_workload: dict[str, list[Point]] = defaultdict(list)
     for point in points:
         by_workload[point.workload].append(point)

@@ -1,4 +1,4 @@
-"""The SQL of plain psycopg: the same rules about conflicts as the library's, written by hand."""
+"""The SQL for plain psycopg, written by hand with the same conflict handling as the library's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured, as a table to read and as JSON."""
+"""The results as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from benchmarks.limits import Fact
 
 @dataclass
 class Report:
-    """All that one run measured."""
+    """The results of one run."""
 
     comparisons: list[Comparison] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
     growth: list[Point] = field(default_factory=list)
 
     def comparison_text(self) -> str:
-        """Write the comparisons and the facts as tables."""
+        """Return the comparisons and the values with limits as tables."""
         parts = [", ".join(f"{name} {value}" for name, value in _machine().items())]
         if self.comparisons:
             parts.append(_table(_COMPARISON_HEAD, [_comparison_row(one) for one in self.comparisons]))
@@ -33,12 +33,12 @@ class Report:
         return "\n\n".join(parts)
 
     def growth_text(self) -> str:
-        """Write the growth as a table, without the smallest size, from which it is counted."""
+        """Return the growth as a table, without the smallest size, which is the baseline."""
         smallest = min(one.rows for one in self.growth)
         return _table(_GROWTH_HEAD, [_growth_row(one) for one in self.growth if one.rows > smallest])
 
     def json(self) -> str:
-        """Write it for programs."""
+        """Return the results as JSON."""
         document: dict[str, Any] = {
             "machine": _machine(),
             "comparisons": [

@@ -1,4 +1,4 @@
-"""The values that are stored: the same for the library and for its rivals."""
+"""The values to be stored, the same for the library and its rivals."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NODE_STATE: dict[str, Any] = {"status": "active", "load": 0.42, "peers": ["node-
 LOG_ENTRY: dict[str, Any] = {"op": "set", "key": "gossip.interval_ms", "value": 500}
 
 new_number = itertools.count(1_000_000_000)
-"""Makes keys that nobody had before."""
+"""Yields numbers for keys that do not exist yet."""
 
 
 def encode(value: object) -> str:
-    """Write JSON by the fastest of the encoders that are installed."""
+    """Encode JSON with the fastest installed encoder."""
     return to_json(value).decode()

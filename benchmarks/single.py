@@ -1,4 +1,4 @@
-"""One call a unit of work, and a few: what a message or a heartbeat costs."""
+"""One or a few calls per unit of work: the cost of a message or a heartbeat."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from benchmarks.samples import CONTENT, LOG_ENTRY, NODE_STATE, encode, new_numbe
 from mesh_storage import Message, UnitOfWork
 
 TERM = 1_000_000
-"""Higher than any that the log was filled with."""
+"""Higher than any term in the filled log."""
 _WRITE = Target(cpu=2.0, throughput=0.8)
 _READ = Target(cpu=3.0)
 
 
 def new_message() -> Message:
-    """Make a message that nobody stored before."""
+    """Return a message with a new id."""
     return Message(id=f"new-{next(new_number)}", from_node="node-a", to_node="node-b", content=CONTENT)
 
 
 def next_index(database: Database) -> Callable[[], int]:
-    """Return what counts the indexes of the log on from its end, for all who append to it in turns."""
+    """Return a counter of log indexes from the end of the log on, shared by all contestants."""
     with database.storage.begin(read_only=True) as uow:
         return itertools.count(uow.consensus_log.last_index() + 1).__next__
 
@@ -54,7 +54,7 @@ def store_message(database: Database) -> Generator[Contest]:
 
 @contextmanager
 def put_state(database: Database) -> Generator[Contest]:
-    """Put one state, new or in place of another."""
+    """Put one state, new or replacing another."""
 
     def ours(calls: int) -> None:
         for key in _random_keys("key", database, calls):
@@ -92,7 +92,7 @@ def append_entry(database: Database) -> Generator[Contest]:
 
 
 def _reading(prefix: str, sql: str, get: Callable[[UnitOfWork, str], Any]) -> Callable[[Database], Any]:
-    """Make the workload that gets one thing by its key."""
+    """Return the workload that gets one aggregate by key."""
 
     @contextmanager
     def read(database: Database) -> Generator[Contest]:
@@ -115,7 +115,7 @@ def _reading(prefix: str, sql: str, get: Callable[[UnitOfWork, str], Any]) -> Ca
 
 @contextmanager
 def mixed(database: Database) -> Generator[Contest]:
-    """Get a message, put a state and a node's state, append to the log, get a route: all in one unit of work."""
+    """Get a message, put a state and a node state, append to the log and get a route, in one unit of work."""
     index = next_index(database)
 
     def ours(calls: int) -> None:

@@ -1,4 +1,4 @@
-"""Before the first call: importing the library, in processes of their own."""
+"""The time to import the library, in separate processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ print(time.process_time() - cpu, time.perf_counter() - wall)
 
 @contextmanager
 def import_library(_database: Database) -> Generator[Contest]:
-    """Import the library, against what it is made of; both from bytecode, once the first round has written it."""
+    """Import the library, compared with its main dependencies; both from bytecode, which the first round writes."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
     def importing(modules: str) -> Round:

@@ -1,4 +1,4 @@
-"""Eight threads at once."""
+"""Eight concurrent threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ THREADS = 8
 
 @contextmanager
 def store_message_in_threads(database: Database) -> Generator[Contest]:
-    """Store one message a unit of work, in eight threads that share the storage or have a connection each."""
+    """Store one message per unit of work in eight threads that share the storage, or have a connection each."""
     with ThreadPoolExecutor(THREADS) as executor, ExitStack() as stack:
         connections = [stack.enter_context(database.connection()) for _ in range(THREADS)]
         cursors = [stack.enter_context(connection.cursor(binary=True)) for connection in connections]
@@ -35,7 +35,7 @@ def store_message_in_threads(database: Database) -> Generator[Contest]:
 
 
 def in_all(executor: ThreadPoolExecutor, work: Callable[[int], None]) -> None:
-    """Do the work in all threads, and wait for them."""
+    """Run the work in all threads, and wait for them."""
     for _ in executor.map(work, range(THREADS)):
         pass
 

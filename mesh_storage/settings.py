@@ -18,7 +18,7 @@ SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-
 SSL_MODES: tuple[SslMode, ...] = get_args(SslMode)
 
 ENV_PREFIX = "MESH_STORAGE_"
-_OF_TESTS = "TEST_"
+_TEST_PREFIX = "TEST_"
 """Prefix, after `MESH_STORAGE_`, of the variables that configure `mesh_storage.testing`."""
 
 
@@ -125,18 +125,18 @@ class Settings(_Checked):
 
 def _unknown(values: dict[str, Any], known: set[str]) -> str | None:
     unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
-    return _no_such(unknown, known) if unknown else None
+    return _describe_unknown(unknown, known) if unknown else None
 
 
 def _check_variables(variables: Iterable[str], known: set[str]) -> None:
     ours = {name.upper().removeprefix(ENV_PREFIX) for name in variables if name.upper().startswith(ENV_PREFIX)}
     known = {name.upper() for name in known}
-    unknown = sorted(name for name in ours - known if not name.startswith(_OF_TESTS))
+    unknown = sorted(name for name in ours - known if not name.startswith(_TEST_PREFIX))
     if unknown:
-        raise ConfigurationError(f"invalid setting {_no_such(unknown, known, ENV_PREFIX)}")
+        raise ConfigurationError(f"invalid setting {_describe_unknown(unknown, known, ENV_PREFIX)}")
 
 
-def _no_such(names: list[str], known: set[str], prefix: str = "") -> str:
+def _describe_unknown(names: list[str], known: set[str], prefix: str = "") -> str:
     problems: list[str] = []
     for name in names:
         close = difflib.get_close_matches(name, known, n=1)

@@ -1,4 +1,4 @@
-"""Runs the tests on PostgreSQL 15, 16 and 18: a throw-away server of each version found; says which is not.
+"""Runs the tests on a temporary server of each PostgreSQL version found, of 15, 16 and 18, and reports missing ones.
 
 python tools/test_matrix.py [--require] [VERSION ...] [-- arguments of pytest]
 """
@@ -21,7 +21,7 @@ from mesh_storage.embedded.server import programs
 from mesh_storage.errors import ConfigurationError
 
 VERSIONS = ("15", "16", "18")
-# Nothing of the server is to survive a crash (PostgreSQL manual, 14.5). Room for the connections of all test processes.
+# The server need not survive a crash (PostgreSQL manual, 14.5). Enough connections for all test processes.
 PARAMETERS = (
     "listen_addresses=",
     "max_connections=300",
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def find(version: str) -> Path | None:
-    """Return the directory of a version's programs: of the system's, then of the bundled server's."""
+    """Return the directory of a version's programs: the system's, or else the bundled server's."""
     for pattern in WHERE:
         directory = Path(pattern.format(version))
         if (directory / "initdb").exists() and (directory / "postgres").exists():
@@ -46,7 +46,7 @@ def find(version: str) -> Path | None:
 
 
 def account() -> tuple[int, int] | tuple[None, None]:
-    """Return the account for the server, which refuses to run as root, as its user and its group."""
+    """Return the uid and gid for the server, which refuses to run as root."""
     if os.geteuid() != 0:
         return None, None
     accounts = {entry.pw_name: (entry.pw_uid, entry.pw_gid) for entry in pwd.getpwall()}
@@ -55,11 +55,11 @@ def account() -> tuple[int, int] | tuple[None, None]:
 
 @contextmanager
 def server(programs: Path) -> Generator[str]:
-    """Run a server of these programs for a block, and give its URL."""
+    """Run a server of these programs for the block, and yield its URL."""
     user, group = account()
-    # Of none of root's groups: of a directory on the way to the programs they may have less than everybody else.
+    # Without root's groups: group permissions of a parent directory may be stricter than those of others.
     extra_groups = None if user is None else list[int]()
-    ram = Path("/dev/shm")  # noqa: S108 - a directory of its own is made in it
+    ram = Path("/dev/shm")  # noqa: S108 - a private directory is created in it
     home = Path(tempfile.mkdtemp(prefix="mesh_storage-matrix-", dir=ram if os.access(ram, os.W_OK) else None))
     try:
         if user is not None and group is not None:
@@ -105,7 +105,7 @@ def server(programs: Path) -> Generator[str]:
 
 
 def _is_ready(data: Path) -> bool:
-    """Look where the server says so (PostgreSQL's source, utils/pidfile.h)."""
+    """Return whether the server is ready, according to postmaster.pid (PostgreSQL's source, utils/pidfile.h)."""
     try:
         return (data / "postmaster.pid").read_text().split("\n")[7:8] == ["ready   "]
     except OSError:
@@ -116,8 +116,8 @@ def main(arguments: Sequence[str]) -> int:
     own_end = arguments.index("--") if "--" in arguments else len(arguments)
     own, for_pytest = arguments[:own_end], arguments[own_end + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--require", action="store_true", help="fail when a version is not found")
-    parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"by default {', '.join(VERSIONS)}")
+    parser.add_argument("--require", action="store_true", help="fail if a version is not found")
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"default: {', '.join(VERSIONS)}")
     given = parser.parse_args(own)
     results: dict[str, str] = {}
     for version in given.versions or VERSIONS:

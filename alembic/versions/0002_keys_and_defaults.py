@@ -1,4 +1,4 @@
-"""The authentication keys of a mesh, and the time of a message that comes without one."""
+"""The authentication keys of a mesh, and a default for the timestamp of messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
-_AS_ASKED = "what the upgrade brought goes with it, as a downgrade is asked to"
+_AS_ASKED = "the downgrade drops what the upgrade added"
 DOWNGRADE_EXCEPTIONS = {"ban-drop-column": _AS_ASKED, "ban-drop-default": _AS_ASKED}
 
 
@@ -24,7 +24,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them."""
+    """Drop the columns and the default."""
     migration.lock("mesh", "mesh_messages")
     op.execute("ALTER TABLE mesh_messages ALTER COLUMN timestamp DROP DEFAULT")
     op.execute("ALTER TABLE mesh DROP COLUMN mesh_join_key_hash")

@@ -1,7 +1,7 @@
-"""Times with a zone in the infrastructure tables; those without one are read as UTC.
+"""timestamptz for the times of the infrastructure tables; existing values are taken as UTC.
 
-In a session whose zone is UTC the two types have the same values, and PostgreSQL changes the type without rewriting the
-table (release notes of PostgreSQL 12).
+With the session time zone UTC, both types have the same representation, and PostgreSQL changes the type without
+rewriting the table (release notes of PostgreSQL 12).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
-EXCEPTIONS = {"changing-column-type": "in UTC nothing is rewritten, which a test holds it to"}
+EXCEPTIONS = {"changing-column-type": "no rewrite with time zone UTC, as a test verifies"}
 DOWNGRADE_EXCEPTIONS = {
     **EXCEPTIONS,
-    "prefer-timestamp-tz": "the type that the Go service chose, as a downgrade is asked to",
+    "prefer-timestamp-tz": "the downgrade restores the Go service's type",
 }
 
 TABLES = ("mesh", "nodes", "routes")
 
 
 def upgrade() -> None:
-    """Change the type of `created` and `updated`."""
+    """Change the type of `created` and `updated` to timestamptz."""
     _change("timestamptz")
 
 
 def downgrade() -> None:
-    """Change it back."""
+    """Change the type of `created` and `updated` back to timestamp."""
     _change("timestamp")
 
 

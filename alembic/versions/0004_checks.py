@@ -1,6 +1,6 @@
-"""The checks, for new rows at first; the next revision validates the rows that are there.
+"""Check constraints, NOT VALID at first; the next revision validates the existing rows.
 
-And our names for the keys that are there: errors are told apart by the names of constraints.
+Existing keys get our constraint names, by which errors are classified.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 
-EXCEPTIONS = {"ban-drop-constraint": "it is added again by the same statement, or was never there"}
-DOWNGRADE_EXCEPTIONS = {"ban-drop-constraint": "what the upgrade brought goes with it, as a downgrade is asked to"}
+EXCEPTIONS = {"ban-drop-constraint": "the same statement adds it again, or it never existed"}
+DOWNGRADE_EXCEPTIONS = {"ban-drop-constraint": "the downgrade drops what the upgrade added"}
 
 _ULID = "~ '^[a-z]{2,10}_[0-9A-HJKMNP-TV-Z]{26}$'"
 _STATUS = "status ~ '^STATUS_[A-Z_]+$'"
@@ -45,8 +45,8 @@ CHECKS = {
     "mesh_runtime_config": {"key": "key <> ''"},
 }
 
-# The keys of the first revision are there under some name. Ours are those that PostgreSQL chooses by itself, so on most
-# databases nothing is to do. The index behind a key is renamed with it.
+# The keys of the first revision exist under some name. Ours are PostgreSQL's default names, so on most databases there
+# is nothing to do. Renaming a constraint renames its index too.
 RENAME_KEYS = """
     DO $$
     DECLARE key record;
@@ -74,7 +74,7 @@ RENAME_KEYS = """
 
 
 def upgrade() -> None:
-    """Add them; the check of an id may be there from the first revision."""
+    """Add the check constraints; that of an id may exist since the first revision."""
     migration.lock(*CHECKS)
     for table, checks in CHECKS.items():
         changes = [f"DROP CONSTRAINT IF EXISTS {table}_{name}_check" for name in checks]
@@ -84,9 +84,9 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them, but for those of the ids where the first revision made them: where there is no domain for ids.
+    """Drop the check constraints, except those of ids that the first revision created, without the domain for ids.
 
-    A name that a key had before is not given back: nothing depends on it.
+    Former names of keys are not restored: nothing depends on them.
     """
     migration.lock(*CHECKS)
     for table, checks in CHECKS.items():

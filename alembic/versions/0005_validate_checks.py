@@ -1,4 +1,4 @@
-"""The rows that were there before the checks are held against them, while the traffic goes on."""
+"""Validation of the check constraints for existing rows, without blocking traffic."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = {
 
 
 def upgrade() -> None:
-    """Validate them; this locks a table against other migrations only."""
+    """Validate the constraints; this locks a table against other migrations only."""
     migration.wait_longer()
     for table, names in NAMES.items():
         validations = ", ".join(f"VALIDATE CONSTRAINT {table}_{name}_check" for name in names)
@@ -33,4 +33,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Leave them: a check that holds for all rows needs no undoing."""
+    """Do nothing: a validated constraint need not be invalidated."""

@@ -1,7 +1,7 @@
-"""A place for entries of the consensus log that Raft calls stale: of two with one index, that of the lower term.
+"""A table for stale entries of the consensus log: of two entries with one index, the one of the lower term.
 
 A leader of a higher term overwrites what an earlier one left at the same index (Raft, section 5.3). The table of the Go
-service kept both. The next revision sets the stale one aside here, and it is not lost.
+service kept both. The next revision moves stale entries here, so that they are not lost.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-DOWNGRADE_EXCEPTIONS = {"ban-drop-table": "its rows have gone back to where they came from"}
+DOWNGRADE_EXCEPTIONS = {"ban-drop-table": "its rows were moved back first"}
 
 
 def upgrade() -> None:
-    """Create the table; an entry may come, be set aside and come again."""
+    """Create the table; set_aside_at is in its key, since an entry may become stale more than once."""
     migration.hold_nobody_up()
     op.execute(
         """
@@ -36,7 +36,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Move the entries back; of those with one term and one index, which have room for one, that which came last."""
+    """Move the entries back; of several with the same term and index, only the latest, since the key allows one."""
     migration.lock("mesh_consensus_log_stale")
     op.execute(
         "INSERT INTO mesh_consensus_log (term, index, entry, created_at) "

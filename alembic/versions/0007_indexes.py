@@ -1,4 +1,4 @@
-"""One entry for each index of the consensus log, and the indexes that the queries of the repositories go by."""
+"""A unique index of the consensus log, and indexes for the queries of the repositories."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ INDEXES = {
     "mesh_runtime_config_key_c_idx": ("mesh_runtime_config", 'key COLLATE "C"'),
 }
 
-# Both sides in one statement: no entry is in neither table, or in both, at any time. The entry that stays is never
-# deleted and written again.
+# One statement, so that at no time an entry is in neither table or in both. The entry that stays is not rewritten.
 SET_ASIDE = """
     WITH stale AS (
         DELETE FROM mesh_consensus_log AS entry
@@ -38,14 +37,14 @@ SET_ASIDE = """
 
 
 def upgrade() -> None:
-    """Create them, each beside the traffic."""
+    """Create the indexes concurrently."""
     with migration.beside_traffic():
         for name, (table, columns) in INDEXES.items():
             migration.create_index(name, table, columns, unique=name == KEY, repair=SET_ASIDE if name == KEY else "")
 
 
 def downgrade() -> None:
-    """Drop them."""
+    """Drop the indexes concurrently."""
     with migration.beside_traffic():
         for name in reversed(INDEXES):
             migration.drop_index(name)

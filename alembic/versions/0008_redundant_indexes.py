@@ -1,4 +1,4 @@
-"""The indexes of the Go service that others make redundant go: each of them costs every write."""
+"""Removal of redundant indexes of the Go service, each of which slows down every write."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ INDEXES = {
 
 
 def upgrade() -> None:
-    """Drop them, each beside the traffic."""
+    """Drop the indexes concurrently."""
     with migration.beside_traffic():
         for name in INDEXES:
             migration.drop_index(name)
 
 
 def downgrade() -> None:
-    """Create them again."""
+    """Create the indexes again concurrently."""
     with migration.beside_traffic():
         for name, (table, columns) in INDEXES.items():
             migration.create_index(name, table, columns)

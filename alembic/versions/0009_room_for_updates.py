@@ -1,7 +1,7 @@
-"""Room in the pages of the tables that are stored again and again as a whole, so that it happens in place (HOT).
+"""A lower fillfactor for tables that are often updated as a whole, so that the updates are HOT.
 
-PostgreSQL stores a new version of a row in place only into free room of the same page (manual, 66.7). A statement that
-stores all the rows of a page needs as much room as they take, as none of the old versions can go before its commit.
+A HOT update needs free space on the page of the row (PostgreSQL manual, 66.7). A statement that updates all rows of a
+page needs as much space as they occupy, since no old version can be pruned before its commit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ TABLES = ("mesh_node_state", "mesh_routing_table")
 
 
 def upgrade() -> None:
-    """Leave half of each new page free; the full ones are left behind by the updates to come."""
+    """Leave half of each new page free; future updates move rows off the full pages."""
     migration.wait_longer()
     for table in TABLES:
         op.execute(f"ALTER TABLE {table} SET (fillfactor = 50)")
 
 
 def downgrade() -> None:
-    """Fill pages whole again."""
+    """Reset the fillfactor to its default of 100."""
     migration.wait_longer()
     for table in TABLES:
         op.execute(f"ALTER TABLE {table} RESET (fillfactor)")

@@ -1,9 +1,9 @@
 """Backup and restore of this library's tables, by pg_dump and pg_restore.
 
-A backup is a directory: `dump/`, which is pg_dump's directory format, and `manifest.json`. A restore is one transaction
-on one connection: pg_restore makes the SQL, `archive` runs it, and the rows are counted before the commit. So all is
-there or as before, whatever ends the process. Tables that are there already are emptied and filled, see `refill`. What
-can go on at once within one transaction is the building of each index, which the server shares among its own processes.
+A backup is a directory with `dump/`, in pg_dump's directory format, and `manifest.json`. A restore is a single
+transaction on one connection: pg_restore generates the SQL, `archive` executes it, and the rows are counted before the
+commit. So it is all or nothing, however the process ends. Existing tables are emptied and refilled, see `refill`. The
+only parallelism within one transaction is that of index builds, which the server distributes among its own processes.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from mesh_storage.settings import Settings
 logger = logging.getLogger("mesh_storage")
 
 JOBS = 4
-"""How many processes work at once where nothing else is said."""
+"""Default number of parallel jobs."""
 _MOST_JOBS = 64
 _DUMP = "dump"
 _INDEX_MEMORY_KB = 64 * 1024
-"""What each process that builds an index may take; with less, the server uses fewer of them."""
+"""Memory for each process that builds an index; with less, the server uses fewer of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a backup or restore is."""
+    """The progress of a backup or restore."""
 
     step: str
     """`dump` and `load` count rows, `sum` and `check` count files, `index` counts indexes and constraints."""
@@ -76,31 +76,31 @@ def backup(
     verify: bool = False,
     progress: Report | None = None,
 ) -> Manifest:
-    """Write a backup to a path, where nothing may be yet, as the database is at one moment; writers go on meanwhile.
+    """Write a consistent backup to a path, which must not exist, without blocking writers.
 
-    It is made under another name beside the path, and gets its own when it is complete. The schema may be an older one.
+    It is written to a temporary directory next to the path and renamed when complete. The schema may be an older one.
 
     Args:
-        server: Where the database is.
-        path: The directory to make.
-        jobs: How many tables pg_dump reads at once, with a connection each.
-        verify: Restore it into a throw-away server before it gets its name.
-        progress: Called now and then; what it raises ends the backup, and nothing of it stays.
+        server: The server of the database.
+        path: The directory to create.
+        jobs: The number of tables that pg_dump reads in parallel, with a connection each.
+        verify: Test-restore it into a temporary server before it is renamed.
+        progress: Called regularly; an exception it raises aborts the backup, and all its files are removed.
 
     Raises:
-        AlreadyExistsError: There is something at the path.
+        AlreadyExistsError: The path exists.
         InvalidInputError: The path cannot be written.
-        ConfigurationError: pg_dump is missing or too old, or none that is there makes a backup that restores on other
-            servers, this user may not read the tables, or the connection is one of `transaction_pooling`.
+        ConfigurationError: pg_dump is missing or too old, or no available one produces a backup that restores on other
+            servers; or this user may not read the tables, or `transaction_pooling` is set.
         SchemaMismatchError: The database has no schema of mesh_storage, or a newer one.
-        StorageTimeoutError: A table is locked for longer than `lock_timeout`.
+        StorageTimeoutError: A table was locked for longer than `lock_timeout`.
         UnavailableError: The disk is full, or the database cannot be reached.
     """
     server.require_session()
-    target, report = _path(path), progress or _silent
+    target, report = _path(path), progress or _ignore_progress
     check_jobs(jobs)
     if os.path.lexists(target):
-        raise _in_the_way(target)
+        raise _already_exists(target)
     with _path_errors(target):
         unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=target.parent))
     try:
@@ -109,12 +109,12 @@ def backup(
         with _path_errors(target):
             manifest = manifest.write(unfinished, lambda done, total: report(Progress("sum", done, total)))
         if verify:
-            _prove(unfinished, jobs, report)
+            _test_restore(unfinished, jobs, report)
         with _path_errors(target):
             _rename(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    logger.info("backup made", extra={"event": "backup", "revision": manifest.revision, "rows": manifest.rows})
+    logger.info("backup written", extra={"event": "backup", "revision": manifest.revision, "rows": manifest.rows})
     return manifest
 
 
@@ -126,34 +126,35 @@ def restore(
     jobs: int = JOBS,
     progress: Report | None = None,
 ) -> Manifest:
-    """Restore a backup in one transaction: all of it is there afterwards, or the database is as before.
+    """Restore a backup in one transaction: either all of it is restored, or the database is unchanged.
 
-    The backup is verified first, and its rows are counted before the commit. Tables that are not there are made, with
-    the domains and functions that they need; a foreign key into another system's table is restored where that table is.
-    Tables that are there are emptied and filled, and what others have put onto them stays; their triggers do not fire.
-    A backup of an older schema is upgraded after the commit, by the ordinary migrations.
+    The backup is verified first, and its rows are counted before the commit. Missing tables are created, with the
+    domains and functions they need; a foreign key to another system's table is restored if that table exists. Existing
+    tables are emptied and refilled, keeping the objects others have added to them; their triggers do not fire. A backup
+    of an older schema is upgraded after the commit, by the ordinary migrations.
 
     Args:
-        server: Where the database is.
-        path: A backup.
-        overwrite: Replace the rows of the tables; without it they must be missing or empty.
-        jobs: How many processes of the server work on an index, with 64 MB of memory each.
-        progress: Called now and then; what it raises ends the restore, and the database is as before.
+        server: The server of the database.
+        path: The backup.
+        overwrite: Replace the rows of the tables; otherwise they must be missing or empty.
+        jobs: The number of server processes that build an index, with 64 MB of memory each.
+        progress: Called regularly; an exception it raises aborts the restore, and the database is unchanged.
 
     Raises:
-        NotFoundError: There is no backup at the path.
+        NotFoundError: No backup was found at the path.
         InvalidInputError: The backup was truncated or altered, or cannot be read.
-        SchemaMismatchError: The backup or the database has a newer schema than this code, or a table of ours is none.
-        ConflictError: The tables hold rows and `overwrite` was not given, or the rows do not hold with what others have
-            put onto the tables, or that cannot be kept.
-        MissingReferenceError: Foreign keys of others or to others would point nowhere.
-        ConfigurationError: pg_restore is missing or too old, the server lacks something that the tables need, this user
-            may not change the tables, or the connection is one of `transaction_pooling`.
-        StorageTimeoutError: A table is in use for longer than `lock_timeout`.
+        SchemaMismatchError: The backup or the database has a newer schema than this code, or the name of one of our
+            tables belongs to another kind of relation.
+        ConflictError: The tables contain rows and `overwrite` was not given, or the rows violate a constraint that
+            others added to the tables, or an object of others cannot be kept.
+        MissingReferenceError: Foreign keys of or to other tables would be violated.
+        ConfigurationError: pg_restore is missing or too old, the server lacks something the tables need, this user may
+            not change the tables, or `transaction_pooling` is set.
+        StorageTimeoutError: A table was in use for longer than `lock_timeout`.
         UnavailableError: The database cannot be reached, or its disk is full.
     """
     server.require_session()
-    source, report = _path(path), progress or _silent
+    source, report = _path(path), progress or _ignore_progress
     check_jobs(jobs)
     manifest = _check(source, report)
     with migration.turn(server.connect), catalog.transaction(server) as (session, connection):
@@ -166,28 +167,28 @@ def restore(
 
 
 def verify(path: str | os.PathLike[str], *, jobs: int = JOBS, progress: Report | None = None) -> Manifest:
-    """Prove a backup by restoring it into a throw-away bundled server: in RAM where it fits there, else on disk.
+    """Verify a backup by restoring it into a temporary bundled server, in RAM if it fits there, else on disk.
 
     Raises:
-        NotFoundError: There is no backup at the path.
-        InvalidInputError: The backup is broken: truncated or altered, or not what its manifest says.
+        NotFoundError: No backup was found at the path.
+        InvalidInputError: The backup is broken: truncated, altered, or inconsistent with its manifest.
         ConfigurationError: The backup could not be verified here: the extra `embedded` is not installed, or the bundled
-            server lacks what the tables need, such as an extension. It may be restored where that is there.
-        SchemaMismatchError: It has a newer schema than this code, so it could not be verified here either.
-        UnavailableError: It could not be verified here, since the bundled server does not start or a disk is full.
+            server lacks something the tables need, such as an extension. It may still restore where that exists.
+        SchemaMismatchError: It has a newer schema than this code, so it could not be verified here.
+        UnavailableError: It could not be verified here: the bundled server does not start, or a disk is full.
     """
     check_jobs(jobs)
-    return _prove(_path(path), jobs, progress or _silent)
+    return _test_restore(_path(path), jobs, progress or _ignore_progress)
 
 
 def check_jobs(jobs: int) -> None:
-    """Refuse an impossible number of jobs.
+    """Validate the number of jobs.
 
     Raises:
-        InvalidInputError: It is one.
+        InvalidInputError: It is out of range.
     """
     if not 1 <= jobs <= _MOST_JOBS:
-        raise InvalidInputError(f"jobs must be 1 to {_MOST_JOBS}", field="jobs")
+        raise InvalidInputError(f"jobs must be from 1 to {_MOST_JOBS}", field="jobs")
 
 
 def _dump(connection: Connection, directory: Path, jobs: int, report: Report) -> Manifest:
@@ -199,7 +200,7 @@ def _dump(connection: Connection, directory: Path, jobs: int, report: Report) ->
         schema.check(None)
     with connection.transaction():
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        # Before the snapshot, which the statement after it takes: no table changes its shape between that and the dump.
+        # Lock before the next statement takes the snapshot, so that no table is altered between snapshot and dump.
         listed = catalog.names(location.namespace, location.tables)
         connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(listed))
         location = catalog.locate(connection)
@@ -231,11 +232,11 @@ def _choose(
     environment: dict[str, str],
     directory: Path,
 ) -> ClientTools:
-    """Choose the first tools whose dump of the schema has nothing in it that other servers do not know.
+    """Return the first tools whose dump of the schema contains nothing that other servers do not support.
 
     Raises:
         ConfigurationError: There are none; the message says what to install.
-        MeshStorageError: pg_dump failed, and there is no other that does better.
+        MeshStorageError: pg_dump failed, and no other one succeeded.
     """
     failure: MeshStorageError | None = None
     refused: dict[str, list[str]] = {}
@@ -258,25 +259,25 @@ def _choose(
     said = sorted({option for unknown in refused.values() for option in unknown})
     raise ConfigurationError(
         f"a backup by pg_dump {' or '.join(refused)} would not restore on other servers, since it would set "
-        f"{', '.join(said)}, which they do not know; install postgresql-client-{major} of the server's version {own}, "
-        "or reset what was set by hand"
+        f"{', '.join(said)}, which they do not support; install postgresql-client-{major} of the server's version "
+        f"{own}, or reset the options that were set manually"
     )
 
 
 def _describe(connection: Connection, location: Location, tools: ClientTools) -> Manifest:
-    """Say what the snapshot of this transaction holds."""
+    """Return the manifest for the snapshot of this transaction."""
     revision, there = location.revision, location.tables
     if revision is None or revision not in schema.revisions():
         schema.check(revision)
     if location.missing:
         raise SchemaMismatchError(
-            f"the database is at revision {revision}, but lacks the tables {', '.join(location.missing)} in the schema "
-            f"{location.namespace}; no backup of what is left would be whole"
+            f"the database is at revision {revision}, but lacks the tables {', '.join(location.missing)} in schema "
+            f"{location.namespace}; a backup of the rest would be incomplete"
         )
     catalog.check_kinds(connection, there)
     catalog.check_heirs(connection, there)
     catalog.check_sizes(connection, location.namespace, there)
-    # So that every name is written with its schema.
+    # So that all names are written with their schema.
     connection.execute("SET LOCAL search_path = ''")
     return Manifest(
         created=catalog.value(connection, "SELECT now()"),
@@ -303,7 +304,7 @@ def _check(source: Path, report: Report) -> Manifest:
         lacking.append(tables.VERSION_TABLE)
     if lacking:
         raise InvalidInputError(
-            f"the backup cannot be used: it lacks the tables {', '.join(lacking)}; take another one", field="path"
+            f"the backup cannot be used: it lacks the tables {', '.join(lacking)}; use another one", field="path"
         )
     manifest.verify_files(source, lambda done, total: report(Progress("check", done, total)))
     return manifest
@@ -325,13 +326,13 @@ def _load(
     overwrite: bool,
     jobs: int,
 ) -> None:
-    """Do what is in the transaction of a restore."""
+    """Run the transaction of a restore."""
     location = catalog.locate(connection)
     namespace = location.namespace
     if namespace != manifest.namespace:
         raise ConfigurationError(
-            f"the tables of the backup are in the schema {manifest.namespace}, the connection leads to {namespace}; "
-            f"change it by the URL's parameter options=-csearch_path={manifest.namespace}"
+            f"the tables of the backup are in schema {manifest.namespace}, but the connection selects {namespace}; "
+            f"change it with the URL parameter options=-csearch_path={manifest.namespace}"
         )
     refill.check(connection, location, overwrite=overwrite)
     foreign_keys = refill.empty(connection, location)
@@ -351,13 +352,13 @@ def _load(
     expected = {table: number for table, number in manifest.rows.items() if table != _version_table(manifest)}
     found = {table: catalog.count(connection, namespace, table) for table in expected}
     if found != expected or catalog.revision(connection, namespace, version_table) != manifest.revision:
-        raise InvalidInputError("the dump is not what its manifest says; nothing was restored", field="path")
-    # Before the commit, after which nothing may fail any more.
+        raise InvalidInputError("the dump does not match its manifest; nothing was restored", field="path")
+    # Before the commit, after which nothing may fail.
     connection.execute(sql.SQL("ANALYZE {}").format(catalog.names(namespace, expected)))
 
 
 def _select(connection: Connection, manifest: Manifest, location: Location) -> archive.Selection:
-    """Choose what of the archive is restored, and make ready what the tables need that it makes."""
+    """Select the entries of the archive to restore, and prepare what the tables it creates need."""
     version_table, here = _version_table(manifest), {table: table for table in location.tables}
     if here:
         here[version_table] = tables.VERSION_TABLE
@@ -365,8 +366,8 @@ def _select(connection: Connection, manifest: Manifest, location: Location) -> a
         former = sql.Identifier(location.namespace, version_table).as_string()
         if catalog.value(connection, "SELECT to_regclass(%s)", former):
             raise ConflictError(
-                f"the backup has its version table under the name {former}, which another service has here; restore it "
-                "into a database of its own, and take a backup there"
+                f"the version table of the backup is named {former}, which another service uses here; restore it "
+                "into a separate database, and take a new backup there"
             )
     made = [table for table in manifest.rows if table not in here]
     missing = catalog.missing(connection, manifest.references) if made else []
@@ -375,7 +376,7 @@ def _select(connection: Connection, manifest: Manifest, location: Location) -> a
             catalog.define(connection, manifest.definitions)
     if missing:
         logger.warning(
-            "foreign keys left out, for their tables are not there: %s",
+            "foreign keys skipped, since the referenced tables do not exist: %s",
             ", ".join(missing),
             extra={"event": "restore", "foreign_keys": missing},
         )
@@ -387,8 +388,8 @@ def _select(connection: Connection, manifest: Manifest, location: Location) -> a
     )
 
 
-def _prove(source: Path, jobs: int, report: Report) -> Manifest:
-    """Restore a backup into a throw-away server.
+def _test_restore(source: Path, jobs: int, report: Report) -> Manifest:
+    """Test-restore a backup into a temporary server.
 
     Raises:
         MeshStorageError: It is broken, or could not be verified here; the message says which.
@@ -400,7 +401,7 @@ def _prove(source: Path, jobs: int, report: Report) -> Manifest:
             return restore(there, source, jobs=jobs, progress=report)
     except (ConfigurationError, SchemaMismatchError, StorageTimeoutError, UnavailableError) as error:
         raise type(error)(
-            f"the backup could not be verified here, which does not say that it is broken, because {error}",
+            f"the backup could not be verified here, which does not mean that it is broken: {error}",
             sqlstate=error.sqlstate,
             retryable=error.retryable,
         ) from error
@@ -420,17 +421,17 @@ def _throw_away() -> Settings:
 def _path(path: str | os.PathLike[str]) -> Path:
     found = Path(path).absolute()
     if "\0" in str(found):
-        raise InvalidInputError("path must not have a NUL in it", field="path")
+        raise InvalidInputError("path must not contain NUL", field="path")
     return found
 
 
 def _rename(unfinished: Path, target: Path) -> None:
-    """Return a finished backup its name, and make that last."""
+    """Rename a finished backup into place durably."""
     try:
         unfinished.rename(target)
     except OSError as error:
         if os.path.lexists(target):
-            raise _in_the_way(target) from error
+            raise _already_exists(target) from error
         raise
     try:
         directory = os.open(target.parent, os.O_RDONLY)
@@ -439,18 +440,18 @@ def _rename(unfinished: Path, target: Path) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        # The backup is there and whole, whatever the directory says to this.
+        # The backup is complete, whether or not the directory can be synced.
         logger.warning(
-            "the backup is at %s, but its name may be lost if the machine fails soon: the directory cannot be synced, "
-            "%s",
+            "the backup is at %s, but the rename may be lost in a crash of the machine: the directory cannot be "
+            "synced, %s",
             target,
             error.strerror,
             extra={"event": "backup"},
         )
 
 
-def _in_the_way(target: Path) -> AlreadyExistsError:
-    return AlreadyExistsError(f"there is something at {str(target)!r} already; a backup never replaces anything")
+def _already_exists(target: Path) -> AlreadyExistsError:
+    return AlreadyExistsError(f"{str(target)!r} already exists; a backup never replaces existing files")
 
 
 @contextmanager
@@ -461,5 +462,5 @@ def _path_errors(path: Path) -> Generator[None]:
         raise path_error(path, error) from error
 
 
-def _silent(_progress: Progress) -> None:
-    """Nobody watches."""
+def _ignore_progress(_progress: Progress) -> None:
+    """Ignore the progress."""

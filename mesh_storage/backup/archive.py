@@ -1,4 +1,4 @@
-"""The archive of a backup: the SQL that pg_restore makes of it, and how that is run in a transaction of ours."""
+"""The archive of a backup: the SQL that pg_restore generates from it, and its execution in our transaction."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from mesh_storage.errors import ConfigurationError, InvalidInputError
 
 logger = logging.getLogger("mesh_storage")
 
-# Less than the pipe from pg_restore holds, so that it can go on while a block is on its way to the server.
+# Less than the capacity of the pipe from pg_restore, so that it can continue while a block is sent to the server.
 _BLOCK = 1 << 16
 _REPORT = 1 << 20
-"""How many bytes of rows there are between two reports."""
-# An entry's line in the list of an archive: dump id; catalog and object id, kind, schema, names, owner.
+"""Bytes of rows between two progress reports."""
+# A line of pg_restore's list: dump id; catalog OID and OID, type, schema, names, owner.
 _INDEX = re.compile(r"\d+; \d+ \d+ (?:INDEX|(?:FK )?CONSTRAINT) ")
 _ATTACHED = re.compile(r"\d+; \d+ \d+ (?:TRIGGER|RULE|POLICY|ROW SECURITY) ")
 _FOREIGN_KEY = re.compile(r"\d+; \d+ \d+ FK CONSTRAINT \S+ \S+ (\S+) ")
-# The comment that begins an entry in the SQL.
+# The comment at the start of each entry in the SQL.
 _BEGIN = b"-- Name: "
 _BEGIN_INDEX = re.compile(rb"-- Name: .*; Type: (?:INDEX|(?:FK )?CONSTRAINT); ")
-# What only psql understands.
+# Commands of psql only.
 _FOR_PSQL = re.compile(rb"\\(?:un)?restrict ")
 _BEGIN_TABLE = re.compile(rb"-- Name: .*; Type: TABLE; ")
 _COMPRESSION = re.compile(rb"ALTER TABLE ONLY .* ALTER COLUMN .* SET COMPRESSION lz4;$")
 _COPY = re.compile(rb"COPY (\S+|.*?\"\S*) \((.*)\) FROM stdin;$")
 _NAME = re.compile(rb'"(?:[^"]|"")*"|[^\s,"]+')
-# What a definition says that a server has not: an object, a function, a table, a schema, a file of an extension, a
-# feature it was built without, a setting or an encoding. Names of PostgreSQL's appendix A.
+# SQLSTATEs meaning that the server lacks something a definition needs: an object, function, table, schema, extension
+# file, build option, setting or encoding. Names from the PostgreSQL manual, appendix A.
 _LACKING = frozenset(
     code.sqlstate
     for code in (
@@ -54,24 +54,24 @@ _LACKING = frozenset(
         psycopg.errors.UntranslatableCharacter,
     )
 )
-# At the head of the SQL; pg_restore knows more settings than an older server.
+# At the top of the SQL; pg_restore knows more settings than an older server.
 _SETTING = re.compile(rb"SET (\w+) = ")
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What of an archive is restored."""
+    """The selection of entries to restore."""
 
     without: Collection[str] = ()
-    """The foreign keys that are left out."""
+    """The foreign keys to skip."""
     made: Collection[str] | None = None
-    """The tables, by their names with the schema, that the archive makes; None for all it has."""
+    """The tables, by qualified name, that the archive creates; None for all."""
     filled: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The tables that are there and that it fills: by their names in the archive, their names here."""
+    """The existing tables that it fills: their names here, by their names in the archive."""
 
 
 def entries(program: Path, dump: Path, selection: Selection) -> list[str]:
-    """List the wanted entries of an archive: nothing that other systems have put onto the tables."""
+    """Return the selected entries of an archive's list, without objects that other systems added to the tables."""
     with client_tools.output([program, "--list", dump], path=dump) as listing:
         lines = listing.read().decode().splitlines(keepends=True)
 
@@ -86,7 +86,7 @@ def entries(program: Path, dump: Path, selection: Selection) -> list[str]:
     left_out = [line.split(" ", 3)[3].rsplit(" ", 1)[0] for line in attached]
     if left_out:
         logger.warning(
-            "left out, since other systems have put it onto the tables: %s",
+            "skipped, since other systems added it to the tables: %s",
             ", ".join(left_out),
             extra={"event": "restore", "left_out": left_out},
         )
@@ -100,11 +100,11 @@ def load(
     selection: Selection,
     report: Callable[[str, int, int], None],
 ) -> None:
-    """Run the SQL of what is selected, and report the rows copied (of 0, for it knows no total) and indexes built.
+    """Run the SQL of the selected entries; report the rows copied (of 0, the total being unknown) and indexes built.
 
     Raises:
-        ConfigurationError: The server has not what a definition needs, such as an extension.
-        ConflictError: The rows do not fit into a table that is there.
+        ConfigurationError: The server lacks something a definition needs, such as an extension.
+        ConflictError: The rows do not fit into an existing table.
     """
     wanted = entries(program, dump, selection)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8") as chosen:
@@ -118,7 +118,7 @@ def load(
 
 @contextmanager
 def surroundings() -> Generator[None]:
-    """Tell what the server has not, and a definition in a backup needs, from a backup that is broken.
+    """Translate errors that mean the server lacks something the backup needs, as opposed to a broken backup.
 
     Raises:
         ConfigurationError: In place of the server's error.
@@ -129,14 +129,14 @@ def surroundings() -> Generator[None]:
         if error.sqlstate not in _LACKING:
             raise
         raise ConfigurationError(
-            f"this server lacks something that the backup needs: PostgreSQL says {error.diag.message_primary!r} "
-            f"(SQLSTATE {error.sqlstate}); install or create that first, or restore it where that is there",
+            f"this server lacks something that the backup needs: PostgreSQL reports {error.diag.message_primary!r} "
+            f"(SQLSTATE {error.sqlstate}); install or create it first, or restore on a server that has it",
             sqlstate=error.sqlstate,
         ) from error
 
 
 class _Script:
-    """The SQL of an archive, run entry by entry in the transaction of a connection."""
+    """The SQL of an archive, executed entry by entry in the transaction of a connection."""
 
     def __init__(
         self, connection: Connection, selection: Selection, report: Callable[[str, int, int], None], indexes: int
@@ -153,7 +153,7 @@ class _Script:
         self._lz4 = connection.execute(query).fetchone() == (True,)
 
     def run(self, script: IO[bytes]) -> None:
-        """Run it to its end."""
+        """Execute the whole script."""
         for line in script:
             if line.startswith(_BEGIN):
                 self._execute()
@@ -166,13 +166,15 @@ class _Script:
         self._execute()
 
     def _for_others(self, line: bytes) -> bool:
-        """Whether a line is for psql, or for a server that has this setting or this way of compression."""
+        """Return whether a line is for psql only, or uses a setting or compression method that this server lacks."""
         if _FOR_PSQL.match(line):
             return True
         if self._entry and self._entry[0].startswith(_BEGIN):
             if self._lz4 or not _COMPRESSION.match(line) or not _BEGIN_TABLE.match(self._entry[0]):
                 return False
-            logger.warning("this server has no lz4: values are compressed by pglz", extra={"event": "restore"})
+            logger.warning(
+                "this server does not support lz4; values are compressed with pglz", extra={"event": "restore"}
+            )
             return True
         setting = _SETTING.match(line)
         return setting is not None and setting[1].decode() not in self._settings
@@ -188,14 +190,14 @@ class _Script:
             self._report("index", self._built, self._indexes)
 
     def _makes(self, entry: bytes) -> bool:
-        """Whether an entry is about a table that is to be made."""
+        """Return whether an entry belongs to a table to be created."""
         return any(re.search(rb"(?<![\w.\"])" + re.escape(name) + rb"(?![\w\"])", entry) for name in self._made or ())
 
     def _copy(self, statement: bytes, script: IO[bytes]) -> None:
-        """Pass on the rows of a table, if they are wanted."""
+        """Copy the rows of a table, if it is selected."""
         header = _COPY.match(statement)
         if header is None:
-            raise InvalidInputError("the rows of the backup are of a kind that is not known", field="path")
+            raise InvalidInputError("the format of the rows in the backup is unknown", field="path")
         table = header[1]
         rows = iter(script.readline, b"\\.\n")
         if table in self._filled:
@@ -211,7 +213,7 @@ class _Script:
         self._report("load", self._loaded, 0)
 
     def _pass_on(self, statement: bytes, rows: Iterator[bytes]) -> None:
-        """Send rows up to the line that ends them; no row looks like it, for a backslash is doubled there."""
+        """Send rows up to the end-of-data line, which no row can equal, since COPY doubles backslashes."""
         block, size, unreported = list[bytes](), 0, 0
         with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
             for row in rows:
@@ -234,7 +236,7 @@ class _Script:
 
 def _check_more(row: bytes) -> None:
     if not row:
-        raise InvalidInputError("the rows of the backup end too early", field="path")
+        raise InvalidInputError("the rows of the backup end prematurely", field="path")
 
 
 def _unquoted(name: bytes) -> str:

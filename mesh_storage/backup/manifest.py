@@ -1,4 +1,4 @@
-"""What a backup says about itself: where it is from, what must be in it, and the checksums of its files."""
+"""The manifest of a backup: its origin, its expected contents, and the checksums of its files."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ _NAME = "manifest.json"
 
 
 class Manifest(BaseModel):
-    """The description of a backup, which lies beside its dump."""
+    """The manifest of a backup, stored next to its dump."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
-    """The version of the layout of the backup."""
+    """The version of the backup format."""
     created: datetime
-    """When its snapshot was taken, by the database's clock."""
+    """The time of its snapshot, by the database's clock."""
     revision: str
-    """The revision of the schema."""
+    """The schema revision."""
     namespace: str
-    """The PostgreSQL schema that the tables are in, mostly `public`."""
+    """The PostgreSQL schema of the tables, usually `public`."""
     server_version: str
     tool_version: str
     """The version of pg_dump."""
     size: int
-    """Bytes that the tables and indexes took in the database."""
+    """The total size of the tables and indexes in the database, in bytes."""
     rows: dict[str, int]
     """The number of rows of each table."""
     definitions: dict[str, str]
-    """How to create the domains and functions that the tables need, where they are not there."""
+    """The definitions of the domains and functions that the tables need."""
     references: dict[str, str]
-    """The foreign keys into other systems' tables, and these tables."""
+    """The foreign keys to other systems' tables, with those tables."""
     files: dict[str, str] = {}
     """The SHA-256 of each file, by its path in the backup."""
     sha256: str = ""
@@ -58,13 +58,13 @@ class Manifest(BaseModel):
         """Read the manifest of a backup.
 
         Raises:
-            NotFoundError: There is no backup.
-            InvalidInputError: It cannot be read, was altered, or is of a newer kind than this code knows.
+            NotFoundError: No backup was found.
+            InvalidInputError: It cannot be read, was altered, or has a newer format than this code supports.
         """
         try:
             words: dict[str, Any] = json.loads((backup / _NAME).read_bytes())
             if words["format"] != FORMAT:
-                raise _damaged(backup, f"it has format {words['format']}, this mesh_storage reads {FORMAT}")
+                raise _damaged(backup, f"its format is {words['format']}; this mesh_storage supports format {FORMAT}")
             manifest = cls.model_validate(words)
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError("Backup", str(backup)) from None
@@ -77,7 +77,7 @@ class Manifest(BaseModel):
         return manifest
 
     def write(self, backup: Path, progress: Callable[[int, int], None]) -> Self:
-        """Add the checksums of the files of a backup, and write the manifest beside them."""
+        """Add the checksums of a backup's files to the manifest, and write it next to them."""
         names, files = sorted(_files(backup)), dict[str, str]()
         for name in names:
             files[name] = _checksum(backup / name)
@@ -91,10 +91,10 @@ class Manifest(BaseModel):
         return complete
 
     def verify_files(self, backup: Path, progress: Callable[[int, int], None]) -> None:
-        """Hold the files of a backup against their checksums.
+        """Compare the files of a backup with their checksums.
 
         Raises:
-            InvalidInputError: A file is missing, too many, cannot be read, or was truncated or altered.
+            InvalidInputError: A file is missing, unexpected, unreadable, truncated or altered.
         """
         try:
             names = set(_files(backup)) - {_NAME}

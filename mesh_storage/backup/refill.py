@@ -1,7 +1,7 @@
-"""How tables that are there are emptied and filled anew, while what others have put onto them stays.
+"""Refilling of existing tables during a restore, keeping the objects that others have added to them.
 
-What would be in the way or cost much time meanwhile is taken off and put back in the same transaction: foreign keys,
-checks that are not valid, indexes that nothing depends on, and the firing of triggers.
+Whatever would interfere or be slow is removed and recreated in the same transaction: foreign keys, check constraints
+that are not validated, and indexes without dependents; triggers are disabled meanwhile.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mesh_storage.schema.tables import Location
 logger = logging.getLogger("mesh_storage")
 
 _UNCHANGED = "nothing was changed"
-# Something depends on what is to change (2B), or does not allow it (0A, 42).
+# Another object depends on what is to change (2B), or does not allow it (0A, 42).
 _IN_THE_WAY = ("2B", "0A", "42")
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What was taken off a table, and how it comes back."""
+    """A dropped object, and the statements that recreate it."""
 
     name: str
     restore: str
@@ -42,12 +42,12 @@ class Taken:
 
 
 def check(connection: Connection, location: Location, *, overwrite: bool) -> None:
-    """Lock the tables that are there, and refuse those that may not be emptied.
+    """Lock the existing tables, and raise if they may not be emptied.
 
     Raises:
-        ConflictError: They hold rows and `overwrite` was not given.
-        SchemaMismatchError: Their schema is newer than this code, which may not know all tables, or is not known, or
-            they are no ordinary tables.
+        ConflictError: They contain rows and `overwrite` was not given.
+        SchemaMismatchError: Their schema is unknown, or newer than this code, which may not know all tables; or they
+            are not ordinary tables.
     """
     if not location.tables:
         return
@@ -60,11 +60,13 @@ def check(connection: Connection, location: Location, *, overwrite: bool) -> Non
         exists = sql.SQL("SELECT EXISTS (SELECT FROM ONLY {})")
         for table in location.tables.keys() - {location.version_table}:
             if catalog.value(connection, exists.format(sql.Identifier(location.namespace, table))):
-                raise ConflictError(f"the database has rows in {table}; restore with overwrite to replace them all")
+                raise ConflictError(
+                    f"the table {table} contains rows; restore with overwrite to replace the rows of all tables"
+                )
 
 
 def empty(connection: Connection, location: Location) -> list[Taken]:
-    """Empty the tables, and return the foreign keys of others to them, which hold again when they are filled."""
+    """Empty the tables, and return the foreign keys of others to them, to be recreated afterwards."""
     oids = list(location.tables.values())
     taken = _take_off(connection, _FOREIGN_KEYS_OF_OTHERS, oids, oids)
     full = location.tables.keys() - {location.version_table}
@@ -75,10 +77,10 @@ def empty(connection: Connection, location: Location) -> list[Taken]:
 
 
 def bring_to(session: sqlalchemy.Connection, connection: Connection, location: Location, revision: str) -> Location:
-    """Bring the emptied tables to the revision of a backup, by the ordinary migrations; return where they are then.
+    """Migrate the emptied tables to the revision of a backup, by the ordinary migrations, and return their location.
 
     Raises:
-        ConflictError: What others have put onto the tables would be lost, or some of ours are missing; the message
+        ConflictError: Objects of others on the tables would be lost, or some of our tables are missing; the message
             names them.
     """
     if location.tables.keys() <= {tables.VERSION_TABLE}:
@@ -88,9 +90,9 @@ def bring_to(session: sqlalchemy.Connection, connection: Connection, location: L
     lacking = tables.missing(location.revision or "0001", location.tables)
     if lacking:
         raise ConflictError(
-            f"the tables {', '.join(sorted(location.tables))} are there at revision {location.revision or 'none'}, but "
-            f"not {', '.join(lacking)}, so they cannot be brought to {revision}, which the backup is of; {_UNCHANGED}. "
-            "Restore one of the same revision, or drop or rename those that are there"
+            f"the tables {', '.join(sorted(location.tables))} exist at revision {location.revision or 'none'}, but "
+            f"not {', '.join(lacking)}, so they cannot be migrated to {revision}, as in the backup; {_UNCHANGED}. "
+            "Restore a backup of the same revision, or drop or rename the existing tables"
         )
     kept = connection.execute("SELECT current_setting('lock_timeout'), current_setting('search_path')").fetchone()
     path = sql.Identifier(location.namespace).as_string()
@@ -106,18 +108,18 @@ def bring_to(session: sqlalchemy.Connection, connection: Connection, location: L
         if not isinstance(said, psycopg.Error) or (said.sqlstate or "")[:2] not in _IN_THE_WAY:
             raise
         raise ConflictError(
-            f"the tables cannot be brought to revision {revision}, which the backup is of, with what others have put "
-            f"onto them: {said.diag.message_primary}: {said.diag.message_detail}; {_UNCHANGED}. Drop that and create "
-            "it anew after the restore",
+            f"the tables cannot be migrated to revision {revision}, that of the backup, with what others have added "
+            f"to them: {said.diag.message_primary}: {said.diag.message_detail}; {_UNCHANGED}. Drop it and recreate "
+            "it after the restore",
             sqlstate=said.sqlstate,
         ) from error
     lost = sorted(before - _given(connection, oids))
     if lost:
         raise ConflictError(
-            f"the backup is of revision {revision}, which has no place for what others have put onto the tables: "
-            f"{', '.join(lost)}; {_UNCHANGED}. Take that away and give it again after the restore"
+            f"the backup is of revision {revision}, which would not keep what others have added to the tables: "
+            f"{', '.join(lost)}; {_UNCHANGED}. Remove it and add it again after the restore"
         )
-    # The migrations set their own for the rest of the transaction.
+    # The migrations set their own values for the rest of the transaction.
     connection.execute(
         "SELECT set_config('lock_timeout', %s, true), set_config('search_path', %s, true),"
         " set_config('statement_timeout', '0', true)",
@@ -130,17 +132,17 @@ def bring_to(session: sqlalchemy.Connection, connection: Connection, location: L
 def filling(
     connection: Connection, location: Location, taken: Sequence[Taken], report: Callable[[int, int], None]
 ) -> Generator[None]:
-    """Prepare the emptied tables for their rows, and put everything back after the block.
+    """Prepare the emptied tables for their rows, and recreate everything after the block.
 
     Args:
-        connection: In the transaction.
+        connection: A connection in the transaction.
         location: The tables.
-        taken: The foreign keys of others that were taken off before.
-        report: Called after each index and foreign key with their number and that of all.
+        taken: The foreign keys of others that were dropped before.
+        report: Called after each index and foreign key with their number and the total.
 
     Raises:
-        ConflictError: The rows do not hold with what others have put onto the tables; the message names it.
-        MissingReferenceError: The rows of others refer to some that are not in the backup, or the other way round.
+        ConflictError: The rows violate a constraint that others added to the tables; the message names it.
+        MissingReferenceError: Rows of others refer to rows that are not in the backup, or vice versa.
     """
     oids = list(location.tables.values())
     with _triggers_off(connection, oids):
@@ -152,7 +154,7 @@ def filling(
         indexes = _take_off(connection, _INDEXES, oids)
         try:
             yield
-            # The archive has brought the settings of the server it is from.
+            # The archive sets the parameters of its original server.
             catalog.set_up(connection)
             for number, index in enumerate(indexes, 1):
                 connection.execute(index.restore.encode())
@@ -178,8 +180,8 @@ def filling(
     if refused:
         first = next(iter(refused.values()))
         raise MissingReferenceError(
-            f"with the rows of the backup these foreign keys would point nowhere: {', '.join(refused)}; {_UNCHANGED}. "
-            "Delete or change the rows that refer to such, or drop the foreign keys",
+            f"the rows of the backup would violate these foreign keys: {', '.join(refused)}; {_UNCHANGED}. "
+            "Delete or change the referencing rows, or drop the foreign keys",
             sqlstate=first.sqlstate,
             constraint=first.diag.constraint_name,
         ) from first
@@ -187,7 +189,7 @@ def filling(
 
 
 def check_columns(connection: Connection, table: str, backed_up: Sequence[str]) -> None:
-    """Hold the columns of a table against those that a backup has of it.
+    """Raise if a table lacks columns that the backup contains.
 
     Raises:
         ConflictError: The table lacks some.
@@ -196,13 +198,13 @@ def check_columns(connection: Connection, table: str, backed_up: Sequence[str]) 
     gone = [f"{table}.{name}" for name in backed_up if name not in there]
     if gone:
         raise ConflictError(
-            f"the backup has columns that the tables have not: {', '.join(gone)}; {_UNCHANGED}. Add them, or restore "
+            f"the backup has columns that the tables lack: {', '.join(gone)}; {_UNCHANGED}. Add them, or restore "
             "into another database"
         )
     new = [f"{table}.{name}" for name in there if name not in backed_up]
     if new:
         logger.warning(
-            "columns that are not in the backup have their defaults now: %s",
+            "columns that are not in the backup were set to their defaults: %s",
             ", ".join(new),
             extra={"event": "restore", "columns": new},
         )
@@ -231,8 +233,8 @@ def _does_not_fit(error: psycopg.Error) -> ConflictError:
     place = f" of {said.schema_name}.{said.table_name}" if said.table_name else ""
     what = said.constraint_name or (said.column_name and f"column {said.column_name}") or "a constraint"
     return ConflictError(
-        f"the rows of the backup do not hold with {what}{place}, PostgreSQL says {said.message_primary!r}; "
-        f"{_UNCHANGED}. Drop that, or restore into another database",
+        f"the rows of the backup violate {what}{place}, PostgreSQL reports {said.message_primary!r}; "
+        f"{_UNCHANGED}. Drop it, or restore into another database",
         sqlstate=error.sqlstate,
         constraint=said.constraint_name,
     )
@@ -247,7 +249,7 @@ def _take_off(connection: Connection, query: LiteralString, *oids: list[int]) ->
 
 @contextmanager
 def _triggers_off(connection: Connection, oids: list[int]) -> Generator[None]:
-    """Let no trigger of others fire: the rows are to come back as they were."""
+    """Disable the triggers of others during the block, so that the rows are restored unchanged."""
     found = _written(connection, _TRIGGERS, oids)
     for disable, _ in found:
         connection.execute(disable.encode())
@@ -257,7 +259,7 @@ def _triggers_off(connection: Connection, oids: list[int]) -> Generator[None]:
 
 
 def _written(connection: Connection, query: LiteralString, *oids: list[int]) -> list[tuple[Any, ...]]:
-    """Query definitions that have every name with its schema."""
+    """Query definitions with all names qualified."""
     path: str = catalog.value(connection, "SELECT current_setting('search_path')")
     connection.execute("SET LOCAL search_path = ''")
     found = catalog.rows(connection, query, *oids)
@@ -270,12 +272,12 @@ def _given(connection: Connection, oids: list[int]) -> set[str]:
 
 
 def _advance_sequences(connection: Connection, oids: list[int]) -> None:
-    """Let the sequences of columns go on behind what came back; a sequence is set for good even if the rest fails."""
+    """Advance the sequences of columns past the restored values; setval is not undone if the transaction fails."""
     for (statement,) in _written(connection, _SEQUENCES, oids):
         connection.execute(statement.encode())
 
 
-# The constraints of partitions follow those of their tables.
+# The constraints of partitions follow those of their parent tables.
 _CONSTRAINTS: LiteralString = """
     SELECT format('%%I of %%s', conname, conrelid::regclass),
         format('ALTER TABLE %%s DROP CONSTRAINT %%I', conrelid::regclass, conname),
@@ -287,11 +289,11 @@ _CONSTRAINTS: LiteralString = """
 _FOREIGN_KEYS_OF_OTHERS = f"""
     {_CONSTRAINTS} AND contype = 'f' AND confrelid = ANY(%s::oid[]) AND conrelid <> ALL(%s::oid[]) ORDER BY 1
 """
-# A check that is not valid was not held against the rows of before, which may be those of the backup.
+# A check constraint that is not validated may be violated by existing rows, which may be those of the backup.
 _FOREIGN_KEYS_AND_LATER_CHECKS = f"""
     {_CONSTRAINTS} AND (contype = 'f' OR contype = 'c' AND NOT convalidated) AND conrelid = ANY(%s::oid[]) ORDER BY 1
 """
-# Only those that their definition says everything about, and on which nothing depends.
+# Only indexes that are fully described by their definition and have no dependents.
 _INDEXES = """
     SELECT indexrelid::regclass::text, format('DROP INDEX %%s', indexrelid::regclass),
         pg_get_indexdef(indexrelid) || ';' || coalesce(format('COMMENT ON INDEX %%s IS %%L', indexrelid::regclass,
@@ -313,7 +315,8 @@ _TRIGGERS = """
                CASE tgenabled WHEN 'R' THEN 'REPLICA' WHEN 'A' THEN 'ALWAYS' END, tgname)
     FROM pg_trigger WHERE NOT tgisinternal AND tgenabled <> 'D' AND tgrelid = ANY(%s::oid[])
 """
-# What others have put onto a table or a column, and goes with that. An owner's own rights are no such thing.
+# What others have granted on or attached to a table or column, and is lost with it. An owner's own privileges are not
+# included.
 _GIVEN = """
     SELECT format('%%s on %%s', privilege_type, relname) FROM pg_class, aclexplode(relacl)
     WHERE pg_class.oid = ANY(%s::oid[]) AND grantee <> relowner

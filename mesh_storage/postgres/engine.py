@@ -41,7 +41,7 @@ _LIMITS = {
 }
 """The server parameters that limit a session, with their settings."""
 # The parameters that a URL of `mesh_storage.testing` leaves to the settings and the environment.
-_OF_A_SESSION = ("application_name", "client_encoding", "connect_timeout", "options")
+_SESSION_PARAMETERS = ("application_name", "client_encoding", "connect_timeout", "options")
 # Detect a vanished peer within about half a minute (PostgreSQL manual, 34.1.2).
 _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 
@@ -223,7 +223,7 @@ class _Attempt:
         self._parameters = parameters
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._given_up = False
+        self._abandoned = False
         self._made: TimedConnection | None = None
         self._error: BaseException | None = None
         threading.Thread(target=self._connect, name="mesh_storage connect", daemon=True).start()
@@ -235,7 +235,7 @@ class _Attempt:
             self._error = error
         else:
             with self._lock:
-                if not self._given_up:
+                if not self._abandoned:
                     self._made = made
             if self._made is None:
                 made.close()
@@ -247,12 +247,12 @@ class _Attempt:
             self._ended.wait(seconds)
         except BaseException:  # KeyboardInterrupt
             with self._lock:
-                self._given_up = True
+                self._abandoned = True
             if self._made is not None:
                 self._made.close()
             raise
         with self._lock:
-            self._given_up = True
+            self._abandoned = True
         if self._made is not None:
             return self._made
         if self._error is not None:
@@ -275,7 +275,7 @@ def _surroundings(arguments: Mapping[str, Any]) -> dict[str, str]:
         ConfigurationError: The service is not defined, or its file cannot be read.
     """
     nowhere = {**arguments, "host": os.devnull, "hostaddr": "", "port": "1", "password": "-"}
-    bundled = environment.leaves_nothing_out(arguments, besides=_OF_A_SESSION)
+    bundled = environment.leaves_nothing_out(arguments, besides=_SESSION_PARAMETERS)
     with environment.hidden() if bundled else nullcontext():
         probe = pq.PGconn.connect_start(make_conninfo("", **nowhere).encode())
     found = {option.keyword.decode(): os.fsdecode(option.val) for option in probe.info if option.val}

@@ -19,7 +19,7 @@ class Retry:
     """The attempts of one `run`, limited by number or by time."""
 
     def __init__(self, attempts: int, within: float | None, timeout: float | None) -> None:
-        """Take the arguments of `run`.
+        """Validate and store the arguments of `run`.
 
         Raises:
             InvalidInputError: An argument is invalid; names it.

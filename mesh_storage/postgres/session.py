@@ -53,7 +53,7 @@ class UnitOfWorkSession(Session):
     """An ORM session that joins its unit of work's transaction when it first needs the database."""
 
     def __init__(self, connection: Joinable, wait: Callable[[Any], Any], **_: Any) -> None:
-        """Take the connection, and a function that awaits its coroutines, if any."""
+        """Initialize with the connection, and a function that awaits its coroutines, if any."""
         super().__init__(expire_on_commit=False, join_transaction_mode="rollback_only")
         self._connection = connection
         self._wait = wait

@@ -28,7 +28,7 @@ class Statement:
     """A SQL statement from SQLAlchemy Core elements, built and compiled on first use."""
 
     def __init__(self, build: Callable[[], Executable], *, writes: bool | None = None) -> None:
-        """Take the function that builds it; `writes` is inferred, except for a SELECT with a data-modifying CTE."""
+        """Initialize with a builder; `writes` is inferred, except for a SELECT with a data-modifying CTE."""
         self._build = build
         self._writes = writes
 

@@ -72,7 +72,7 @@ class Aggregate(Generic[M]):
         given = checks.many(field, entities)
         for kind in set(map(type, given)):
             if not issubclass(kind, self.model):
-                raise InvalidInputError(f"{field} must be a {self.name}, not {kind.__name__}", field=field)
+                raise InvalidInputError(f"a {self.name} is required, not {kind.__name__}", field=field)
         return list(map(vars, given))
 
 

@@ -111,7 +111,7 @@ class Check:
     """The check of a column: of a single value, or of the values of many rows."""
 
     def __init__(self, one: Callable[[Any], Any], plain: Callable[[list[Any]], bool] | None = None) -> None:
-        """Take the check of a value, and a fast test of whether many values can be sent unchanged."""
+        """Initialize with the check of one value, and a fast test of whether many values can be sent unchanged."""
         self._one = one
         self._plain = plain
 

@@ -176,7 +176,7 @@ def _deletes(connection: sqlalchemy.Connection) -> list[str]:
         )
     ).scalars()
     return [
-        f"table mesh_consensus_log: {name} fires on DELETE, which moves stale entries; disable it during the upgrade"
+        f"table mesh_consensus_log: {name} fires on DELETE, which moves stale entries; disable it for the upgrade"
         for name in rows
     ]
 

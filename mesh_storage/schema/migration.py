@@ -159,8 +159,8 @@ def take_over(connection: sqlalchemy.Connection, location: Location) -> None:
         connection.exec_driver_sql(f"CREATE TABLE {ours} (LIKE {former})")
         connection.exec_driver_sql(f"ALTER TABLE {ours} ADD CONSTRAINT {_VERSION_KEY} PRIMARY KEY (version_num)")
         row = f"'{location.revision}'"
-        connection.exec_driver_sql(f"DELETE FROM {former} WHERE version_num = {row}")  # noqa: S608 - names of ours
-        connection.exec_driver_sql(f"INSERT INTO {ours} VALUES ({row})")  # noqa: S608 - names of ours
+        connection.exec_driver_sql(f"DELETE FROM {former} WHERE version_num = {row}")  # noqa: S608 - our own names
+        connection.exec_driver_sql(f"INSERT INTO {ours} VALUES ({row})")  # noqa: S608 - our own names
         connection.exec_driver_sql(
             _COPY_GRANTS.format(former=location.tables[tables.FORMER_VERSION_TABLE], ours=ours.replace("'", "''"))
         )
@@ -274,7 +274,7 @@ def _holders(names: Sequence[str]) -> str:
     """Return a description of the sessions that hold locks on the tables."""
     listed = ", ".join(f"'{name}'::regclass" for name in names)
     query = (
-        "SELECT DISTINCT pid, application_name FROM pg_locks JOIN pg_stat_activity USING (pid) "  # noqa: S608 - names of ours
+        "SELECT DISTINCT pid, application_name FROM pg_locks JOIN pg_stat_activity USING (pid) "  # noqa: S608 - our own names
         f"WHERE relation IN ({listed}) AND granted AND pid <> pg_backend_pid() ORDER BY pid"
     )
     holders = op.get_bind().exec_driver_sql(query)

@@ -154,7 +154,7 @@ def _search_path(fetch: Fetch) -> dict[str, dict[str, int]]:
             AND relname IN ({names})
             AND (relname <> '{FORMER_VERSION_TABLE}' OR has_table_privilege(pg_class.oid, 'SELECT'))
         ORDER BY position, relname
-        """  # noqa: S608 - names of ours
+        """  # noqa: S608 - our own names
     ):
         found = path.setdefault(namespace, {})
         if name is not None:
@@ -188,7 +188,7 @@ def _check_marked(path: Mapping[str, Mapping[str, int]], location: Location) -> 
         listed = ", ".join(f"{namespace}.{name}" for name, namespace in astray.items())
         raise ConfigurationError(
             f"mesh_storage is deployed in schema {location.namespace}, with its {VERSION_TABLE}, but the "
-            f"search_path ({', '.join(path)}) finds {listed}; {_say_which(location.namespace)}"
+            f"search_path ({', '.join(path)}) finds {listed}; {_schema_hint(location.namespace)}"
         )
 
 
@@ -205,18 +205,18 @@ def _unmarked(path: Mapping[str, Mapping[str, int]]) -> str:
     listed = ", ".join(f"{namespace}.{name}" for name, namespace in found.items())
     raise ConfigurationError(
         f"the tables of mesh_storage must be in one schema, but the search_path ({', '.join(path)}) finds {listed}, "
-        f"and missing ones would be created in {current}; {_say_which(current)}, or move the tables together with "
+        f"and missing ones would be created in {current}; {_schema_hint(current)}, or move the tables together with "
         "ALTER TABLE ... SET SCHEMA"
     )
 
 
-def _say_which(namespace: str) -> str:
+def _schema_hint(namespace: str) -> str:
     return f"select the schema with the URL parameter options=-csearch_path={namespace}, or another one"
 
 
 def _former(fetch: Fetch, path: Mapping[str, Mapping[str, int]], namespace: str, there: Mapping[str, int]) -> Location:
     """Locate a version table under the former name, which others may use for their revisions too."""
-    revisions = _plausible(fetch, there)
+    revisions = _possible_revisions(fetch, there)
     for other, found in path.items():
         if FORMER_VERSION_TABLE not in found:
             continue
@@ -236,7 +236,7 @@ def _former(fetch: Fetch, path: Mapping[str, Mapping[str, int]], namespace: str,
     return Location(namespace, there, None, None)
 
 
-def _plausible(fetch: Fetch, there: Mapping[str, int]) -> list[str]:
+def _possible_revisions(fetch: Fetch, there: Mapping[str, int]) -> list[str]:
     """Return the revisions up to 0009 that are consistent with the shape of the tables.
 
     A service's own revision may have the same name as one of ours. The Go service's tables look the same at revision

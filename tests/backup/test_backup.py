@@ -296,7 +296,7 @@ def test_a_backup_that_does_not_verify_is_none(
 ) -> None:
     numbers = itertools.count()
     monkeypatch.setattr(catalog, "count", lambda *_: next(numbers))
-    with pytest.raises(backup.InvalidInputError, match="not what its manifest says"):
+    with pytest.raises(backup.InvalidInputError, match="does not match its manifest"):
         storage.backup(tmp_path / "backup", verify=True)
     assert list(tmp_path.iterdir()) == []
 

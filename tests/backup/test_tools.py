@@ -223,10 +223,10 @@ def test_missing_tools(storage: MeshStorage, tmp_path: Path, monkeypatch: pytest
     only(monkeypatch)
     with engine.connect(storage._server.connect) as connection:
         major = client_tools.server_major(connection)
-    with pytest.raises(ConfigurationError, match=f"there is none; install postgresql-client-{major}"):
+    with pytest.raises(ConfigurationError, match=f"none found; install postgresql-client-{major}"):
         storage.backup(tmp_path / "other")
     # No older tool than the one that wrote the dump can read it.
-    with pytest.raises(ConfigurationError, match=f"there is none; install postgresql-client-{made.tool_major}"):
+    with pytest.raises(ConfigurationError, match=f"none found; install postgresql-client-{made.tool_major}"):
         storage.restore(tmp_path / "backup")
     assert [path.name for path in tmp_path.iterdir()] == ["backup"]
 
@@ -235,7 +235,7 @@ def test_tools_that_are_too_old(storage: MeshStorage, tmp_path: Path, monkeypatc
     for name in ("pg_dump", "pg_restore"):
         program(tmp_path / "old", name, "14.3")
     only(monkeypatch, tmp_path / "old")
-    with pytest.raises(ConfigurationError, match=r"there is only 14\.3; install .* or mesh-storage\[embedded\]"):
+    with pytest.raises(ConfigurationError, match=r"only found 14\.3; install .* or mesh-storage\[embedded\]"):
         storage.backup(tmp_path / "backup")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
@@ -263,7 +263,7 @@ def test_rows_that_end_too_early_are_an_error(
     storage.backup(tmp_path / "backup")
     before = contents(server)
     only(monkeypatch, tmp_path / "tools")
-    with pytest.raises(InvalidInputError, match="too early"):
+    with pytest.raises(InvalidInputError, match="prematurely"):
         storage.restore(tmp_path / "backup")
     assert contents(server) == before
 
@@ -457,7 +457,7 @@ def test_an_encrypted_connection_stays_encrypted(
         monkeypatch.setattr(client_tools, "_PLACES", ())
         monkeypatch.setenv("PATH", str(tmp_path))
         assert client_tools.find(15).directory in bundled
-        with pytest.raises(ConfigurationError, match=r"with TLS, there is none; install postgresql-client-15$"):
+        with pytest.raises(ConfigurationError, match=r"with TLS, none found; install postgresql-client-15$"):
             backup.backup(server, tmp_path / "other")
         backup.restore(server, tmp_path / "backup")  # pg_restore makes no connection
 

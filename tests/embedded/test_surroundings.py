@@ -221,7 +221,9 @@ def test_where_no_disk_has_room_it_is_said_before_anything_is_made() -> None:
             print(type(error).__name__, error)
     """
     done = run(code, prefix=("unshare", "--mount", "sh", "-c", small, "sh"), TMPDIR="/tmp")  # noqa: S108 - one of this process alone
-    assert done.stdout.startswith("UnavailableError no room for a throw-away PostgreSQL"), done.stdout + done.stderr
+    assert done.stdout.startswith("UnavailableError not enough space for a temporary PostgreSQL server"), (
+        done.stdout + done.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["with a space", "with, a comma", 'with "quotes"', "%41+ü", "x" * 120])

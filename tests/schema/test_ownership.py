@@ -198,7 +198,7 @@ def test_a_database_that_lacks_one_of_our_tables_is_not_backed_up(
     mesh_storage_url: str, tmp_path: Path, table: str
 ) -> None:
     run(mesh_storage_url, f"DROP TABLE {table} CASCADE")
-    with pytest.raises(SchemaMismatchError, match=f"lacks the tables {table} in the schema public"):
+    with pytest.raises(SchemaMismatchError, match=f"lacks the tables {table} in schema public"):
         backup.backup(open_server(Settings(url=mesh_storage_url)), tmp_path / "backup")
     assert list(tmp_path.iterdir()) == []
 

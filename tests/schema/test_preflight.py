@@ -413,15 +413,11 @@ SURROUNDINGS = {
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no deletes'; END $$; "
             "CREATE TRIGGER k BEFORE DELETE OR TRUNCATE ON mesh_consensus_log EXECUTE FUNCTION refuse()"
         ),
-        [
-            "table mesh_consensus_log: trigger k fires on DELETE, which moves stale entries; disable it during the upgrade"
-        ],
+        ["table mesh_consensus_log: trigger k fires on DELETE, which moves stale entries; disable it for the upgrade"],
     ),
     "a rule that refuses deletes": (
         "CREATE RULE keep AS ON DELETE TO mesh_consensus_log DO INSTEAD NOTHING",
-        [
-            "table mesh_consensus_log: rule keep fires on DELETE, which moves stale entries; disable it during the upgrade"
-        ],
+        ["table mesh_consensus_log: rule keep fires on DELETE, which moves stale entries; disable it for the upgrade"],
     ),
 }
 

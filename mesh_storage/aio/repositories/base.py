@@ -27,7 +27,7 @@ class AsyncListing(Generic[T]):
         position: Callable[[Row], Position] = itemgetter(slice(1)),
         shape: tuple[type[str | int], ...] = (str,),
     ) -> None:
-        """Take functions to fetch rows, to load items, and to return a row's sort key, by default its first column."""
+        """Initialize with functions that fetch rows, load items, and return a sort key, by default the first column."""
         self._fetch = fetch
         self._load = load
         self._position = position

@@ -1,4 +1,4 @@
-"""The repository of nodes: the members of the mesh."""
+"""The repository of nodes, which may take part in the mesh."""
 
 from __future__ import annotations
 
