@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix lint format types schema sync bench check migrate revision lock clean
+.PHONY: help install demo test test-matrix lint format types schema docs sync bench check migrate revision lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -50,6 +50,7 @@ test-matrix: install ## Run all tests on PostgreSQL 15, 16 and 18, as far as the
 
 lint: install ## Check format, style and generated code
 	$(BIN)/unasyncd --force --quiet  # writes what is stale, and fails then
+	$(BIN)/python tools/reference.py --check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
@@ -61,14 +62,19 @@ types: install ## Check the types
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-check: lint types schema test ## Everything that is to pass before a change is handed in
+check: lint types schema docs test ## Everything that is to pass before a change is handed in
 
 schema: install ## Check that the models and the migrations say the same
 	@directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && export MESH_STORAGE_URL="embedded:$$directory" && \
 		$(BIN)/alembic upgrade head && $(BIN)/alembic check
 
-sync: install ## Derive the blocking side from mesh_storage/aio anew
+docs: install ## Build the documents, with the reference of all that is public, as a site in build/site
+	$(BIN)/properdocs build --strict
+	@echo "Open build/site/index.html"
+
+sync: install ## Derive anew the blocking side from mesh_storage/aio, and what docs/ takes from the code
 	-$(BIN)/unasyncd --force
+	$(BIN)/python tools/reference.py
 
 bench: install ## Measure against plain psycopg
 	$(BIN)/python -m benchmarks $(ARGS)

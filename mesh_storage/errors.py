@@ -93,12 +93,14 @@ class UnavailableError(MeshStorageError):
     """The database cannot be reached, or the connection to it was lost."""
 
     retryable = True
+    """True: the database may be back by then."""
 
 
 class SerializationError(MeshStorageError):
     """A serialization failure or deadlock with a concurrent transaction; retry the unit of work."""
 
     retryable = True
+    """True: the others may be done by then."""
 
 
 class StorageTimeoutError(MeshStorageError):

@@ -12,7 +12,9 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from mesh_storage.errors import ConfigurationError
 
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+"""A time limit, in seconds: from 0 to a day."""
 SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
+"""The values of libpq's `sslmode`."""
 SSL_MODES: tuple[SslMode, ...] = get_args(SslMode)
 
 ENV_PREFIX = "MESH_STORAGE_"
@@ -72,8 +74,11 @@ class Settings(_Checked):
     port: str | int | None = None
     """Port number; a comma-separated list of one port per host."""
     user: str | None = None
+    """The role to log in as."""
     password: SecretStr | None = None
+    """The password of that role; it shows in no log, error or representation."""
     database: str | None = None
+    """The database to connect to."""
     sslmode: SslMode | None = None
     """TLS mode (PostgreSQL manual, 34.19); libpq's default is `prefer`."""
     application_name: str = "mesh_storage"

@@ -59,10 +59,13 @@ class Progress:
     step: str
     """`dump` and `load` count rows, `sum` and `check` count files, `index` counts indexes and constraints."""
     done: int
+    """How many there are already."""
     total: int
+    """How many there will be at the end of the step."""
 
 
 Report: TypeAlias = Callable[[Progress], None]
+"""What is told the progress; an error that it raises ends the work."""
 
 
 def backup(

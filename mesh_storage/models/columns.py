@@ -29,7 +29,7 @@ Content = Annotated[bytes, mapped_column(LargeBinary)]
 JsonValue = Annotated[JSON, mapped_column(JSONB, nullable=False)]
 PENDING = "STATUS_PENDING"
 Status = Annotated[str | None, mapped_column(String(255), server_default=PENDING)]
-"""Status of the object, such as `STATUS_PENDING` or `STATUS_CONNECTED`."""
+"""Status of the object: `STATUS_` followed by capital letters and underscores, such as `STATUS_CONNECTED`."""
 ULIDKey = Annotated[str, mapped_column(Text, primary_key=True, info=ULID)]
 
 

@@ -33,13 +33,18 @@ class Mesh(Entity):
     )
 
     id: Mapped[ULIDKey] = mapped_column("mesh_id", default=partial(new_id, "mesh"))
+    """A prefixed ULID, such as `mesh_01J9ZQ4E8G3Q1M1V7W2T5K6X8Y`."""
     name: Mapped[str] = mapped_column("mesh_name", String(255), unique=True, info=NOT_EMPTY)
+    """Name given by administrators."""
     description: Mapped[str | None] = mapped_column("mesh_description", Text, default="", server_default="")
+    """Free text for people; the library does not use it."""
     allow_join: Mapped[bool | None] = mapped_column(default=False, server_default=text("false"))
+    """Whether nodes may join; if so, `meshes.admits` checks the join key."""
     status: Mapped[Status] = mapped_column(default=PENDING)
     created: Mapped[CreatedAt] = mapped_column(default=None)
     updated: Mapped[UpdatedAt] = mapped_column(default=None)
     public_key: Mapped[str] = mapped_column("mesh_public_key", Text, default="", server_default="")
+    """Public key of the mesh, in the format of the mesh services."""
     join_key_hash: Mapped[str | None] = mapped_column(
         "mesh_join_key_hash", Text, default=None, deferred=True, deferred_raiseload=True
     )
@@ -62,17 +67,25 @@ class Node(Entity):
     )
 
     id: Mapped[ULIDKey] = mapped_column("node_id", default=partial(new_id, "node"))
+    """A prefixed ULID, such as `node_01J9ZQ4E8G3Q1M1V7W2T5K6X8Y`."""
     name: Mapped[str] = mapped_column("node_name", String(255), unique=True, info=NOT_EMPTY)
+    """Name given by administrators."""
     description: Mapped[str | None] = mapped_column("node_description", Text, default="", server_default="")
+    """Free text for people; the library does not use it."""
     platform: Mapped[str | None] = mapped_column(
         "node_platform", String(255), default="linux-amd64", server_default="linux-amd64"
     )
+    """Operating system and architecture; any text."""
     version: Mapped[str | None] = mapped_column("node_version", String(255), default="1.0.0", server_default="1.0.0")
+    """The version of the software on the node; any text."""
     region_id: Mapped[str | None] = mapped_column(Text, default=None, info=NOT_EMPTY)
     """The id of a region, which is managed by another system."""
     public_key: Mapped[str | None] = mapped_column("node_public_key", Text, default="", server_default="")
+    """Public key of the node, in the format of the mesh services."""
     ip_address: Mapped[str] = mapped_column(String(255), info=NOT_EMPTY)
+    """Where the node is reached; any text, so a host name will do."""
     port: Mapped[int | None] = mapped_column(default=8443, server_default=text("8443"))
+    """The port at that address."""
     status: Mapped[Status] = mapped_column(default=PENDING)
     created: Mapped[CreatedAt] = mapped_column(default=None)
     updated: Mapped[UpdatedAt] = mapped_column(default=None)
@@ -108,15 +121,19 @@ class Route(Entity):
     )
 
     id: Mapped[ULIDKey] = mapped_column("route_id", default=partial(new_id, "route"))
+    """A prefixed ULID, such as `route_01J9ZQ4E8G3Q1M1V7W2T5K6X8Y`."""
     source_node_id: Mapped[str] = mapped_column(
         ForeignKey("nodes.node_id", ondelete="CASCADE", onupdate="CASCADE"), info=ULID
     )
+    """The node where the route begins; when it is deleted, so is the route."""
     target_node_id: Mapped[str] = mapped_column(
         ForeignKey("nodes.node_id", ondelete="CASCADE", onupdate="CASCADE"), info=ULID
     )
+    """The node where the route ends; when it is deleted, so is the route."""
     bidirectional: Mapped[bool | None] = mapped_column(
         "route_bidirectional", default=False, server_default=text("false")
     )
+    """Whether the route also leads back from the target to the source."""
     latency_ms: Mapped[Decimal | None] = mapped_column("route_latency", Numeric, default=0, server_default=text("0"))
     """One-way latency in milliseconds."""
     bandwidth_mbps: Mapped[Decimal | None] = mapped_column(

@@ -35,9 +35,13 @@ class Message(Entity):
     )
 
     id: Mapped[Id64]
+    """Chosen by the sender; each id is stored once."""
     from_node: Mapped[NodeName]
+    """The sender; any text, not a reference to a node."""
     to_node: Mapped[NodeName]
+    """The receiver; any text, not a reference to a node."""
     content: Mapped[Content]
+    """The message itself, in bytes."""
     timestamp: Mapped[int] = mapped_column(
         BigInteger, default=None, server_default=text("EXTRACT(epoch FROM now())::bigint")
     )
@@ -55,7 +59,9 @@ class StateEntry(Entity):
     )
 
     key: Mapped[Key]
+    """The name of the value; keys can be listed by prefix."""
     value: Mapped[Content]
+    """The value, in bytes that only the nodes need to understand."""
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
     updated_at: Mapped[UpdatedAt] = mapped_column(default=None)
 
@@ -67,7 +73,9 @@ class NodeState(Entity):
     __table_args__ = (not_empty("node_id"), HALF_FULL)
 
     node_id: Mapped[Id64]
+    """Whose state it is; any text, not a reference to a node."""
     state: Mapped[JsonValue]
+    """The state, as JSON; `node_states.merge` needs an object."""
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
     updated_at: Mapped[UpdatedAt] = mapped_column(default=None)
 
@@ -83,8 +91,11 @@ class LogEntry(Entity):
     )
 
     term: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """The term of the leader that made the entry; terms never fall along the log."""
     index: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    """The position in the log, which has no gaps."""
     entry: Mapped[JsonValue]
+    """The command for the state machine, as JSON."""
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
 
 
@@ -95,7 +106,9 @@ class RoutingEntry(Entity):
     __table_args__ = (not_empty("destination"), HALF_FULL)
 
     destination: Mapped[Key]
+    """Where the route leads; any text, not a reference to a node."""
     route: Mapped[JsonValue]
+    """How to get there, as JSON."""
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
     updated_at: Mapped[UpdatedAt] = mapped_column(default=None)
 
@@ -110,6 +123,8 @@ class ConfigEntry(Entity):
     )
 
     key: Mapped[Key]
+    """The name of the setting; keys can be listed by prefix."""
     value: Mapped[JsonValue]
+    """The value of the setting, as JSON."""
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
     updated_at: Mapped[UpdatedAt] = mapped_column(default=None)

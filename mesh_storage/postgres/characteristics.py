@@ -10,7 +10,9 @@ from psycopg import IsolationLevel
 from mesh_storage.errors import InvalidInputError
 
 Isolation = Literal["read committed", "repeatable read", "serializable"]
+"""The isolation levels (PostgreSQL manual, 13.2)."""
 Durability = Literal["strict", "relaxed"]
+"""When `commit()` returns: once the commit is on disk, or before."""
 
 _LEVELS: dict[Isolation | None, IsolationLevel | None] = {
     None: None,

@@ -24,6 +24,7 @@ class Page(Generic[T]):
     """A page of a listing, in key order."""
 
     items: list[T]
+    """What is on this page."""
     next: str | None
     """The cursor to pass as `after` for the next page; None on the last page. Its format is opaque."""
 
