@@ -373,7 +373,7 @@ LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINI
 def test_a_limit_on_the_size_of_files(mesh_storage_url: str, storage: MeshStorage, tmp_path: Path) -> None:
     fill_with_noise(storage)
     words = in_child(mesh_storage_url, tmp_path / "backup", "backup", LIMIT)
-    assert words.startswith("UnavailableError the disk is full, or a file may not grow further")
+    assert words.startswith("UnavailableError the disk is full, or a file size limit was reached")
     assert words.endswith("False\n")
     assert list(tmp_path.iterdir()) == []
 

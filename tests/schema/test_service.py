@@ -344,7 +344,7 @@ def test_a_split_that_an_earlier_upgrade_left_is_named(legacy_url: str) -> None:
         url = f"{legacy_url}&options=-csearch_path%3Down,public"
         with pytest.raises(ConfigurationError, match="ALTER TABLE") as caught:
             schema.upgrade(url)
-        connection.execute(str(caught.value).partition("together: ")[2].encode())
+        connection.execute(str(caught.value).partition("same schema: ")[2].encode())
         schema.upgrade(url)
         assert MeshStorage.open(url).health().ok
 
