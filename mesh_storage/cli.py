@@ -1,46 +1,21 @@
-"""The command line for operators: health, schema, upgrade, backup, restore, verify, psql; exit codes for scripts."""
+"""The command line for operators: health, schema, upgrade, backup, restore, verify, psql; exit codes for scripts.
+
+It imports nothing heavy, so that `--help` answers at once; what the commands do is in `commands`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from enum import IntEnum
-from functools import partial
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn
 
-from pydantic import SecretStr
+from mesh_storage import __version__
 
-from mesh_storage import backup, schema
-from mesh_storage.backup import Progress, client_tools
-from mesh_storage.backup.manifest import Manifest
-from mesh_storage.embedded import server as embedded
-from mesh_storage.errors import (
-    ConfigurationError,
-    InvalidInputError,
-    MeshStorageError,
-    SchemaMismatchError,
-    StorageTimeoutError,
-    UnavailableError,
-)
-from mesh_storage.health import Health
-from mesh_storage.postgres import engine
-from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.settings import Settings
-from mesh_storage.storage import MeshStorage
-
-Answer: TypeAlias = tuple["Exit", dict[str, Any], str]
-"""How a command ends, what it found, and the same in words."""
-
-_BAR_WIDTH = 30
-_BAR_PAUSE_S = 0.1
+_JOBS = 4
+_SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")
 
 
 class Exit(IntEnum):
@@ -59,225 +34,94 @@ class Exit(IntEnum):
     UNAVAILABLE = 6
     """The database cannot be reached, does not answer in time, or a disk is full."""
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, and give its exit code."""
-    given = _parser().parse_args(arguments)
+    line = parser()
+    given = line.parse_args(arguments)
+    if given.url is not None and not given.on_server:
+        line.error(f"{given.command} asks no database: leave out --url")
+    import json
+
+    from mesh_storage import commands
+    from mesh_storage.errors import MeshStorageError
+
+    def fail(status: Exit, error: str, message: str) -> Exit:
+        if given.json:
+            print(json.dumps({"error": error, "message": message}))  # noqa: T201
+        else:
+            print(f"mesh-storage: {message}", file=sys.stderr)  # noqa: T201
+        return status
+
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        run: Callable[[argparse.Namespace], Answer] = given.run
-        status, facts, words = run(given)
+        status, facts, words = commands.run(given)
     except KeyboardInterrupt:
-        return _fail(given, Exit.INTERRUPTED, "KeyboardInterrupt", "interrupted")
+        return fail(Exit.INTERRUPTED, "KeyboardInterrupt", "interrupted")
     except MeshStorageError as error:
-        return _fail(given, _exit_of(error), type(error).__name__, str(error))
+        return fail(commands.exit_of(error), type(error).__name__, str(error))
     print(json.dumps(facts) if given.json else words)  # noqa: T201
     return status
 
 
-def _fail(given: argparse.Namespace, status: Exit, error: str, message: str) -> Exit:
-    if given.json:
-        print(json.dumps({"error": error, "message": message}))  # noqa: T201
-    else:
-        print(f"mesh-storage: {message}", file=sys.stderr)  # noqa: T201
-    return status
-
-
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON object")
+def parser(*, directories: object = None) -> argparse.ArgumentParser:
+    """Make the parser of the command line; `directories` is what completes the name of a directory."""
+    everywhere = argparse.ArgumentParser(add_help=False)
     reaching = argparse.ArgumentParser(add_help=False)
-    reaching.add_argument("--url", help="where the database is; a password is safer in MESH_STORAGE_URL")
-    parser = argparse.ArgumentParser(
+    made = argparse.ArgumentParser(
         prog="mesh-storage",
         description="Look after a database of mesh_storage. Settings come from the environment (MESH_STORAGE_URL, ...) "
         "and from .env.",
         epilog="Exit codes: 0 done; 1 failed; 2 wrong command line; 3 unhealthy; 4 schema behind, ahead or not there; "
-        "5 configuration; 6 unavailable; 130 interrupted.",
+        "5 configuration; 6 unavailable; 130 interrupted; 143 terminated.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    # Both stand before the command or behind it, where no default may take the place of what stood before.
+    where = "where the database is; a password is safer in MESH_STORAGE_URL"
+    made.add_argument("--url", help=where)
+    reaching.add_argument("--url", default=argparse.SUPPRESS, help=where)
+    for place, default in ((made, False), (everywhere, argparse.SUPPRESS)):
+        place.add_argument("--json", action="store_true", default=default, help="print one JSON object")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(
-        name: str, run: Callable[[argparse.Namespace, Server], Answer], words: str, *, create: bool = True
-    ) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, parents=[reaching, common], help=words, description=words[0].upper() + words[1:]
-        )
-        command.set_defaults(run=partial(_on_server, run, create=create))
+    def add(name: str, words: str, *, on_server: bool = True) -> argparse.ArgumentParser:
+        parents = [reaching, everywhere] if on_server else [everywhere]
+        command = commands.add_parser(name, parents=parents, help=words, description=words[0].upper() + words[1:])
+        command.set_defaults(on_server=on_server)
         return command
 
-    add("health", _health, "say whether the database answers, takes writes and has the right schema", create=False)
-    add("schema", _schema, "show the revision of the database, the newest, and those pending", create=False)
-    add("upgrade", _upgrade, "bring the schema up to date")
-    taking = add("backup", _backup, "write a backup while the traffic goes on", create=False)
-    taking.add_argument("path", help="the directory to make")
+    add("health", "say whether the database answers, takes writes and has the right schema")
+    add("schema", "show the revision of the database, the newest, and those pending")
+    add("upgrade", "bring the schema up to date")
+    taking = add("backup", "write a backup while the traffic goes on")
     taking.add_argument("--verify", action="store_true", help="restore it into a throw-away server before it counts")
-    asking = add("psql", _psql, "start psql on the database", create=False)
+    asking = add("psql", "start psql on the database")
     asking.add_argument("arguments", nargs="*", help="for psql; options go behind --")
-    giving = add("restore", _restore, "restore a backup, all or nothing")
-    giving.add_argument("path", help="the directory of the backup")
+    giving = add("restore", "restore a backup, all or nothing")
     giving.add_argument("--overwrite", action="store_true", help="replace what the tables hold")
-    words = "prove a backup by restoring it into a throw-away server"
-    proving = commands.add_parser("verify", parents=[common], help=words, description=words[0].upper() + words[1:])
-    proving.set_defaults(run=_verify)
-    proving.add_argument("path", help="the directory of the backup")
+    proving = add("verify", "prove a backup by restoring it into a throw-away server", on_server=False)
     for command in (taking, giving, proving):
-        command.add_argument(
-            "--jobs", type=_jobs, default=backup.JOBS, metavar="N", help="processes at once (%(default)s)"
-        )
-    return parser
+        path = command.add_argument("path", help=f"the directory {'to make' if command is taking else 'of the backup'}")
+        if directories is not None:
+            vars(path)["complete"] = directories
+        command.add_argument("--jobs", type=_jobs, default=_JOBS, metavar="N", help="processes at once (%(default)s)")
+    completing = add("completion", "print a script by which a shell completes this command line", on_server=False)
+    completing.add_argument("shell", choices=_SHELLS)
+    return made
 
 
 def _jobs(words: str) -> int:
+    from mesh_storage import backup
+    from mesh_storage.errors import InvalidInputError
+
     jobs = int(words)
     try:
         backup.check_jobs(jobs)
     except InvalidInputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return jobs
-
-
-def _on_server(
-    run: Callable[[argparse.Namespace, Server], Answer], given: argparse.Namespace, *, create: bool
-) -> Answer:
-    settings = Settings() if given.url is None else Settings(url=SecretStr(given.url))
-    server = open_server(settings, create=create)
-    try:
-        return run(given, server)
-    finally:
-        server.close()
-
-
-def _ask(server: Server) -> Health:
-    """Ask without deploying a schema, as opening a storage may do."""
-    with MeshStorage(Settings(), replace(server, embedded=None)) as storage:
-        return storage.health()
-
-
-def _health(_given: argparse.Namespace, server: Server) -> Answer:
-    health = _ask(server)
-    facts = {
-        "ok": health.ok,
-        "connected": health.connected,
-        "writable": health.writable,
-        "round_trip_ms": health.round_trip_ms,
-        "revision": health.revision,
-        "head": health.head,
-        "error": None if health.error is None else type(health.error).__name__,
-        "message": None if health.error is None else str(health.error),
-    }
-    if health.error is not None:
-        return _exit_of(health.error), facts, str(health.error)
-    if not health.writable:
-        return Exit.UNHEALTHY, facts, "the database takes no writes: it is a standby, or read-only"
-    if not health.ok:
-        words = f"the schema is at {health.revision or 'none'}, this mesh_storage needs {health.head}"
-        return Exit.SCHEMA_MISMATCH, facts, words
-    return Exit.OK, facts, f"healthy: schema {health.revision}, answered in {health.round_trip_ms:.1f} ms"
-
-
-def _schema(_given: argparse.Namespace, server: Server) -> Answer:
-    health = _ask(server)
-    if health.error is not None:
-        raise health.error
-    known = schema.revisions()
-    current, head = health.revision, health.head
-    pending = known[known.index(current) + 1 :] if current in known else known if current is None else ()
-    facts = {"current": current, "head": head, "pending": list(pending)}
-    words = f"current {current or 'none'}, head {head}, pending {', '.join(pending) or 'none'}"
-    return Exit.OK if current == head else Exit.SCHEMA_MISMATCH, facts, words
-
-
-def _upgrade(_given: argparse.Namespace, server: Server) -> Answer:
-    before = _ask(server)
-    if before.error is not None:
-        raise before.error
-    if before.revision is not None and before.revision not in schema.revisions():
-        schema.check(before.revision)
-    schema.upgrade_server(server)
-    facts = {"before": before.revision, "current": schema.head()}
-    return Exit.OK, facts, f"the schema is at {schema.head()} (it was at {before.revision or 'none'})"
-
-
-def _backup(given: argparse.Namespace, server: Server) -> Answer:
-    with _progress_bar() as progress:
-        made = backup.backup(server, given.path, jobs=given.jobs, verify=given.verify, progress=progress)
-    done = "written and verified" if given.verify else "written"
-    return Exit.OK, _facts(given, made), f"{done}: {given.path} ({_summary(made)})"
-
-
-def _restore(given: argparse.Namespace, server: Server) -> Answer:
-    with _progress_bar() as progress:
-        made = backup.restore(server, given.path, overwrite=given.overwrite, jobs=given.jobs, progress=progress)
-    upgraded = "" if made.revision == schema.head() else f", upgraded to {schema.head()}"
-    return Exit.OK, _facts(given, made), f"restored: {given.path} ({_summary(made)}{upgraded})"
-
-
-def _psql(given: argparse.Namespace, server: Server) -> NoReturn:
-    with engine.connect(server.connect) as connection:
-        environment, public = client_tools.same_server(connection)
-    program = shutil.which("psql") or embedded.programs() / "psql"
-    signal.signal(signal.SIGINT, _leave_to_psql)
-    raise SystemExit(subprocess.call([program, f"--dbname={public}", *given.arguments], env=environment))
-
-
-def _leave_to_psql(_number: int, _frame: object) -> None:
-    """Do nothing: Ctrl-C reaches psql as well, whose statement it cancels."""
-
-
-def _verify(given: argparse.Namespace) -> Answer:
-    with _progress_bar() as progress:
-        made = backup.verify(given.path, jobs=given.jobs, progress=progress)
-    return Exit.OK, _facts(given, made), f"verified: {given.path} ({_summary(made)})"
-
-
-def _facts(given: argparse.Namespace, made: Manifest) -> dict[str, Any]:
-    return {
-        "path": given.path,
-        "created": made.created.isoformat(),
-        "revision": made.revision,
-        "server_version": made.server_version,
-        "tool_version": made.tool_version,
-        "rows": made.rows,
-    }
-
-
-def _summary(made: Manifest) -> str:
-    return f"{sum(made.rows.values()):,} rows, schema {made.revision}, taken {made.created:%Y-%m-%d %H:%M:%S %Z}"
-
-
-@contextmanager
-def _progress_bar() -> Generator[Callable[[Progress], None] | None]:
-    """Draw a bar on stderr if a person watches, and take it away at the end."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    drawn, step = 0.0, ""
-
-    def draw(made: Progress) -> None:
-        nonlocal drawn, step
-        if made.step == step and made.done < made.total and time.monotonic() - drawn < _BAR_PAUSE_S:
-            return
-        drawn, step = time.monotonic(), made.step
-        part = made.done / made.total if made.total else 1.0
-        bar = "#" * int(part * _BAR_WIDTH)
-        sys.stderr.write(f"\r\033[K{step:>5} [{bar:<{_BAR_WIDTH}}] {part:4.0%} {made.done:,}/{made.total:,}")
-        sys.stderr.flush()
-
-    try:
-        yield draw
-    finally:
-        sys.stderr.write("\r\033[K")
-        sys.stderr.flush()
-
-
-def _exit_of(error: MeshStorageError) -> Exit:
-    if isinstance(error, SchemaMismatchError):
-        return Exit.SCHEMA_MISMATCH
-    if isinstance(error, ConfigurationError):
-        return Exit.CONFIGURATION
-    return Exit.UNAVAILABLE if isinstance(error, UnavailableError | StorageTimeoutError) else Exit.FAILED
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:

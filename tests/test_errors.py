@@ -30,7 +30,9 @@ from mesh_storage.errors import translate
 from mesh_storage.testing import NodeFactory
 
 CLASSES = [
-    value for value in vars(mesh_storage).values() if isinstance(value, type) and issubclass(value, MeshStorageError)
+    value
+    for value in (getattr(mesh_storage, name) for name in mesh_storage.__all__)
+    if isinstance(value, type) and issubclass(value, MeshStorageError)
 ]
 
 
