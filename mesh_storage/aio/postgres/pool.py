@@ -210,8 +210,8 @@ class AsyncPool:
             self._free.release()
 
 
-async def _connect(**parameters: Any) -> AsyncTimedConnection:
-    """Connect within the time for all hosts together."""
+async def _connect(_conninfo: str = "", **parameters: Any) -> AsyncTimedConnection:
+    """Connect within the time for all hosts together; the empty string is SQLAlchemy's for an engine without a URL."""
     seconds = share_time(parameters)
     try:
         async with asyncio.timeout(seconds):
