@@ -40,7 +40,7 @@ class Health:
     pool_size: int
     """Connections at most."""
     pool_in_use: int
-    """Connections that units of work had when the check began."""
+    """Connections that units of work had when the check began; when that is all of them, others must wait."""
     error: MeshStorageError | None = None
     """Why it is not connected, or why the revision is not known."""
 

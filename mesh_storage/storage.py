@@ -20,7 +20,6 @@ from mesh_storage.errors import (
     ConfigurationError,
     InvalidInputError,
     MeshStorageError,
-    SchemaMismatchError,
 )
 from mesh_storage.health import Health
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
@@ -161,12 +160,14 @@ class MeshStorage:
     def health(self) -> Health:
         """Check within 2 s that the database answers, takes writes and has the right schema; writes nothing.
 
+        It waits for no connection of the pool: when all are in use, it makes one of its own.
+
         Raises:
             ClosedError: The storage was closed.
         """
         pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
         try:
-            connection = self._pool.acquire(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
+            connection = self._pool.acquire(Characteristics(read_only=True, timeout=health.TIMEOUT_S), beside=True)
             try:
                 begun = time.perf_counter()
                 row = connection.fetch_one(health.READ_ONLY)
@@ -174,7 +175,7 @@ class MeshStorage:
                 revision, unclear = None, None
                 try:
                     revision = connection.perform(schema.current, connection.driver.sqlalchemy)
-                except (ConfigurationError, SchemaMismatchError) as error:
+                except MeshStorageError as error:
                     unclear = error
             finally:
                 self._pool.release(connection)

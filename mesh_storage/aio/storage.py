@@ -21,10 +21,8 @@ from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
 from mesh_storage.errors import (
     ClosedError,
-    ConfigurationError,
     InvalidInputError,
     MeshStorageError,
-    SchemaMismatchError,
 )
 from mesh_storage.health import Health
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
@@ -175,12 +173,16 @@ class AsyncMeshStorage:
     async def health(self) -> Health:
         """Check within 2 s that the database answers, takes writes and has the right schema; writes nothing.
 
+        It waits for no connection of the pool: when all are in use, it makes one of its own.
+
         Raises:
             ClosedError: The storage was closed.
         """
         pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
         try:
-            connection = await self._pool.acquire(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
+            connection = await self._pool.acquire(
+                Characteristics(read_only=True, timeout=health.TIMEOUT_S), beside=True
+            )
             try:
                 begun = time.perf_counter()
                 row = await connection.fetch_one(health.READ_ONLY)
@@ -189,7 +191,7 @@ class AsyncMeshStorage:
                 revision, unclear = None, None
                 try:
                     revision = await connection.perform(in_greenlet, schema.current, database)
-                except (ConfigurationError, SchemaMismatchError) as error:
+                except MeshStorageError as error:
                     unclear = error
             finally:
                 await self._pool.release(connection)

@@ -114,8 +114,10 @@ class Pool:
         """The number of connections that are lent at this moment."""
         return len(self._lent)
 
-    def acquire(self, characteristics: Characteristics) -> UnitOfWorkConnection:
+    def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> UnitOfWorkConnection:
         """Lend a connection; `release` must follow.
+
+        With `beside` it waits for none: when all are in use, it makes one more, which `release` discards.
 
         Raises:
             ClosedError: The pool was closed.
@@ -125,21 +127,25 @@ class Pool:
         characteristics.check()
         deadline = characteristics.deadline()
         check_open(closed=self.closed)
-        if not self._free.acquire(timeout=wait_limit(self._timeout, characteristics.timeout)):
+        wait = 0.0 if beside else wait_limit(self._timeout, characteristics.timeout)
+        placed = self._free.acquire(timeout=wait)
+        if not placed and not beside:
             raise exhausted(self.size, self._timeout, characteristics.timeout)
         driver = None
         try:
             check_open(closed=self.closed)  # It may have been closed while we waited.
-            driver = self._idle_driver() or self._connect(deadline)
+            driver = (self._idle_driver() if placed else None) or self._connect(deadline)
             limit = None if deadline is None else Deadline(deadline)
             connection = UnitOfWorkConnection(driver, characteristics, limit, self._pooling)
             connection.prepare()
         except BaseException:
             if driver is not None:
                 driver.discard()
-            self._free.release()
+            if placed:
+                self._free.release()
             raise
-        self._lent.add(connection)
+        if placed:
+            self._lent.add(connection)
         return connection
 
     def release(self, connection: UnitOfWorkConnection) -> None:
@@ -147,12 +153,12 @@ class Pool:
         if connection.owner.inherited:
             keep_for_parent(connection)
             return
-        driver = connection.driver
+        driver, placed = connection.driver, connection in self._lent
         try:
             connection.close()
             if connection.is_lost:
                 self._condemned = time.monotonic()
-            if connection.reusable() and driver.liveness.born > self._condemned:
+            if placed and connection.reusable() and driver.liveness.born > self._condemned:
                 self._idle.append(driver)
             else:
                 driver.discard()
@@ -160,8 +166,9 @@ class Pool:
             driver.discard()
             raise
         finally:
-            self._lent.discard(connection)
-            self._free.release()
+            if placed:
+                self._lent.discard(connection)
+                self._free.release()
             if self.closed or connection.is_lost:
                 self._close_idle()
 
