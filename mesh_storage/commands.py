@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn, TypeAlias
 
-from pydantic import SecretStr
-
 from mesh_storage import backup, schema
 from mesh_storage.backup import Progress, client_tools
 from mesh_storage.backup.manifest import Manifest
@@ -31,7 +29,7 @@ from mesh_storage.errors import (
 from mesh_storage.health import Health
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.settings import Settings
+from mesh_storage.settings import Settings, settings_of
 from mesh_storage.storage import MeshStorage
 
 Answer: TypeAlias = tuple["Exit", dict[str, Any], str]
@@ -50,8 +48,7 @@ def run(given: argparse.Namespace) -> Answer:
     without_server = {"verify": _verify, "completion": _completion}.get(given.command)
     if without_server is not None:
         return without_server(given)
-    settings = Settings() if given.url is None else Settings(url=SecretStr(given.url))
-    server = open_server(settings, create=given.command in ("upgrade", "restore"))
+    server = open_server(settings_of(given.url), create=given.command in ("upgrade", "restore"))
     try:
         return _ON_SERVER[given.command](given, server)
     finally:

@@ -12,8 +12,6 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from pydantic import SecretStr
-
 from mesh_storage import health, schema
 from mesh_storage.errors import (
     ClosedError,
@@ -26,7 +24,7 @@ from mesh_storage.postgres.characteristics import Characteristics, Durability, I
 from mesh_storage.postgres.pool import Pool, check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.settings import Settings
+from mesh_storage.settings import Settings, settings_of
 from mesh_storage.unit_of_work import Scope, UnitOfWork
 
 if TYPE_CHECKING:  # Who makes no backup need not wait for what it takes.
@@ -135,10 +133,11 @@ class MeshStorage:
         standby was not waited for, is not done again.
 
         Raises:
-            InvalidInputError: `work` is a coroutine function, which is for `AsyncMeshStorage`.
+            InvalidInputError: An argument is refused; so is, as `work`, a coroutine function, which is for
+                `AsyncMeshStorage`.
             MeshStorageError: What the last attempt raised, or one that is not retryable.
         """
-        retry = Retry(attempts, within, timeout)
+        retry = Retry(work, attempts, within, timeout)
         if inspect.iscoroutinefunction(work):
             raise InvalidInputError(
                 "work is a coroutine function: give a plain one, or use AsyncMeshStorage", field="work"
@@ -233,6 +232,11 @@ class MeshStorage:
         self._finalizer()
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
 
+    def __repr__(self) -> str:
+        """Say where it is, how much of the pool is in use, and whether it is closed."""
+        pool = self._pool
+        return describe(self, self._server, size=pool.size, in_use=pool.in_use, closed=pool.closed)
+
     def __enter__(self) -> Self:
         """Return the storage itself."""
         return self
@@ -248,6 +252,14 @@ def choose_settings(url: str | None, settings: Settings | None) -> Settings:
     """Take the settings given, those of a URL, or those of the environment."""
     if url is not None and settings is not None:
         raise ConfigurationError("give a url or settings, not both")
-    if settings is not None:
-        return settings
-    return Settings() if url is None else Settings(url=SecretStr(url))
+    if settings is None:
+        return settings_of(url)
+    if not isinstance(settings, Settings):
+        raise InvalidInputError(f"settings must be Settings, not {type(settings).__name__}", field="settings")
+    return settings
+
+
+def describe(storage: object, server: Server, *, size: int, in_use: int, closed: bool) -> str:
+    """Make the words for a storage's `repr`."""
+    use = "closed" if closed else f"open, {in_use} of {size} connections in use"
+    return f"<{type(storage).__name__} on {server.kind} {server.address}: {use}>"

@@ -30,7 +30,7 @@ from mesh_storage.postgres.pool import check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
-from mesh_storage.storage import choose_settings
+from mesh_storage.storage import choose_settings, describe
 
 if TYPE_CHECKING:  # Who makes no backup need not wait for what it takes.
     from mesh_storage.backup import Report
@@ -152,7 +152,7 @@ class AsyncMeshStorage:
 
         The arguments, pauses and errors are those of `MeshStorage.run`.
         """
-        retry = Retry(attempts, within, timeout)
+        retry = Retry(work, attempts, within, timeout)
         while True:
             try:
                 async with self.begin(
@@ -247,6 +247,11 @@ class AsyncMeshStorage:
         """Close the connections: those in use when their unit of work ends, but a bundled server stops at once."""
         if not self._pool.closed:
             await asyncio.shield(in_background(self._close()))
+
+    def __repr__(self) -> str:
+        """Say where it is, how much of the pool is in use, and whether it is closed."""
+        pool = self._pool
+        return describe(self, self._server, size=pool.size, in_use=pool.in_use, closed=pool.closed)
 
     async def __aenter__(self) -> Self:
         """Return the storage itself."""

@@ -94,8 +94,9 @@ def backup(
         UnavailableError: The disk is full, or the database cannot be reached.
     """
     server.require_session()
-    target, report = _path(path), progress or _silent
+    target, report = _path(path), checked_report(progress)
     check_jobs(jobs)
+    _check_flag("verify", verify)
     if os.path.lexists(target):
         raise _in_the_way(target)
     with _path_errors(target):
@@ -150,8 +151,9 @@ def restore(
         UnavailableError: The database cannot be reached, or its disk is full.
     """
     server.require_session()
-    source, report = _path(path), progress or _silent
+    source, report = _path(path), checked_report(progress)
     check_jobs(jobs)
+    _check_flag("overwrite", overwrite)
     manifest = _check(source, report)
     with migration.turn(server.connect), catalog.transaction(server) as (session, connection):
         tools = client_tools.find(max(manifest.tool_major, client_tools.server_major(connection)))
@@ -174,7 +176,7 @@ def verify(path: str | os.PathLike[str], *, jobs: int = JOBS, progress: Report |
         UnavailableError: It could not be verified here, since the bundled server does not start or a disk is full.
     """
     check_jobs(jobs)
-    return _prove(_path(path), jobs, progress or _silent)
+    return _prove(_path(path), jobs, checked_report(progress))
 
 
 def check_jobs(jobs: int) -> None:
@@ -183,8 +185,28 @@ def check_jobs(jobs: int) -> None:
     Raises:
         InvalidInputError: It is one.
     """
-    if not 1 <= jobs <= _MOST_JOBS:
+    if not isinstance(jobs, int) or isinstance(jobs, bool) or not 1 <= jobs <= _MOST_JOBS:
         raise InvalidInputError(f"jobs must be 1 to {_MOST_JOBS}", field="jobs")
+
+
+def checked_report(progress: Report | None) -> Report:
+    """Return what is called with the progress.
+
+    Raises:
+        InvalidInputError: It cannot be called.
+    """
+    if progress is None:
+        return _silent
+    if not callable(progress):
+        raise InvalidInputError(
+            f"progress must be a function that takes a Progress, not {type(progress).__name__}", field="progress"
+        )
+    return progress
+
+
+def _check_flag(field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"{field} must be True or False, not {type(value).__name__}", field=field)
 
 
 def _dump(connection: Connection, directory: Path, jobs: int, report: Report) -> Manifest:
@@ -404,8 +426,12 @@ def _prove(source: Path, jobs: int, report: Report) -> Manifest:
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
-    found = Path(path).absolute()
-    if "\0" in str(found):
+    try:
+        found = Path(path).absolute()
+        name = os.fsencode(found)
+    except (TypeError, UnicodeError) as error:
+        raise InvalidInputError("path must be a str or a Path that the file system can hold", field="path") from error
+    if b"\0" in name:
         raise InvalidInputError("path must not have a NUL in it", field="path")
     return found
 
