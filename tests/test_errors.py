@@ -72,14 +72,6 @@ def add_bad_port(uow: UnitOfWork) -> None:
     uow.nodes.add(Node(name="n", ip_address="h", port=70_000))
 
 
-def by_session(statement: str) -> Callable[[UnitOfWork], None]:
-    def act(uow: UnitOfWork) -> None:
-        uow.session.add(Message(id="x" * 65, from_node="a", to_node="b", content=b""))
-        uow.session.execute(text(statement))
-
-    return act
-
-
 @pytest.mark.parametrize(
     ("act", "kind", "sqlstate", "constraint"),
     [
@@ -151,6 +143,11 @@ def test_a_connection_that_died_in_the_pool_is_replaced_before_anybody_sees_it(s
         mine = uow.session.execute(text("SELECT pg_backend_pid()")).scalar_one()
         for pid in set(pids) - {mine}:
             uow.session.execute(text(f"SELECT pg_terminate_backend({pid}, 5000)"))
+        (survivor,) = {mine} & set(pids)
     with storage.begin() as one, storage.begin() as two:
         one.state.put("a", b"")
         two.state.put("b", b"")
+        now = {uow.session.execute(text("SELECT pg_backend_pid()")).scalar_one() for uow in (one, two)}
+        assert now & set(pids) == {survivor}
+    with storage.begin(read_only=True) as uow:
+        assert [entry.key for entry in uow.state.stream()] == ["a", "b"]
