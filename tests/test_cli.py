@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 import mesh_storage
@@ -367,17 +368,30 @@ def test_ctrl_c(url: str, call: Call, tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sigterm_leaves_nothing_behind(url: str, tmp_path: Path) -> None:
+def begun(tmp_path: Path, _: psycopg.Connection[Any]) -> bool:
+    return bool(list(tmp_path.iterdir()))
+
+
+def waits_for_the_lock(_: Path, connection: psycopg.Connection[Any]) -> bool:
+    query = "SELECT FROM pg_locks WHERE NOT granted AND relation = 'mesh_state'::regclass"
+    return connection.execute(query).fetchone() is not None
+
+
+@pytest.mark.parametrize("moment", [begun, waits_for_the_lock])
+def test_sigterm_leaves_nothing_behind(
+    url: str, tmp_path: Path, moment: Callable[[Path, psycopg.Connection[Any]], bool]
+) -> None:
     """The lock makes it wait for as long as the test needs."""
     server: Server = open_server(Settings(url=url))
     with engine.connect(server.connect) as connection, connection.transaction():
         connection.execute("LOCK TABLE mesh_state")
         with subprocess.Popen([sys.executable, "-m", "mesh_storage", "backup", str(tmp_path / "backup")]) as process:
-            while not list(tmp_path.iterdir()):
+            while not moment(tmp_path, connection):
+                assert process.poll() is None, "it ended too soon"
                 time.sleep(0.02)
             process.terminate()
-            time.sleep(0.2)
-    assert process.returncode == 143
+            process.wait(5)
+    assert process.returncode == Exit.TERMINATED == 143
     assert list(tmp_path.iterdir()) == []
 
 
