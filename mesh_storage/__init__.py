@@ -1,36 +1,39 @@
 """The data layer of a distributed mesh service: the public API."""
 
-from mesh_storage.errors import (
-    AlreadyExistsError,
-    ClosedError,
-    ConfigurationError,
-    ConflictError,
-    InvalidInputError,
-    MeshStorageError,
-    MissingReferenceError,
-    NotFoundError,
-    SchemaMismatchError,
-    SerializationError,
-    StorageTimeoutError,
-    UnavailableError,
-)
-from mesh_storage.health import Health
-from mesh_storage.models import (
-    JSON,
-    ConfigEntry,
-    LogEntry,
-    Mesh,
-    Message,
-    Node,
-    NodeState,
-    Route,
-    RoutingEntry,
-    StateEntry,
-)
-from mesh_storage.repositories import Page
-from mesh_storage.settings import Settings
-from mesh_storage.storage import MeshStorage
-from mesh_storage.unit_of_work import UnitOfWork
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mesh_storage.errors import (
+        AlreadyExistsError,
+        ClosedError,
+        ConfigurationError,
+        ConflictError,
+        InvalidInputError,
+        MeshStorageError,
+        MissingReferenceError,
+        NotFoundError,
+        SchemaMismatchError,
+        SerializationError,
+        StorageTimeoutError,
+        UnavailableError,
+    )
+    from mesh_storage.health import Health
+    from mesh_storage.models import (
+        JSON,
+        ConfigEntry,
+        LogEntry,
+        Mesh,
+        Message,
+        Node,
+        NodeState,
+        Route,
+        RoutingEntry,
+        StateEntry,
+    )
+    from mesh_storage.repositories import Page
+    from mesh_storage.settings import Settings
+    from mesh_storage.storage import MeshStorage
+    from mesh_storage.unit_of_work import UnitOfWork
 
 __version__ = "0.1.0"
 
@@ -63,3 +66,24 @@ __all__ = [
     "UnavailableError",
     "UnitOfWork",
 ]
+
+if not TYPE_CHECKING:  # A checker would take it for a promise of any name.
+    _MODULES = ("errors", "models", "repositories", "settings", "health", "unit_of_work", "storage", "schema")
+
+    def __getattr__(name: str) -> object:
+        """Import a public name when it is first asked for: `mesh-storage --help` need not wait for all of them."""
+        from importlib import import_module
+
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        if name in __all__:
+            for module in _MODULES:
+                found = vars(import_module(f"{__name__}.{module}"))
+                if name in found:
+                    globals()[name] = found[name]
+                    return found[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """List the public names, those not yet imported as well."""
+        return sorted({*globals(), *__all__})

@@ -40,7 +40,7 @@ class Health:
     pool_size: int
     """Maximum number of connections."""
     pool_in_use: int
-    """Number of connections in use when the check began."""
+    """Number of connections in use when the check began; if it is the maximum, others must wait."""
     error: MeshStorageError | None = None
     """Why the connection failed, or why the revision is unknown."""
 

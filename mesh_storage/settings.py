@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from mesh_storage.errors import ConfigurationError
+from mesh_storage.errors import ConfigurationError, InvalidInputError
 
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 """A time limit, in seconds: from 0 to a day."""
@@ -121,6 +121,20 @@ class Settings(_Checked):
             if isinstance(source, EnvSettingsSource):
                 _check_variables(source.env_vars, set(cls.model_fields))
         return init_settings, env_settings, dotenv_settings, file_secret_settings
+
+
+def settings_of(url: str | None) -> Settings:
+    """Return the settings of the environment, with a URL in the place of theirs where one is given.
+
+    Raises:
+        InvalidInputError: The URL is no str.
+        ConfigurationError: A setting is wrong.
+    """
+    if url is None:
+        return Settings()
+    if not isinstance(url, str):
+        raise InvalidInputError(f"url must be a str, not {type(url).__name__}", field="url")
+    return Settings(url=SecretStr(url))
 
 
 def _unknown(values: dict[str, Any], known: set[str]) -> str | None:

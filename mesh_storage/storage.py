@@ -12,22 +12,19 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from pydantic import SecretStr
-
 from mesh_storage import health, schema
 from mesh_storage.errors import (
     ClosedError,
     ConfigurationError,
     InvalidInputError,
     MeshStorageError,
-    SchemaMismatchError,
 )
 from mesh_storage.health import Health
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
 from mesh_storage.postgres.pool import Pool, check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.settings import Settings
+from mesh_storage.settings import Settings, settings_of
 from mesh_storage.unit_of_work import Scope, UnitOfWork
 
 if TYPE_CHECKING:  # not imported at run time, so that only a backup pays for it
@@ -136,10 +133,10 @@ class MeshStorage:
         synchronous standby, is not retried.
 
         Raises:
-            InvalidInputError: `work` is a coroutine function; use `AsyncMeshStorage`.
+            InvalidInputError: An argument is invalid; `work` is a coroutine function, which is for `AsyncMeshStorage`.
             MeshStorageError: The error of the last attempt, or one that is not retryable.
         """
-        retry = Retry(attempts, within, timeout)
+        retry = Retry(work, attempts, within, timeout)
         if inspect.iscoroutinefunction(work):
             raise InvalidInputError(
                 "work is a coroutine function: pass a plain function, or use AsyncMeshStorage", field="work"
@@ -161,12 +158,14 @@ class MeshStorage:
     def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.
 
+        It waits for no connection of the pool: when all are in use, it makes one of its own.
+
         Raises:
             ClosedError: The storage was closed.
         """
         pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
         try:
-            connection = self._pool.acquire(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
+            connection = self._pool.acquire(Characteristics(read_only=True, timeout=health.TIMEOUT_S), beside=True)
             try:
                 begun = time.perf_counter()
                 row = connection.fetch_one(health.READ_ONLY)
@@ -174,7 +173,7 @@ class MeshStorage:
                 revision, unclear = None, None
                 try:
                     revision = connection.perform(schema.current, connection.driver.sqlalchemy)
-                except (ConfigurationError, SchemaMismatchError) as error:
+                except MeshStorageError as error:
                     unclear = error
             finally:
                 self._pool.release(connection)
@@ -232,6 +231,11 @@ class MeshStorage:
         self._finalizer()
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
 
+    def __repr__(self) -> str:
+        """Say where it is, how much of the pool is in use, and whether it is closed."""
+        pool = self._pool
+        return describe(self, self._server, size=pool.size, in_use=pool.in_use, closed=pool.closed)
+
     def __enter__(self) -> Self:
         """Return the storage."""
         return self
@@ -247,6 +251,14 @@ def choose_settings(url: str | None, settings: Settings | None) -> Settings:
     """Return the settings given, or those of a URL, or those of the environment."""
     if url is not None and settings is not None:
         raise ConfigurationError("pass either url or settings, not both")
-    if settings is not None:
-        return settings
-    return Settings() if url is None else Settings(url=SecretStr(url))
+    if settings is None:
+        return settings_of(url)
+    if not isinstance(settings, Settings):
+        raise InvalidInputError(f"settings must be Settings, not {type(settings).__name__}", field="settings")
+    return settings
+
+
+def describe(storage: object, server: Server, *, size: int, in_use: int, closed: bool) -> str:
+    """Return the `repr` of a storage."""
+    use = "closed" if closed else f"open, {in_use} of {size} connections in use"
+    return f"<{type(storage).__name__} on {server.kind} {server.address}: {use}>"

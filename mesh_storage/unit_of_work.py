@@ -208,4 +208,4 @@ class Scope(AbstractContextManager[UnitOfWork]):
         finally:
             self._open = False
             self._pool.release(self._connection)
-            log_if_slow(time.monotonic() - self._begun, self._slow)
+            log_if_slow(time.monotonic() - self._begun, self._slow, self._uow)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,17 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
-from mesh_storage import MeshStorage, Message, cli, schema
+import mesh_storage
+from mesh_storage import MeshStorage, Message, schema
 from mesh_storage.backup import Progress
-from mesh_storage.cli import Exit, main
+from mesh_storage.cli import Exit, commands, main
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.testing import Databases
 
 SECRET = "hush-hush"  # noqa: S105 - what must not be printed
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("health", "schema", "upgrade", "backup", "psql", "restore", "verify", "completion")
 NOWHERE = f"postgresql://somebody:{SECRET}@127.0.0.1:1/nowhere"
 
 
@@ -90,7 +95,7 @@ def test_the_module_and_the_script_are_the_same_command(url: str) -> None:
     )
     assert json.loads(done.stdout)["ok"] is True
     assert done.stderr == ""
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     module, function = project["project"]["scripts"]["mesh-storage"].split(":")
     assert getattr(importlib.import_module(module), function) is main
     assert url
@@ -129,7 +134,13 @@ def test_health_of_a_database_that_is_not_there(call: Call) -> None:
 def test_health_and_schema_of_a_database_without_schema_write_nothing(bare: str, call: Call) -> None:
     status, out, _ = call("health", "--url", bare)
     assert status == Exit.SCHEMA_MISMATCH == 4
-    assert "none" in out
+    assert "no mesh_storage schema" in out
+    assert "run: mesh-storage upgrade" in out
+    status, out, _ = call("health", "--url", bare, "--json")
+    assert status == Exit.SCHEMA_MISMATCH
+    facts = json.loads(out)
+    assert (facts["connected"], facts["revision"], facts["error"]) == (True, None, "SchemaMismatchError")
+    assert "run: mesh-storage upgrade" in facts["message"]
     status, out, _ = call("schema", "--url", bare, "--json")
     assert status == Exit.SCHEMA_MISMATCH
     assert json.loads(out) == {"current": None, "head": schema.head(), "pending": list(schema.revisions())}
@@ -257,13 +268,93 @@ def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixtur
     assert "usage: mesh-storage" in capsys.readouterr().err
 
 
-def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_the_manual_tell_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
     words = capsys.readouterr().out
-    assert "Exit codes" in words
-    assert all(name in words for name in ("health", "schema", "upgrade", "backup", "restore", "verify"))
+    assert all(name in words for name in COMMANDS)
+    codes = {int(status) for status in Exit}
+    assert {int(code) for code in re.findall(r"\d+", words.split("Exit codes:")[1])} == codes
+    manual = (ROOT / "docs" / "operations.md").read_text()
+    assert {
+        int(code) for line in re.findall(r"^\| ([\d, ]+) \|", manual, re.MULTILINE) for code in line.split(",")
+    } == codes
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+def test_help_imports_nothing_but_the_command_line(arguments: list[str]) -> None:
+    program = (
+        "import atexit, sys; from mesh_storage.cli import main\n"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr)); main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    modules = set(done.stderr.split())
+    assert {name for name in modules if name.startswith("mesh_storage")} == {"mesh_storage", "mesh_storage.cli"}
+    assert not modules & {"alembic", "asyncio", "psycopg", "pydantic", "shtab", "sqlalchemy"}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"mesh-storage {mesh_storage.__version__}\n"
+
+
+def test_options_stand_before_the_command_or_behind_it(bare: str, url: str, call: Call) -> None:
+    assert url, "and it is in the environment"
+    missing = {"current": None, "head": schema.head(), "pending": list(schema.revisions())}
+    for arguments in (["--url", bare, "--json", "schema"], ["--url", bare, "schema", "--json"]):
+        status, out, _ = call(*arguments)
+        assert (status, json.loads(out)) == (Exit.SCHEMA_MISMATCH, missing)
+    assert call("--url", bare, "schema", "--url", url)[0] == Exit.OK
+
+
+@pytest.mark.parametrize("command", [["verify", "x"], ["completion", "bash"]])
+def test_a_command_without_a_database_takes_no_url(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--url", NOWHERE, *command], [*command, "--url", NOWHERE]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == Exit.USAGE
+        assert "--url" in capsys.readouterr().err
+
+
+def test_bash_completes(call: Call, tmp_path: Path) -> None:
+    status, script, _ = call("completion", "bash")
+    assert status == Exit.OK
+    (tmp_path / "script").write_text(script)
+    (tmp_path / "backup-monday").mkdir()
+
+    def completed(*words: str) -> set[str]:
+        program = (
+            'source ./script; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}\n'
+            'function=$(complete -p mesh-storage); function=${function#*-F }; ${function%% *}; echo "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(
+            ["bash", "-c", program, "bash", *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return set(done.stdout.split())
+
+    assert completed("mesh-storage", "") == set(COMMANDS)
+    assert completed("mesh-storage", "ver") == {"verify"}
+    assert completed("mesh-storage", "restore", "--ov") == {"--overwrite"}
+    assert completed("mesh-storage", "restore", "ba") == {"backup-monday"}
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh", "fish", "powershell"])
+def test_other_shells_complete(shell: str, call: Call) -> None:
+    status, out, _ = call("completion", shell, "--json")
+    assert status == Exit.OK
+    facts = json.loads(out)
+    assert facts["shell"] == shell
+    assert all(command in facts["script"] for command in COMMANDS)
+
+
+def test_completion_names_the_extra_that_is_missing(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    status, _, err = call("completion", "bash")
+    assert status == Exit.CONFIGURATION
+    assert "mesh-storage[completion]" in err
 
 
 def test_ctrl_c(url: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,17 +368,30 @@ def test_ctrl_c(url: str, call: Call, tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sigterm_leaves_nothing_behind(url: str, tmp_path: Path) -> None:
+def begun(tmp_path: Path, _: psycopg.Connection[Any]) -> bool:
+    return bool(list(tmp_path.iterdir()))
+
+
+def waits_for_the_lock(_: Path, connection: psycopg.Connection[Any]) -> bool:
+    query = "SELECT FROM pg_locks WHERE NOT granted AND relation = 'mesh_state'::regclass"
+    return connection.execute(query).fetchone() is not None
+
+
+@pytest.mark.parametrize("moment", [begun, waits_for_the_lock])
+def test_sigterm_leaves_nothing_behind(
+    url: str, tmp_path: Path, moment: Callable[[Path, psycopg.Connection[Any]], bool]
+) -> None:
     """The lock makes it wait for as long as the test needs."""
     server: Server = open_server(Settings(url=url))
     with engine.connect(server.connect) as connection, connection.transaction():
         connection.execute("LOCK TABLE mesh_state")
         with subprocess.Popen([sys.executable, "-m", "mesh_storage", "backup", str(tmp_path / "backup")]) as process:
-            while not list(tmp_path.iterdir()):
+            while not moment(tmp_path, connection):
+                assert process.poll() is None, "it ended too soon"
                 time.sleep(0.02)
             process.terminate()
-            time.sleep(0.2)
-    assert process.returncode == 143
+            process.wait(5)
+    assert process.returncode == Exit.TERMINATED == 143
     assert list(tmp_path.iterdir()) == []
 
 
@@ -318,7 +422,7 @@ def test_the_bar_is_drawn_ten_times_a_second_at_most(monkeypatch: pytest.MonkeyP
     now = 1000.0
     with terminal(monkeypatch) as screen:
         monkeypatch.setattr("time.monotonic", lambda: now)
-        with cli._progress_bar() as draw:
+        with commands._progress_bar() as draw:
             assert draw is not None
             for done in range(1001):
                 draw(Progress("load", done, 1000))

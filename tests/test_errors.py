@@ -30,7 +30,9 @@ from mesh_storage.errors import translate
 from mesh_storage.testing import NodeFactory
 
 CLASSES = [
-    value for value in vars(mesh_storage).values() if isinstance(value, type) and issubclass(value, MeshStorageError)
+    value
+    for value in (getattr(mesh_storage, name) for name in mesh_storage.__all__)
+    if isinstance(value, type) and issubclass(value, MeshStorageError)
 ]
 
 
@@ -68,14 +70,6 @@ def add_dangling(uow: UnitOfWork) -> None:
 
 def add_bad_port(uow: UnitOfWork) -> None:
     uow.nodes.add(Node(name="n", ip_address="h", port=70_000))
-
-
-def by_session(statement: str) -> Callable[[UnitOfWork], None]:
-    def act(uow: UnitOfWork) -> None:
-        uow.session.add(Message(id="x" * 65, from_node="a", to_node="b", content=b""))
-        uow.session.execute(text(statement))
-
-    return act
 
 
 @pytest.mark.parametrize(
@@ -149,6 +143,11 @@ def test_a_connection_that_died_in_the_pool_is_replaced_before_anybody_sees_it(s
         mine = uow.session.execute(text("SELECT pg_backend_pid()")).scalar_one()
         for pid in set(pids) - {mine}:
             uow.session.execute(text(f"SELECT pg_terminate_backend({pid}, 5000)"))
+        (survivor,) = {mine} & set(pids)
     with storage.begin() as one, storage.begin() as two:
         one.state.put("a", b"")
         two.state.put("b", b"")
+        now = {uow.session.execute(text("SELECT pg_backend_pid()")).scalar_one() for uow in (one, two)}
+        assert now & set(pids) == {survivor}
+    with storage.begin(read_only=True) as uow:
+        assert [entry.key for entry in uow.state.stream()] == ["a", "b"]

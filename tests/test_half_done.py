@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from mesh_storage import (
     AlreadyExistsError,
     ConfigurationError,
+    ConflictError,
     InvalidInputError,
     MeshStorage,
     MeshStorageError,
@@ -99,6 +100,8 @@ def test_an_empty_or_committed_async_unit_of_work_may_have_a_timeout(mesh_storag
             async with storage.begin(timeout=5) as uow:
                 await uow.state.put("k", b"")
                 await uow.commit()
+            async with storage.begin(read_only=True) as uow:
+                assert [entry.key async for entry in uow.state.stream()] == ["k"]
 
     asyncio.run(main())
 
@@ -124,3 +127,7 @@ def test_a_negative_zero_is_appended_twice_without_harm(storage: MeshStorage) ->
     with storage.begin() as uow:
         uow.consensus_log.append(1, 1, {"x": -0.0})
         uow.consensus_log.append(1, 1, {"x": -0.0})
+        with pytest.raises(ConflictError), uow.savepoint():
+            uow.consensus_log.append(1, 1, {"x": -1.0})
+    with storage.begin(read_only=True) as uow:
+        assert [(entry.index, entry.entry) for entry in uow.consensus_log.range(1, 10)] == [(1, {"x": 0.0})]

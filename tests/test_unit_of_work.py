@@ -377,3 +377,61 @@ def test_an_interrupt_in_the_middle_of_a_statement_leaves_the_pool_clean(mesh_st
         with storage.begin() as uow:
             uow.state.put("k", b"")
         assert storage.health().pool_in_use == 0
+
+
+def test_a_commit_of_the_session_flushes_and_no_more(storage: MeshStorage) -> None:
+    with storage.unit_of_work() as uow:
+        uow.session.add(StateEntry(key="k", value=b"v"))
+        assert uow.state.find("k") is None
+        uow.session.commit()
+        assert uow.state.get("k").value == b"v"
+    assert keys(storage) == []
+
+
+def test_what_follows_a_retryable_failure_is_retryable(storage: MeshStorage) -> None:
+    with storage.begin() as uow:
+        uow.session.execute(
+            text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = TG_ARGV[0]; END $$"
+            )
+        )
+        for table, code in (("mesh_state", "40001"), ("mesh_runtime_config", "23514")):
+            uow.session.execute(
+                text(f"CREATE TRIGGER refuse BEFORE INSERT ON {table} EXECUTE FUNCTION refuse('{code}')")
+            )
+
+    def put_state(uow: UnitOfWork) -> None:
+        uow.state.put("k", b"v")
+
+    def put_config(uow: UnitOfWork) -> None:
+        uow.runtime_config.put("k", 1)
+
+    for put, retryable in ((put_state, True), (put_config, False)):
+        with storage.unit_of_work() as uow:
+            with pytest.raises(MeshStorageError) as first:
+                put(uow)
+            with pytest.raises(MeshStorageError, match="failed before") as second:
+                uow.nodes.count()
+            with pytest.raises(MeshStorageError, match="not committed") as third:
+                uow.commit()
+        assert [error.value.retryable for error in (first, second, third)] == [retryable] * 3
+
+
+def test_the_pauses_of_run_grow_from_20_ms_with_jitter(storage: MeshStorage, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(_: UnitOfWork) -> None:
+        raise UnavailableError
+
+    caplog.set_level(logging.INFO, "mesh_storage")
+    begun = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(UnavailableError):
+            storage.run(fails)
+    took = time.monotonic() - begun
+    pauses = [getattr(record, "pause_s", 0.0) for record in caplog.records if getattr(record, "event", "") == "retry"]
+    assert len(pauses) == 3 * 4
+    for number, pause in enumerate(pauses):
+        longest = 0.02 * 2 ** (number % 4)
+        assert longest / 2 - 0.001 <= pause <= longest
+    assert len(set(pauses[3::4])) > 1, "the same each time"
+    assert took >= sum(pauses) - 0.01

@@ -21,10 +21,8 @@ from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
 from mesh_storage.errors import (
     ClosedError,
-    ConfigurationError,
     InvalidInputError,
     MeshStorageError,
-    SchemaMismatchError,
 )
 from mesh_storage.health import Health
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
@@ -32,7 +30,7 @@ from mesh_storage.postgres.pool import check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
-from mesh_storage.storage import choose_settings
+from mesh_storage.storage import choose_settings, describe
 
 if TYPE_CHECKING:  # not imported at run time, so that only a backup pays for it
     from mesh_storage.backup import Report
@@ -154,7 +152,7 @@ class AsyncMeshStorage:
 
         The arguments, delays and errors are those of `MeshStorage.run`.
         """
-        retry = Retry(attempts, within, timeout)
+        retry = Retry(work, attempts, within, timeout)
         while True:
             try:
                 async with self.begin(
@@ -175,12 +173,16 @@ class AsyncMeshStorage:
     async def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.
 
+        It waits for no connection of the pool: when all are in use, it makes one of its own.
+
         Raises:
             ClosedError: The storage was closed.
         """
         pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
         try:
-            connection = await self._pool.acquire(Characteristics(read_only=True, timeout=health.TIMEOUT_S))
+            connection = await self._pool.acquire(
+                Characteristics(read_only=True, timeout=health.TIMEOUT_S), beside=True
+            )
             try:
                 begun = time.perf_counter()
                 row = await connection.fetch_one(health.READ_ONLY)
@@ -189,7 +191,7 @@ class AsyncMeshStorage:
                 revision, unclear = None, None
                 try:
                     revision = await connection.perform(in_greenlet, schema.current, database)
-                except (ConfigurationError, SchemaMismatchError) as error:
+                except MeshStorageError as error:
                     unclear = error
             finally:
                 await self._pool.release(connection)
@@ -246,6 +248,11 @@ class AsyncMeshStorage:
         """Close the connections, those in use when their unit of work ends; a bundled server stops immediately."""
         if not self._pool.closed:
             await asyncio.shield(in_background(self._close()))
+
+    def __repr__(self) -> str:
+        """Say where it is, how much of the pool is in use, and whether it is closed."""
+        pool = self._pool
+        return describe(self, self._server, size=pool.size, in_use=pool.in_use, closed=pool.closed)
 
     async def __aenter__(self) -> Self:
         """Return the storage."""

@@ -205,4 +205,4 @@ class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
         finally:
             self._open = False
             await self._pool.release(self._connection)
-            log_if_slow(time.monotonic() - self._begun, self._slow)
+            log_if_slow(time.monotonic() - self._begun, self._slow, self._uow)

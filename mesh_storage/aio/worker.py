@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from mesh_storage.backup import Progress, Report
+from mesh_storage.backup import Progress, Report, checked_report
 
 T = TypeVar("T")
 
@@ -18,12 +18,12 @@ async def in_thread(work: Callable[[Report], T], progress: Report | None) -> T:
     If this task is cancelled, the work is stopped at its next report and awaited, so that nothing keeps running
     unnoticed.
     """
+    call = checked_report(progress)
     loop = asyncio.get_running_loop()
     cancelled = threading.Event()
 
     async def pass_on(made: Progress) -> None:
-        if progress is not None:
-            progress(made)
+        call(made)
 
     def report(made: Progress) -> None:
         if cancelled.is_set():

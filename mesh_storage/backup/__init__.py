@@ -97,8 +97,9 @@ def backup(
         UnavailableError: The disk is full, or the database cannot be reached.
     """
     server.require_session()
-    target, report = _path(path), progress or _ignore_progress
+    target, report = _path(path), checked_report(progress)
     check_jobs(jobs)
+    _check_flag("verify", verify)
     if os.path.lexists(target):
         raise _already_exists(target)
     with _path_errors(target):
@@ -154,8 +155,9 @@ def restore(
         UnavailableError: The database cannot be reached, or its disk is full.
     """
     server.require_session()
-    source, report = _path(path), progress or _ignore_progress
+    source, report = _path(path), checked_report(progress)
     check_jobs(jobs)
+    _check_flag("overwrite", overwrite)
     manifest = _check(source, report)
     with migration.turn(server.connect), catalog.transaction(server) as (session, connection):
         tools = client_tools.find(max(manifest.tool_major, client_tools.server_major(connection)))
@@ -178,7 +180,7 @@ def verify(path: str | os.PathLike[str], *, jobs: int = JOBS, progress: Report |
         UnavailableError: It could not be verified here: the bundled server does not start, or a disk is full.
     """
     check_jobs(jobs)
-    return _test_restore(_path(path), jobs, progress or _ignore_progress)
+    return _test_restore(_path(path), jobs, checked_report(progress))
 
 
 def check_jobs(jobs: int) -> None:
@@ -187,8 +189,28 @@ def check_jobs(jobs: int) -> None:
     Raises:
         InvalidInputError: It is out of range.
     """
-    if not 1 <= jobs <= _MOST_JOBS:
+    if not isinstance(jobs, int) or isinstance(jobs, bool) or not 1 <= jobs <= _MOST_JOBS:
         raise InvalidInputError(f"jobs must be from 1 to {_MOST_JOBS}", field="jobs")
+
+
+def checked_report(progress: Report | None) -> Report:
+    """Return what is called with the progress.
+
+    Raises:
+        InvalidInputError: It cannot be called.
+    """
+    if progress is None:
+        return _ignore_progress
+    if not callable(progress):
+        raise InvalidInputError(
+            f"progress must be a function that takes a Progress, not {type(progress).__name__}", field="progress"
+        )
+    return progress
+
+
+def _check_flag(field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"{field} must be True or False, not {type(value).__name__}", field=field)
 
 
 def _dump(connection: Connection, directory: Path, jobs: int, report: Report) -> Manifest:
@@ -419,8 +441,12 @@ def _throw_away() -> Settings:
 
 
 def _path(path: str | os.PathLike[str]) -> Path:
-    found = Path(path).absolute()
-    if "\0" in str(found):
+    try:
+        found = Path(path).absolute()
+        name = os.fsencode(found)
+    except (TypeError, UnicodeError) as error:
+        raise InvalidInputError("path must be a str or Path that the file system can store", field="path") from error
+    if b"\0" in name:
         raise InvalidInputError("path must not contain NUL", field="path")
     return found
 

@@ -20,6 +20,7 @@ _LEVELS: dict[Isolation | None, IsolationLevel | None] = {
     "repeatable read": IsolationLevel.REPEATABLE_READ,
     "serializable": IsolationLevel.SERIALIZABLE,
 }
+_ISOLATIONS = tuple(_LEVELS)
 _LONGEST_TIMEOUT_S = 365 * 86_400
 
 
@@ -51,7 +52,11 @@ class Characteristics(NamedTuple):
         Raises:
             InvalidInputError: A parameter is invalid; names it.
         """
-        if self.isolation not in _LEVELS:
+        if not isinstance(self.read_only, bool):
+            raise InvalidInputError(
+                f"read_only must be True or False, not {type(self.read_only).__name__}", field="read_only"
+            )
+        if self.isolation not in _ISOLATIONS:
             raise InvalidInputError("isolation must be 'repeatable read' or 'serializable'", field="isolation")
         if self.durability not in ("strict", "relaxed"):
             raise InvalidInputError("durability must be 'strict' or 'relaxed'", field="durability")

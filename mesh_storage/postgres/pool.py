@@ -114,8 +114,10 @@ class Pool:
         """The number of connections in use."""
         return len(self._lent)
 
-    def acquire(self, characteristics: Characteristics) -> UnitOfWorkConnection:
+    def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> UnitOfWorkConnection:
         """Acquire a connection, to be returned by `release`.
+
+        With `beside` it waits for none: when all are in use, it makes one more, which `release` discards.
 
         Raises:
             ClosedError: The pool is closed.
@@ -125,20 +127,24 @@ class Pool:
         characteristics.check()
         deadline = characteristics.deadline()
         check_open(closed=self.closed)
-        if not self._free.acquire(timeout=wait_limit(self._timeout, characteristics.timeout)):
+        wait = 0.0 if beside else wait_limit(self._timeout, characteristics.timeout)
+        placed = self._free.acquire(timeout=wait)
+        if not placed and not beside:
             raise exhausted(self.size, self._timeout, characteristics.timeout)
         driver = None
         try:
             check_open(closed=self.closed)  # it may have been closed in the meantime
-            driver = self._idle_driver() or self._connect(deadline)
+            driver = (self._idle_driver() if placed else None) or self._connect(deadline)
             connection = UnitOfWorkConnection(driver, characteristics, deadline, self._pooling)
             connection.prepare()
         except BaseException:
             if driver is not None:
                 driver.discard()
-            self._free.release()
+            if placed:
+                self._free.release()
             raise
-        self._lent.add(connection)
+        if placed:
+            self._lent.add(connection)
         return connection
 
     def release(self, connection: UnitOfWorkConnection) -> None:
@@ -146,12 +152,12 @@ class Pool:
         if connection.owner.inherited:
             keep_for_parent(connection)
             return
-        driver = connection.driver
+        driver, placed = connection.driver, connection in self._lent
         try:
             connection.close()
             if connection.is_lost:
                 self._condemned = time.monotonic()
-            if connection.reusable() and driver.liveness.born > self._condemned:
+            if placed and connection.reusable() and driver.liveness.born > self._condemned:
                 self._idle.append(driver)
             else:
                 driver.discard()
@@ -159,8 +165,9 @@ class Pool:
             driver.discard()
             raise
         finally:
-            self._lent.discard(connection)
-            self._free.release()
+            if placed:
+                self._lent.discard(connection)
+                self._free.release()
             if self.closed or connection.is_lost:
                 self._close_idle()
 

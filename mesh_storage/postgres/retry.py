@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import random
 import time
@@ -18,12 +19,16 @@ _LONGEST_S = 365 * 86_400
 class Retry:
     """The attempts of one `run`, limited by number or by time."""
 
-    def __init__(self, attempts: int, within: float | None, timeout: float | None) -> None:
+    def __init__(self, work: object, attempts: int, within: float | None, timeout: float | None) -> None:
         """Validate and store the arguments of `run`.
 
         Raises:
             InvalidInputError: An argument is invalid; names it.
         """
+        if not callable(work):
+            raise InvalidInputError(
+                f"work must be a function that takes a unit of work, not {type(work).__name__}", field="work"
+            )
         if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
             raise InvalidInputError("attempts must be an int, 1 or more", field="attempts")
         if within is not None and (
@@ -70,9 +75,35 @@ class Retry:
         return seconds
 
 
-def log_if_slow(seconds: float, threshold: float) -> None:
-    """Log a unit of work that took longer than the threshold in seconds; 0 disables the log."""
+def log_if_slow(seconds: float, threshold: float, uow: object) -> None:
+    """Log a unit of work that took longer than the threshold in seconds, and where it was opened; 0 disables the log.
+
+    Repositories are created on first use, so those that exist are those that were used: nothing needs to be recorded
+    for units of work that are not slow.
+    """
     if 0 < threshold <= seconds:
+        place = _place()
+        used = [name.removeprefix("_") for name in vars(uow) if name != "_connection"]
         logger.warning(
-            "slow unit of work: %.3f s", seconds, extra={"event": "slow_unit_of_work", "duration_s": round(seconds, 3)}
+            "slow unit of work: %.3f s, opened at %s, used %s",
+            seconds,
+            place,
+            ", ".join(used) or "nothing",
+            extra={
+                "event": "slow_unit_of_work",
+                "duration_s": round(seconds, 3),
+                "opened_at": place,
+                "repositories": used,
+            },
         )
+
+
+def _place() -> str:
+    """Return the file and line of the innermost caller that is not ours, which is where its `with` stands."""
+    frame = inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in (
+        "mesh_storage",
+        "contextlib",
+    ):
+        frame = frame.f_back
+    return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

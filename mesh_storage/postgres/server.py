@@ -37,6 +37,16 @@ class Server:
         """`server` or `embedded`."""
         return "server" if self.embedded is None else "embedded"
 
+    @property
+    def address(self) -> str:
+        """The hosts with their ports, and the database; without the login."""
+        hosts = str(self.connect.get("host") or self.connect.get("hostaddr") or "").split(",")
+        ports = str(self.connect.get("port") or "").split(",")
+        if len(ports) == 1:
+            ports *= len(hosts)
+        places = ",".join(f"{host}:{port}" if port else host for host, port in zip(hosts, ports, strict=True))
+        return "/".join(filter(None, [places, self.connect.get("dbname")])) or "libpq's default place"
+
     def require_session(self) -> None:
         """Raise unless the connection has a dedicated session, as session-level locks and parameters require.
 

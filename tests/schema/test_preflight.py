@@ -306,6 +306,19 @@ def test_what_depends_on_times_and_does_not_stop_the_migrations_is_no_problem(
     connection.execute("CREATE INDEX plain ON nodes (created)")
     connection.execute("CREATE INDEX active ON nodes (updated) WHERE status = 'STATUS_ACTIVE'")
     schema.upgrade(legacy_url)
+    indexes = connection.execute(
+        "SELECT relname, indisvalid, split_part(pg_get_indexdef(oid), ' USING ', 2) FROM pg_class "
+        "JOIN pg_index ON indexrelid = oid WHERE relname IN ('active', 'plain') ORDER BY relname"
+    ).fetchall()
+    assert indexes == [
+        ("active", True, "btree (updated) WHERE ((status)::text = 'STATUS_ACTIVE'::text)"),
+        ("plain", True, "btree (created)"),
+    ]
+    types = connection.execute(
+        "SELECT atttypid::regtype::text FROM pg_attribute "
+        "WHERE attrelid = 'nodes'::regclass AND attname IN ('created', 'updated')"
+    ).fetchall()
+    assert types == [("timestamp with time zone",)] * 2
 
 
 def test_the_indexes_of_ours_that_are_there_are_taken_and_a_half_built_one_is_built_anew(

@@ -46,8 +46,6 @@ class AsyncPool:
 
     def __init__(self, settings: Settings, server: Server) -> None:
         self.size = settings.pool_size
-        self.in_use = 0
-        """The number of connections in use."""
         self.closed = False
         self._timeout = settings.pool_timeout
         self._response_timeout = response_timeout(server)
@@ -56,14 +54,22 @@ class AsyncPool:
         connect = server.connect | {"async_creator_fn": _connect}
         self._engine = create_async_engine(**engine_arguments(connect))
         self._idle: deque[AsyncDriver] = deque()
+        self._lent: set[AsyncUnitOfWorkConnection] = set()
         self._free = asyncio.Semaphore(self.size)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connecting: set[asyncio.Task[Any]] = set()
         self._condemned = 0.0
         renew_after_fork(self)
 
-    async def acquire(self, characteristics: Characteristics) -> AsyncUnitOfWorkConnection:
+    @property
+    def in_use(self) -> int:
+        """The number of connections in use."""
+        return len(self._lent)
+
+    async def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> AsyncUnitOfWorkConnection:
         """Acquire a connection, to be returned by `release`.
+
+        With `beside` it waits for none: when all are in use, it makes one more, which `release` discards.
 
         Raises:
             ClosedError: The pool is closed.
@@ -75,14 +81,15 @@ class AsyncPool:
         deadline = characteristics.deadline()
         check_open(closed=self.closed)
         self._check_loop()
-        if self._free.locked():
+        placed = not (beside and self._free.locked())
+        if placed and self._free.locked():
             await self._wait(characteristics.timeout)
-        else:
+        elif placed:
             await self._free.acquire()
         if self.closed:  # it may have been closed in the meantime
             self._free.release()
             check_open(closed=True)
-        driver = self._idle_driver()
+        driver = self._idle_driver() if placed else None
         # In its own task, since a half-open connection would leak if cancelled.
         connecting = None if driver else self._keep_running(self._connect(deadline))
         try:
@@ -92,16 +99,17 @@ class AsyncPool:
             connection = AsyncUnitOfWorkConnection(driver, characteristics, deadline, self._pooling)
             await connection.prepare()
         except BaseException:
-            self._keep_running(self._give_up(driver, connecting))
+            self._keep_running(self._give_up(driver, connecting, placed=placed))
             raise
-        self.in_use += 1
+        if placed:
+            self._lent.add(connection)
         return connection
 
     async def release(self, connection: AsyncUnitOfWorkConnection) -> None:
         """Release a connection, rolling back uncommitted changes, even if this task is cancelled meanwhile."""
         if connection.owner.inherited:
             keep_for_parent(connection)
-        elif not connection.joined.is_used and connection.settled() and not self.closed:
+        elif not connection.joined.is_used and connection.settled() and not self.closed and connection in self._lent:
             await connection.close()
             self._put_back(connection)
         else:
@@ -123,7 +131,7 @@ class AsyncPool:
         self._connecting = set()
         self._free = asyncio.Semaphore(self.size)
         self._loop = None
-        self.in_use = 0
+        self._lent = set()
         if self._server.embedded is not None and not self.closed:
             self._server.embedded.after_fork()
 
@@ -150,16 +158,18 @@ class AsyncPool:
             if connection.is_lost:
                 self._condemned = time.monotonic()
                 await self._close_idle()
-            if self.closed or not connection.reusable() or connection.driver.liveness.born <= self._condemned:
-                await connection.driver.discard()
+            driver, placed = connection.driver, connection in self._lent
+            if self.closed or not placed or not connection.reusable() or driver.liveness.born <= self._condemned:
+                await driver.discard()
         finally:
             self._put_back(connection)
 
     def _put_back(self, connection: AsyncUnitOfWorkConnection) -> None:
         if connection.reusable():
             self._idle.append(connection.driver)
-        self.in_use -= 1
-        self._free.release()
+        if connection in self._lent:
+            self._lent.discard(connection)
+            self._free.release()
 
     async def _close_idle(self) -> None:
         while self._idle:
@@ -197,7 +207,9 @@ class AsyncPool:
         if not task.cancelled():
             task.exception()  # retrieved, so that asyncio does not log it
 
-    async def _give_up(self, driver: AsyncDriver | None, connecting: asyncio.Task[AsyncDriver] | None) -> None:
+    async def _give_up(
+        self, driver: AsyncDriver | None, connecting: asyncio.Task[AsyncDriver] | None, *, placed: bool
+    ) -> None:
         """Discard a connection whose waiter is gone; its slot is released only afterwards."""
         try:
             if driver is None and connecting is not None:
@@ -206,7 +218,8 @@ class AsyncPool:
             if driver is not None:
                 await driver.discard()
         finally:
-            self._free.release()
+            if placed:
+                self._free.release()
 
 
 async def _connect(*_conninfo: str, **parameters: Any) -> AsyncTimedConnection:

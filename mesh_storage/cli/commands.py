@@ -1,0 +1,209 @@
+"""What the commands of `mesh-storage` do; `cli` reads the command line, and imports this when a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NoReturn, TypeAlias
+
+from mesh_storage import backup, schema
+from mesh_storage.backup import Progress, client_tools
+from mesh_storage.backup.manifest import Manifest
+from mesh_storage.cli import Exit
+from mesh_storage.cli import parser as command_line
+from mesh_storage.embedded import server as embedded
+from mesh_storage.errors import (
+    ConfigurationError,
+    MeshStorageError,
+    SchemaMismatchError,
+    StorageTimeoutError,
+    UnavailableError,
+)
+from mesh_storage.health import Health
+from mesh_storage.postgres import engine
+from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.settings import Settings, settings_of
+from mesh_storage.storage import MeshStorage
+
+Answer: TypeAlias = tuple["Exit", dict[str, Any], str]
+"""How a command ends, what it found, and the same in words."""
+
+_BAR_WIDTH = 30
+_BAR_PAUSE_S = 0.1
+
+
+def run(given: argparse.Namespace) -> Answer:
+    """Run the command that was given.
+
+    Raises:
+        MeshStorageError: It failed; `exit_of` has the exit code.
+    """
+    without_server = {"verify": _verify, "completion": _completion}.get(given.command)
+    if without_server is not None:
+        return without_server(given)
+    server = open_server(settings_of(given.url), create=given.command in ("upgrade", "restore"))
+    try:
+        return _ON_SERVER[given.command](given, server)
+    finally:
+        server.close()
+
+
+def exit_of(error: MeshStorageError) -> Exit:
+    """Return the exit code for an error."""
+    if isinstance(error, SchemaMismatchError):
+        return Exit.SCHEMA_MISMATCH
+    if isinstance(error, ConfigurationError):
+        return Exit.CONFIGURATION
+    return Exit.UNAVAILABLE if isinstance(error, UnavailableError | StorageTimeoutError) else Exit.FAILED
+
+
+def _ask(server: Server) -> Health:
+    """Ask without deploying a schema, as opening a storage may do."""
+    with MeshStorage(Settings(), replace(server, embedded=None)) as storage:
+        return storage.health()
+
+
+def _health(_given: argparse.Namespace, server: Server) -> Answer:
+    health = _ask(server)
+    facts = {
+        "ok": health.ok,
+        "connected": health.connected,
+        "writable": health.writable,
+        "round_trip_ms": health.round_trip_ms,
+        "revision": health.revision,
+        "head": health.head,
+        "error": None,
+        "message": None,
+    }
+    error = health.error
+    if error is None and not health.writable:
+        words = "the database takes no writes: it is a standby, or read-only"
+        return Exit.UNHEALTHY, {**facts, "message": words}, words
+    try:
+        if error is not None:
+            raise error
+        schema.check(health.revision)
+    except MeshStorageError as wrong:
+        return exit_of(wrong), {**facts, "error": type(wrong).__name__, "message": str(wrong)}, str(wrong)
+    return Exit.OK, facts, f"healthy: schema {health.revision}, answered in {health.round_trip_ms:.1f} ms"
+
+
+def _schema(_given: argparse.Namespace, server: Server) -> Answer:
+    health = _ask(server)
+    if health.error is not None:
+        raise health.error
+    known = schema.revisions()
+    current, head = health.revision, health.head
+    pending = known[known.index(current) + 1 :] if current in known else known if current is None else ()
+    facts = {"current": current, "head": head, "pending": list(pending)}
+    words = f"current {current or 'none'}, head {head}, pending {', '.join(pending) or 'none'}"
+    return Exit.OK if current == head else Exit.SCHEMA_MISMATCH, facts, words
+
+
+def _upgrade(_given: argparse.Namespace, server: Server) -> Answer:
+    before = _ask(server)
+    if before.error is not None:
+        raise before.error
+    if before.revision is not None and before.revision not in schema.revisions():
+        schema.check(before.revision)
+    schema.upgrade_server(server)
+    facts = {"before": before.revision, "current": schema.head()}
+    return Exit.OK, facts, f"the schema is at {schema.head()} (it was at {before.revision or 'none'})"
+
+
+def _backup(given: argparse.Namespace, server: Server) -> Answer:
+    with _progress_bar() as progress:
+        made = backup.backup(server, given.path, jobs=given.jobs, verify=given.verify, progress=progress)
+    done = "written and verified" if given.verify else "written"
+    return Exit.OK, _facts(given, made), f"{done}: {given.path} ({_summary(made)})"
+
+
+def _restore(given: argparse.Namespace, server: Server) -> Answer:
+    with _progress_bar() as progress:
+        made = backup.restore(server, given.path, overwrite=given.overwrite, jobs=given.jobs, progress=progress)
+    upgraded = "" if made.revision == schema.head() else f", upgraded to {schema.head()}"
+    return Exit.OK, _facts(given, made), f"restored: {given.path} ({_summary(made)}{upgraded})"
+
+
+def _psql(given: argparse.Namespace, server: Server) -> NoReturn:
+    with engine.connect(server.connect) as connection:
+        environment, public = client_tools.same_server(connection)
+    program = shutil.which("psql") or embedded.programs() / "psql"
+    signal.signal(signal.SIGINT, _leave_to_psql)
+    raise SystemExit(subprocess.call([program, f"--dbname={public}", *given.arguments], env=environment))
+
+
+def _leave_to_psql(_number: int, _frame: object) -> None:
+    """Do nothing: Ctrl-C reaches psql as well, whose statement it cancels."""
+
+
+def _verify(given: argparse.Namespace) -> Answer:
+    with _progress_bar() as progress:
+        made = backup.verify(given.path, jobs=given.jobs, progress=progress)
+    return Exit.OK, _facts(given, made), f"verified: {given.path} ({_summary(made)})"
+
+
+def _facts(given: argparse.Namespace, made: Manifest) -> dict[str, Any]:
+    return {
+        "path": given.path,
+        "created": made.created.isoformat(),
+        "revision": made.revision,
+        "server_version": made.server_version,
+        "tool_version": made.tool_version,
+        "rows": made.rows,
+    }
+
+
+def _summary(made: Manifest) -> str:
+    return f"{sum(made.rows.values()):,} rows, schema {made.revision}, taken {made.created:%Y-%m-%d %H:%M:%S %Z}"
+
+
+@contextmanager
+def _progress_bar() -> Generator[Callable[[Progress], None] | None]:
+    """Draw a bar on stderr if a person watches, and take it away at the end."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    drawn, step = 0.0, ""
+
+    def draw(made: Progress) -> None:
+        nonlocal drawn, step
+        if made.step == step and made.done < made.total and time.monotonic() - drawn < _BAR_PAUSE_S:
+            return
+        drawn, step = time.monotonic(), made.step
+        part = made.done / made.total if made.total else 1.0
+        bar = "#" * int(part * _BAR_WIDTH)
+        sys.stderr.write(f"\r\033[K{step:>5} [{bar:<{_BAR_WIDTH}}] {part:4.0%} {made.done:,}/{made.total:,}")
+        sys.stderr.flush()
+
+    try:
+        yield draw
+    finally:
+        sys.stderr.write("\r\033[K")
+        sys.stderr.flush()
+
+
+def _completion(given: argparse.Namespace) -> Answer:
+    try:
+        import shtab
+    except ImportError as error:
+        raise ConfigurationError("completion needs the extra completion: install mesh-storage[completion]") from error
+    script = shtab.complete(command_line(directories=shtab.DIRECTORY), shell=given.shell)
+    return Exit.OK, {"shell": given.shell, "script": script}, script
+
+
+_ON_SERVER: dict[str, Callable[[argparse.Namespace, Server], Answer]] = {
+    "health": _health,
+    "schema": _schema,
+    "upgrade": _upgrade,
+    "backup": _backup,
+    "restore": _restore,
+    "psql": _psql,
+}
