@@ -435,3 +435,24 @@ def test_the_pauses_of_run_grow_from_20_ms_with_jitter(storage: MeshStorage, cap
         assert longest / 2 - 0.001 <= pause <= longest
     assert len(set(pauses[3::4])) > 1, "the same each time"
     assert took >= sum(pauses) - 0.01
+
+
+def test_a_connection_in_doubt_is_never_lent_again(mesh_storage_url: str) -> None:
+    """A request to cancel may come late, and hit the statement of another."""
+    with opened(mesh_storage_url, pool_size=1) as storage:
+        with pytest.raises(StorageTimeoutError), storage.begin(timeout=0.2) as uow:
+            pid = backend(uow)
+            uow.session.execute(text("SELECT pg_sleep(30)"))
+        with storage.begin() as uow:
+            assert backend(uow) != pid
+
+
+def test_a_connection_as_old_as_one_that_was_lost_is_never_lent_again(mesh_storage_url: str) -> None:
+    with opened(mesh_storage_url, pool_size=2) as storage, opened(mesh_storage_url) as other:
+        with storage.begin() as old:
+            pid = backend(old)
+            with pytest.raises(UnavailableError), storage.begin() as lost:
+                terminate(other, backend(lost))
+                lost.state.count()
+        with storage.begin() as uow:
+            assert backend(uow) != pid

@@ -213,3 +213,16 @@ def test_what_ran_in_the_background_is_forgotten_when_it_is_done(run: Run, mesh_
             assert storage._pool._connecting == set()
 
     run(main())
+
+
+def test_a_connection_in_doubt_is_never_lent_again(run: Run, mesh_storage_url: str) -> None:
+    async def main() -> None:
+        async with opened(mesh_storage_url, pool_size=1) as storage:
+            with pytest.raises(StorageTimeoutError):
+                async with storage.begin(timeout=0.2) as uow:
+                    pid = await backend(uow)
+                    await uow.session.execute(text("SELECT pg_sleep(30)"))
+            async with storage.begin() as uow:
+                assert await backend(uow) != pid
+
+    run(main())
