@@ -1,6 +1,6 @@
-"""The command line for operators: health, schema, upgrade, backup, restore, verify, psql; exit codes for scripts.
+"""The command line of operators: its parser and its exit codes.
 
-It imports nothing heavy, so that `--help` answers at once; what the commands do is in `commands`.
+Nothing heavy is imported until a command runs, so that `--help` and `--version` answer at once; `commands` runs them.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ _SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")
 
 
 class Exit(IntEnum):
-    """The exit codes; 2 is argparse's for a wrong command line, 130 and 143 are a shell's for Ctrl-C and SIGTERM."""
+    """The exit codes; 2 is argparse's for a usage error, 130 and 143 are a shell's for Ctrl-C and SIGTERM."""
 
     OK = 0
     FAILED = 1
-    """Anything else: the message says what."""
+    """Any other error; see the message."""
     USAGE = 2
     UNHEALTHY = 3
-    """The database answers but takes no writes."""
+    """The database responds but does not accept writes."""
     SCHEMA_MISMATCH = 4
-    """The schema of the database or of the backup is behind, ahead or not there."""
+    """The schema of the database or backup is older or newer than required, or missing."""
     CONFIGURATION = 5
-    """A setting is wrong, or a program is missing."""
+    """A setting is invalid, or a program is missing."""
     UNAVAILABLE = 6
-    """The database cannot be reached, does not answer in time, or a disk is full."""
+    """The database cannot be reached or does not respond in time, or a disk is full."""
     INTERRUPTED = 130
     TERMINATED = 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, and give its exit code."""
+    """Run a command and return its exit code."""
     line = parser()
     given = line.parse_args(arguments)
     if given.url is not None and not given.on_server:
-        line.error(f"{given.command} asks no database: leave out --url")
+        line.error(f"{given.command} does not use a database; omit --url")
     import json
 
     from mesh_storage.cli import commands
@@ -67,19 +67,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser(*, directories: object = None) -> argparse.ArgumentParser:
-    """Make the parser of the command line; `directories` is what completes the name of a directory."""
+    """Return the parser; `directories` is what shtab completes the path of a directory with."""
     everywhere = argparse.ArgumentParser(add_help=False)
     reaching = argparse.ArgumentParser(add_help=False)
     made = argparse.ArgumentParser(
         prog="mesh-storage",
-        description="Look after a database of mesh_storage. Settings come from the environment (MESH_STORAGE_URL, ...) "
+        description="Operate a mesh_storage database. Settings come from the environment (MESH_STORAGE_URL, ...) "
         "and from .env.",
-        epilog="Exit codes: 0 done; 1 failed; 2 wrong command line; 3 unhealthy; 4 schema behind, ahead or not there; "
-        "5 configuration; 6 unavailable; 130 interrupted; 143 terminated.",
+        epilog="Exit codes: 0 success; 1 error; 2 usage error; 3 unhealthy; 4 schema older, newer or missing; "
+        "5 configuration error; 6 database unavailable; 130 interrupted; 143 terminated.",
     )
     made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    # Both stand before the command or behind it, where no default may take the place of what stood before.
-    where = "where the database is; a password is safer in MESH_STORAGE_URL"
+    # Both are accepted before and after the command, where a default would override what was given before.
+    where = "database URL; put a password in MESH_STORAGE_URL, not on the command line"
     made.add_argument("--url", help=where)
     reaching.add_argument("--url", default=argparse.SUPPRESS, help=where)
     for place, default in ((made, False), (everywhere, argparse.SUPPRESS)):
@@ -92,22 +92,28 @@ def parser(*, directories: object = None) -> argparse.ArgumentParser:
         command.set_defaults(on_server=on_server)
         return command
 
-    add("health", "say whether the database answers, takes writes and has the right schema")
-    add("schema", "show the revision of the database, the newest, and those pending")
-    add("upgrade", "bring the schema up to date")
-    taking = add("backup", "write a backup while the traffic goes on")
-    taking.add_argument("--verify", action="store_true", help="restore it into a throw-away server before it counts")
+    add("health", "check that the database responds, accepts writes and has the current schema")
+    add("schema", "show the current, head and pending schema revisions")
+    add("upgrade", "upgrade the schema to the head revision")
+    taking = add("backup", "take a backup without blocking reads or writes")
+    taking.add_argument(
+        "--verify", action="store_true", help="test-restore it into a temporary server before it is renamed into place"
+    )
     asking = add("psql", "start psql on the database")
-    asking.add_argument("arguments", nargs="*", help="for psql; options go behind --")
-    giving = add("restore", "restore a backup, all or nothing")
-    giving.add_argument("--overwrite", action="store_true", help="replace what the tables hold")
-    proving = add("verify", "prove a backup by restoring it into a throw-away server", on_server=False)
+    asking.add_argument("arguments", nargs="*", help="arguments of psql; put options after --")
+    giving = add("restore", "restore a backup in one transaction")
+    giving.add_argument("--overwrite", action="store_true", help="replace the rows in the tables")
+    proving = add("verify", "verify a backup by restoring it into a temporary server", on_server=False)
     for command in (taking, giving, proving):
-        path = command.add_argument("path", help=f"the directory {'to make' if command is taking else 'of the backup'}")
+        path = command.add_argument(
+            "path", help=f"the directory {'to create' if command is taking else 'of the backup'}"
+        )
         if directories is not None:
             vars(path)["complete"] = directories
-        command.add_argument("--jobs", type=_jobs, default=_JOBS, metavar="N", help="processes at once (%(default)s)")
-    completing = add("completion", "print a script by which a shell completes this command line", on_server=False)
+        command.add_argument(
+            "--jobs", type=_jobs, default=_JOBS, metavar="N", help="number of parallel processes (%(default)s)"
+        )
+    completing = add("completion", "print a completion script for a shell", on_server=False)
     completing.add_argument("shell", choices=_SHELLS)
     return made
 
@@ -125,5 +131,5 @@ def _jobs(words: str) -> int:
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:
-    """End as by an exception, so that nothing is left behind."""
+    """Exit by an exception, so that everything is cleaned up."""
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""What the commands of `mesh-storage` do; `cli` reads the command line, and imports this when a command runs."""
+"""The commands of `mesh-storage`; imported only when one runs."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from mesh_storage.settings import Settings, settings_of
 from mesh_storage.storage import MeshStorage
 
 Answer: TypeAlias = tuple["Exit", dict[str, Any], str]
-"""How a command ends, what it found, and the same in words."""
+"""Exit code of a command, its result as JSON fields, and the same result as text."""
 
 _BAR_WIDTH = 30
 _BAR_PAUSE_S = 0.1
 
 
 def run(given: argparse.Namespace) -> Answer:
-    """Run the command that was given.
+    """Run the command.
 
     Raises:
         MeshStorageError: It failed; `exit_of` has the exit code.
@@ -65,7 +65,7 @@ def exit_of(error: MeshStorageError) -> Exit:
 
 
 def _ask(server: Server) -> Health:
-    """Ask without deploying a schema, as opening a storage may do."""
+    """Check without deploying a schema, which opening a storage may do."""
     with MeshStorage(Settings(), replace(server, embedded=None)) as storage:
         return storage.health()
 
@@ -84,7 +84,7 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
     }
     error = health.error
     if error is None and not health.writable:
-        words = "the database takes no writes: it is a standby, or read-only"
+        words = "the database does not accept writes: it is a standby, or read-only"
         return Exit.UNHEALTHY, {**facts, "message": words}, words
     try:
         if error is not None:
@@ -141,7 +141,7 @@ def _psql(given: argparse.Namespace, server: Server) -> NoReturn:
 
 
 def _leave_to_psql(_number: int, _frame: object) -> None:
-    """Do nothing: Ctrl-C reaches psql as well, whose statement it cancels."""
+    """Ignore Ctrl-C, which psql receives as well and handles itself."""
 
 
 def _verify(given: argparse.Namespace) -> Answer:
@@ -167,7 +167,7 @@ def _summary(made: Manifest) -> str:
 
 @contextmanager
 def _progress_bar() -> Generator[Callable[[Progress], None] | None]:
-    """Draw a bar on stderr if a person watches, and take it away at the end."""
+    """Draw a progress bar on stderr if it is a terminal, and remove it at the end."""
     if not sys.stderr.isatty():
         yield None
         return
