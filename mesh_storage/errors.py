@@ -86,7 +86,7 @@ class InvalidInputError(MeshStorageError, ValueError):
 
 
 class MissingReferenceError(MeshStorageError):
-    """A foreign key refers to a row that does not exist."""
+    """A foreign key refers to a row that does not exist, or still refers to a row that would be deleted."""
 
 
 class UnavailableError(MeshStorageError):
@@ -150,6 +150,18 @@ _BY_CLASS: dict[str, type[MeshStorageError]] = {
 }
 
 
+_MISSING = (
+    "A table or column is missing: if it is one of mesh_storage's, run: mesh-storage upgrade; if it is your own, run "
+    "your service's migrations."
+)
+_ADVICE = {
+    "42501": "The database role lacks a privilege: see Roles and grants in docs/operations.md.",
+    "42703": _MISSING,
+    "42P01": _MISSING,
+    "55P03": "A lock was not available within lock_timeout.",
+}
+"""What to do, where the class of an error does not say it."""
+
 # A pooler ran the statement in another session than the one that prepared it.
 _PREPARED_ELSEWHERE = ("26000", "42P05")
 # 0A000 (feature_not_supported) has many causes; raised by this server function, it means a changed result type.
@@ -209,12 +221,15 @@ def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:
             sqlstate=sqlstate,
         )
     kind = _BY_SQLSTATE.get(sqlstate) or _BY_CLASS.get(sqlstate[:2], MeshStorageError)
-    message = f"{inspect.getdoc(kind)} PostgreSQL reports {error.diag.message_primary!r} (SQLSTATE {sqlstate}"
+    advice = _ADVICE.get(sqlstate) or inspect.getdoc(kind)
+    message = f"{advice} PostgreSQL reports {error.diag.message_primary!r} (SQLSTATE {sqlstate}"
     message += f", constraint {constraint})" if constraint else ")"
     if sqlstate in _PREPARED_ELSEWHERE:
         message += "; if a pooler in transaction mode is in use, set transaction_pooling"
     if kind is InvalidInputError:
-        return InvalidInputError(message, field=_field(error), sqlstate=sqlstate, constraint=constraint)
+        field = _field(error)
+        message = f"{field}: {message}" if field else message
+        return InvalidInputError(message, field=field, sqlstate=sqlstate, constraint=constraint)
     return kind(message, sqlstate=sqlstate, constraint=constraint)
 
 

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from sqlalchemy import Transaction
 from sqlalchemy.orm import Session, SessionTransaction
@@ -31,6 +32,9 @@ from mesh_storage.repositories import (
     RuntimeConfigRepository,
     StateRepository,
 )
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class UnitOfWork:
@@ -111,11 +115,12 @@ class UnitOfWork:
             StorageTimeoutError: The timeout expired; if `.committed` is `locally`, the synchronous standby may lack the
                 transaction.
         """
+        self._connection.owner.check()
         self._connection.savepoints.check_none_open()
         if "_session" in vars(self) and not self._connection.has_failed:
             self._flush()
             while (nested := self._session.get_nested_transaction()) is not None and nested.is_active:
-                nested.commit()  # a savepoint of the caller's session that was left open
+                self._in_session(nested.commit)  # a savepoint of the caller's session that was left open
         self._connection.commit()
 
     def rollback(self) -> None:
@@ -130,16 +135,17 @@ class UnitOfWork:
         # SQLAlchemy restores the objects to their state at this point, even if the session is first used in the block.
         # The session must join the transaction first, else it would join the savepoint and end with it.
         self._flush()
-        self._session.connection()
+        self._in_session(self._session.connection)
         savepoint = self._connection.begin_nested()
         try:
             nested = self._session.begin_nested()
-            nested.__enter__()
+            self._in_session(nested.__enter__)
         except BaseException:
             undisturbed(self._connection.owner, self._connection.roll_back_to, savepoint)
             raise
         try:
             yield
+            self._connection.owner.check()  # in a forked child, the savepoint is the parent's
             self._flush()
             nested.__exit__(None, None, None)
         except BaseException as error:
@@ -153,8 +159,12 @@ class UnitOfWork:
         return open_session(self._connection)
 
     def _flush(self) -> None:
+        self._in_session(self._session.flush)
+
+    def _in_session(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a method of the session, and translate its errors."""
         try:
-            self._session.flush()
+            return work(*args, **kwargs)
         except MeshStorageError:
             raise
         except Exception as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,16 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: 
         if name.startswith("MESH_STORAGE_") and name != "MESH_STORAGE_TEST_URL":
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Yield a directory outside of pytest's own, which every new run of pytest closes to other accounts.
+
+    Root's servers run under another account, and some start anew in the middle of a test.
+    """
+    with tempfile.TemporaryDirectory(prefix="mesh_storage-test-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture

@@ -411,7 +411,7 @@ def test_what_follows_a_retryable_failure_is_retryable(storage: MeshStorage) -> 
         with storage.unit_of_work() as uow:
             with pytest.raises(MeshStorageError) as first:
                 put(uow)
-            with pytest.raises(MeshStorageError, match="failed before") as second:
+            with pytest.raises(MeshStorageError, match="earlier call") as second:
                 uow.nodes.count()
             with pytest.raises(MeshStorageError, match="not committed") as third:
                 uow.commit()

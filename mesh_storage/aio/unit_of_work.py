@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, AsyncTransaction
 from sqlalchemy.util import ro_memoized_property  # functools.cached_property takes a lock up to Python 3.11
@@ -28,6 +29,9 @@ from mesh_storage.errors import MeshStorageError
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.failure import DRIVER_ERRORS
 from mesh_storage.postgres.retry import log_if_slow
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class AsyncUnitOfWork:
@@ -108,11 +112,12 @@ class AsyncUnitOfWork:
             StorageTimeoutError: The timeout expired; if `.committed` is `locally`, the synchronous standby may lack the
                 transaction.
         """
+        self._connection.owner.check()
         self._connection.savepoints.check_none_open()
         if "_session" in vars(self) and not self._connection.has_failed:
             await self._flush()
             while (nested := self._session.get_nested_transaction()) is not None and nested.is_active:
-                await nested.commit()  # a savepoint of the caller's session that was left open
+                await self._in_session(nested.commit)  # a savepoint of the caller's session that was left open
         await self._connection.commit()
 
     async def rollback(self) -> None:
@@ -127,16 +132,17 @@ class AsyncUnitOfWork:
         # SQLAlchemy restores the objects to their state at this point, even if the session is first used in the block.
         # The session must join the transaction first, else it would join the savepoint and end with it.
         await self._flush()
-        await self._session.connection()
+        await self._in_session(self._session.connection)
         savepoint = await self._connection.begin_nested()
         try:
             nested = self._session.begin_nested()
-            await nested.__aenter__()
+            await self._in_session(nested.__aenter__)
         except BaseException:
             await uninterrupted(self._connection.owner, self._connection.roll_back_to, savepoint)
             raise
         try:
             yield
+            self._connection.owner.check()  # in a forked child, the savepoint is the parent's
             await self._flush()
             await nested.__aexit__(None, None, None)
         except BaseException as error:
@@ -150,8 +156,12 @@ class AsyncUnitOfWork:
         return open_async_session(self._connection)
 
     async def _flush(self) -> None:
+        await self._in_session(self._session.flush)
+
+    async def _in_session(self, work: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a method of the session, and translate its errors."""
         try:
-            await self._session.flush()
+            return await work(*args, **kwargs)
         except MeshStorageError:
             raise
         except Exception as error:

@@ -18,6 +18,7 @@ from sqlalchemy import Connection
 
 from mesh_storage.postgres import jsonb, timestamps
 from mesh_storage.postgres.characteristics import Mode
+from mesh_storage.postgres.concurrency import itself
 from mesh_storage.postgres.deadline import SessionLimits
 from mesh_storage.postgres.events import Events
 from mesh_storage.postgres.liveness import Liveness
@@ -98,7 +99,6 @@ class Driver:
 
     def commit(self) -> None:
         """Commit the transaction."""
-        self.unreplicated = False
         self.connection.commit()
 
     def rollback(self) -> None:
@@ -123,7 +123,11 @@ class Driver:
         return self._limits
 
     def reset(self) -> None:
-        """Reset the session: discard its parameters, advisory locks, LISTEN registrations and temporary tables."""
+        """Reset session-level state, or end the connection if execution options of SQLAlchemy were set on it."""
+        connection = itself(self.sqlalchemy)
+        if connection.get_execution_options() != connection.engine.get_execution_options():
+            self.discard()
+            return
         self.switch(Mode(autocommit=True))
         self.execute_script(_RESET)
 

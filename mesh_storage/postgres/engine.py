@@ -208,12 +208,19 @@ def share_time(parameters: dict[str, Any]) -> float | None:
 
 
 def connect_within(seconds: float | None, parameters: dict[str, Any]) -> TimedConnection:
-    """Connect within a time limit; an attempt that exceeds it ends in its own thread.
+    """Connect within a time limit, which holds for SQLAlchemy's first statements as well.
+
+    An attempt that takes longer finishes in a thread of its own.
 
     Raises:
         psycopg.errors.ConnectionTimeout: No server responded in time.
     """
-    return TimedConnection.connect(**parameters) if seconds is None else _Attempt(parameters).result(seconds)
+    if seconds is None:
+        return TimedConnection.connect(**parameters)
+    end = time.monotonic() + seconds
+    made = _Attempt(parameters).result(seconds)
+    made.deadline = end
+    return made
 
 
 class _Attempt:

@@ -8,6 +8,7 @@ import psycopg
 import sqlalchemy.exc
 
 from mesh_storage.errors import (
+    InvalidInputError,
     MeshStorageError,
     StorageTimeoutError,
     UnavailableError,
@@ -15,9 +16,10 @@ from mesh_storage.errors import (
     translate,
 )
 
-DRIVER_ERRORS = (sqlalchemy.exc.DBAPIError, psycopg.Error)
+DRIVER_ERRORS = (sqlalchemy.exc.StatementError, psycopg.Error)
 
 _READ_ONLY_SQL_TRANSACTION = "25006"
+_QUERY_CANCELED = "57014"
 
 
 class Failure(NamedTuple):
@@ -42,6 +44,11 @@ def judge(error: Exception, *, read_only: bool, connected: bool, silent: bool, t
     if translated.sqlstate == _READ_ONLY_SQL_TRANSACTION and not read_only:
         message = "the server is read-only: a standby, or a demoted primary"
         return Failure(UnavailableError(message, sqlstate=translated.sqlstate), is_lost=True)
+    if translated.sqlstate == _READ_ONLY_SQL_TRANSACTION:
+        refused = InvalidInputError("this unit of work is read-only", field="read_only", sqlstate=translated.sqlstate)
+        return Failure(refused, is_lost=False)
+    if translated.sqlstate == _QUERY_CANCELED and timed_out:
+        translated = StorageTimeoutError("the unit of work exceeded its timeout", sqlstate=translated.sqlstate)
     if prepared_in_vain(translated):
         return Failure(translated, is_lost=True)
     if connected:

@@ -54,13 +54,15 @@ class Slots:
                 return True
         turn = threading.Lock()
         turn.acquire()
-        self._waiting.append(turn)
-        self._hand_over()  # a slot may have been released in between
+        queued = False
         try:
+            self._waiting.append(turn)
+            queued = True
+            self._hand_over()  # a slot may have been released in between
             if turn.acquire(timeout=timeout):
                 return True
         except BaseException:  # KeyboardInterrupt
-            if not self._withdraw(turn):
+            if not self._withdraw(turn) and queued:
                 self.release()
             raise
         return not self._withdraw(turn)
@@ -99,7 +101,7 @@ class Pool:
         self.size = settings.pool_size
         self.closed = False
         self._timeout = settings.pool_timeout
-        self._response_timeout = response_timeout(server)
+        self._response_timeout = response_timeout(settings, server)
         self._pooling = Pooling.of(settings, server.local_parameters)
         self._server = server
         self._engine = create_engine(server.connect)
@@ -220,18 +222,24 @@ class Pool:
 
 
 _RESPONSE_GRACE_S = 5.0
-_STATEMENT_TIMEOUT = re.compile(r"statement[_-]timeout\s*=\s*'?(\d+(?:\.\d+)?)\s*(us|ms|s|min|h|d)?")
-_UNITS_S = {"us": 1e-6, "ms": 1e-3, "": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
+_OPTION = re.compile(r"(?:-c\s*|--)([A-Za-z_.-]+)\s*=\s*((?:\\.|\S)*)")
+_DURATION = re.compile(r"(\d+)(us|ms|s|min|h|d)?")
+_UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
-def response_timeout(server: Server) -> float | None:
+def response_timeout(settings: Settings, server: Server) -> float | None:
     """Return the seconds after which a silent server is given up: more than it has to end a statement itself.
 
-    What counts is the `statement_timeout` that our connections begin with, wherever it was set; if it is 0, there is no
-    limit.
+    What counts is the `statement_timeout` that connections begin with, wherever it was set. There is no limit if it is
+    0, or written in a way that is not read here.
     """
-    number, unit = _STATEMENT_TIMEOUT.findall(f"{server.local_parameters or ''} {server.connect['options']}")[-1]
-    seconds = float(number) * _UNITS_S[unit]
+    seconds = settings.statement_timeout
+    if server.local_parameters is None:
+        options = {
+            name.replace("-", "_").casefold(): value for name, value in _OPTION.findall(server.connect["options"])
+        }
+        read = _DURATION.fullmatch(options.get("statement_timeout", "").replace("\\ ", ""))
+        seconds = float(read[1]) * _UNITS_S[read[2] or "ms"] if read else 0.0
     return seconds + _RESPONSE_GRACE_S if seconds else None
 
 

@@ -20,6 +20,11 @@ class Savepoints:
             self._writes = Writes()
         return self._writes
 
+    @property
+    def are_open(self) -> bool:
+        """Whether a savepoint is open."""
+        return bool(self._outer)
+
     def check_none_open(self) -> None:
         """Raise if a savepoint is open, within which the transaction cannot be ended.
 

@@ -66,7 +66,9 @@ class UnitOfWorkSession(Session):
         try:
             super().flush(objects)
         except BaseException as error:
-            self._wait(self._connection.failed(error))
+            # In a savepoint of the caller's, SQLAlchemy has rolled back to it, and the transaction can continue.
+            if self._connection.savepoints.are_open or not self.in_nested_transaction():
+                self._wait(self._connection.failed(error))
             raise
 
     def commit(self) -> None:

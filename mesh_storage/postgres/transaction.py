@@ -73,17 +73,19 @@ class UnitOfWorkTransaction:
         self.begin()
         return self._driver.sqlalchemy.begin_nested()
 
+    def relax(self) -> None:
+        """Let the commit wait for neither disk nor standby, if there is something to commit."""
+        if self._driver.status() != TransactionStatus.IDLE:
+            self._driver.execute(b"SET LOCAL synchronous_commit = off")
+
     def commit(self) -> None:
-        """Commit the transaction, if it has begun."""
+        """Commit, if a transaction is open."""
         if self._driver.status() == TransactionStatus.IDLE:
             return
-        if self._characteristics.durability == "relaxed":
-            self._driver.execute(b"SET LOCAL synchronous_commit = off")
         transaction = self._driver.sqlalchemy.get_transaction()
         if transaction is None:
             self._driver.commit()
         else:
-            self._driver.unreplicated = False
             transaction.commit()
 
     def rollback(self) -> None:

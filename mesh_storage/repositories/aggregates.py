@@ -114,6 +114,23 @@ class Infrastructure(Aggregate[M]):
         changed = update(self.table).where(self.columns["id"] == bindparam("id")).values(values)
         return changed.returning(self.columns["updated"])
 
+    def new(self, field: str, entities: Iterable[M]) -> list[dict[str, Any]]:
+        """Return the attribute values of new aggregates, which may hold no related objects: only columns are stored.
+
+        Raises:
+            InvalidInputError: One is not of this kind, or holds related objects; names the field.
+        """
+        instances = self.attributes(field, entities)
+        for relationship in self.model.__mapper__.relationships:
+            name = relationship.key
+            if any(instance.get(name) for instance in instances):
+                raise InvalidInputError(
+                    f"{self.name}.{name} holds related objects, which repositories do not store; add the {self.name} "
+                    "to uow.session instead",
+                    field=f"{self.name}.{name}",
+                )
+        return instances
+
     def values(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
         """Validate an aggregate's attributes and return the statement parameters, with defaults in place of None."""
         return {name: self.column(name, [attributes.get(name)])[0] for name in self.columns}

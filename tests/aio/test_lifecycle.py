@@ -156,7 +156,7 @@ def test_who_waits_for_a_connection_at_close_gets_none(run: Run, mesh_storage_ur
 def test_a_cancelled_opening_leaves_no_server(run: Run, tmp_path: Path, begun: str) -> None:
     async def main() -> None:
         opening = asyncio.ensure_future(AsyncMeshStorage.open(f"embedded:{tmp_path}"))
-        await eventually((tmp_path / begun).exists)
+        await eventually((tmp_path / begun).exists, seconds=60)
         opening.cancel()
         with suppress(asyncio.CancelledError):
             await (await opening).close()

@@ -475,7 +475,7 @@ def test_a_backup_goes_into_tables_that_were_never_adopted(server: Server, bare:
 
 def test_some_tables_without_a_revision_are_not_taken_for_ours(server: Server, bare: Server, made: Path) -> None:
     run(bare, "CREATE TABLE nodes (id int)")
-    with pytest.raises(ConflictError, match="nodes are there at revision none"):
+    with pytest.raises(ConflictError, match="nodes exist at revision none"):
         backup.restore(bare, made, overwrite=True)
     assert texts(bare, "SELECT count(*)::text FROM nodes") == ["0"]
     run(server, "DROP TABLE mesh_state", "UPDATE mesh_alembic_version SET version_num = '0008'")

@@ -211,8 +211,8 @@ def test_the_fixtures_work_with_a_small_ram_disk() -> None:
 
 
 @as_root
-def test_where_no_disk_has_room_it_is_said_before_anything_is_made() -> None:
-    small = 'for place in /dev/shm /tmp /var/tmp; do mount -t tmpfs -o size=20m tmpfs $place; done; exec "$@"'
+def test_where_no_disk_has_room_it_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    small = 'for place in /dev/shm "$TMPDIR" /var/tmp; do mount -t tmpfs -o size=20m tmpfs "$place"; done; exec "$@"'
     code = """
         from mesh_storage import MeshStorage
         try:
@@ -220,7 +220,7 @@ def test_where_no_disk_has_room_it_is_said_before_anything_is_made() -> None:
         except Exception as error:
             print(type(error).__name__, error)
     """
-    done = run(code, prefix=("unshare", "--mount", "sh", "-c", small, "sh"), TMPDIR="/tmp")  # noqa: S108 - one of this process alone
+    done = run(code, prefix=("unshare", "--mount", "sh", "-c", small, "sh"), TMPDIR=str(tmp_path))
     assert done.stdout.startswith("UnavailableError not enough space for a temporary PostgreSQL server"), (
         done.stdout + done.stderr
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
+from sqlalchemy import text
 
 from mesh_storage import MeshStorage, MeshStorageError, StorageTimeoutError, UnavailableError, UnitOfWork
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
@@ -130,4 +131,38 @@ def test_a_session_that_commits_is_no_plain_success_either(storage: MeshStorage)
 def test_other_errors_say_that_nothing_is_committed(storage: MeshStorage) -> None:
     with pytest.raises(MeshStorageError) as error, storage.begin() as uow:
         uow.nodes.get("node_01J9ZQ4E8G3Q1M1V7W2T5K6X8Y")
+    assert error.value.committed == "no"
+
+
+def test_the_next_unit_of_work_on_the_connection_is_a_success(
+    storage: MeshStorage, observer: psycopg.Connection[tuple[object, ...]]
+) -> None:
+    thread = signal_the_waiting(observer, "pg_cancel_backend")
+    with pytest.raises(StorageTimeoutError), storage.begin() as uow:
+        put(uow)
+    thread.join()
+    for read_only in (True, False):
+        with storage.begin(read_only=read_only) as uow:
+            assert uow.state.get("k").value == b"v"
+
+
+def test_a_commit_that_failed_is_not_said_to_be_rolled_back(
+    storage: MeshStorage, observer: psycopg.Connection[tuple[object, ...]]
+) -> None:
+    thread = signal_the_waiting(observer, "pg_terminate_backend")
+    with pytest.raises(MeshStorageError) as error, storage.begin() as uow:
+        uow.state.put("twice", b"v")
+        with pytest.raises(UnavailableError):
+            uow.commit()
+    thread.join()
+    assert (error.value.committed, error.value.retryable) == ("locally", False)
+
+
+def test_a_connection_that_is_lost_before_a_relaxed_commit_has_committed_nothing(
+    storage: MeshStorage, observer: psycopg.Connection[tuple[object, ...]]
+) -> None:
+    with pytest.raises(UnavailableError) as error, storage.begin(durability="relaxed") as uow:
+        put(uow)
+        pid = uow.session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        observer.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
     assert error.value.committed == "no"

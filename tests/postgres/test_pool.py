@@ -14,9 +14,13 @@ import psycopg
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import IntegrityError
 
 from mesh_storage import MeshStorage, MeshStorageError, Settings, StorageTimeoutError, UnavailableError, UnitOfWork
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+from mesh_storage.models import StateEntry
+from mesh_storage.postgres.pool import Slots, response_timeout
+from mesh_storage.postgres.server import Server
 from tests.conftest import frozen
 
 
@@ -210,18 +214,12 @@ def test_one_dead_connection_condemns_those_that_are_as_old(
 
 def test_a_demotion_is_learnt_once(storage: MeshStorage, observer: psycopg.Connection[tuple[Any, ...]]) -> None:
     """The connections that were idle then are not lent again, so the next unit of work has a fresh one."""
-    warm(storage, 5)
-    for setting in ("on", "off"):
-        # As a demotion does, it reaches the sessions that are there.
-        for pid in sessions(observer):
-            assert pid
-        observer.execute(f"ALTER ROLE CURRENT_USER SET default_transaction_read_only = {setting}")
-        if setting == "on":
-            with pytest.raises(UnavailableError, match="read-only") as error, storage.begin() as uow:
-                uow.session.execute(text("SET TRANSACTION READ ONLY"))
-                uow.state.put("k", b"v")
-            assert error.value.retryable
-    assert sessions(observer) == set()
+    old = set(warm(storage, 5))
+    with pytest.raises(UnavailableError, match="read-only") as error, storage.begin() as uow:
+        uow.session.execute(text("SET TRANSACTION READ ONLY"))  # as all transactions are after a demotion
+        uow.state.put("k", b"v")
+    assert error.value.retryable
+    eventually(lambda: not sessions(observer) & old)
     with storage.begin() as uow:
         uow.state.put("k", b"v")
 
@@ -335,3 +333,70 @@ def test_listeners_of_the_engine_see_the_statements_of_repositories(storage: Mes
     with storage.begin() as uow:
         uow.state.put("k", b"w")
     assert len([statement for _, statement in seen if "mesh_state" in statement]) == 2
+
+
+def test_execution_options_of_a_session_do_not_stay(mesh_storage_url: str) -> None:
+    with opened(mesh_storage_url, pool_size=1) as storage:
+        with storage.begin() as uow:
+            uow.session.execute(text("CREATE SCHEMA other"))
+            uow.session.execute(text("CREATE TABLE other.mesh_state (LIKE public.mesh_state INCLUDING ALL)"))
+        with storage.begin() as uow:
+            uow.session.connection(execution_options={"schema_translate_map": {None: "other"}})
+        with storage.begin() as uow:
+            uow.session.add(StateEntry(key="k", value=b"v"))
+        with storage.begin() as uow:
+            assert uow.session.execute(text("SELECT count(*) FROM public.mesh_state")).scalar_one() == 1
+
+
+def test_an_interrupt_while_queueing_loses_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(1)
+    assert slots.acquire(1)
+
+    def interrupt(_slots: Slots) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Slots, "_hand_over", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            slots.acquire(1)
+    slots.release()
+    assert slots.acquire(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        ("-c statement_timeout=1000", 6.0),
+        ("-cstatement_timeout=2s", 7.0),
+        ("--statement-timeout=1min", 65.0),
+        ("-c statement_timeout=60\\ min", 3605.0),
+        ("-c statement_timeout=1000000 -c my.statement_timeout=7", 1005.0),
+        ("-c statement_timeout=30000 -c STATEMENT_TIMEOUT=10min", 605.0),
+        ("-c statement_timeout=1e6", None),
+        ("-c statement_timeout=0", None),
+    ],
+)
+def test_a_silent_server_is_given_what_statement_timeout_says(options: str, seconds: float | None) -> None:
+    assert response_timeout(Settings(), Server({"options": options})) == seconds
+
+
+def test_a_flush_that_fails_in_a_savepoint_of_the_callers_session_ends_that_alone(storage: MeshStorage) -> None:
+    with storage.begin() as uow:
+        uow.state.put("before", b"v")
+        uow.session.execute(text("INSERT INTO mesh_state (key, value) VALUES ('taken', 'v')"))
+        with pytest.raises(IntegrityError), uow.session.begin_nested():
+            uow.session.add(StateEntry(key="taken", value=b"v"))
+            uow.session.flush()
+        uow.state.put("after", b"v")
+    with storage.begin(read_only=True) as uow:
+        assert [entry.key for entry in uow.state.stream()] == ["after", "before", "taken"]
+
+
+def test_no_error_of_the_session_leaves_the_block_raw(
+    storage: MeshStorage, observer: psycopg.Connection[tuple[Any, ...]]
+) -> None:
+    with pytest.raises(MeshStorageError), storage.begin() as uow:
+        uow.session.execute(text("SELECT :missing"))
+    with pytest.raises(UnavailableError), storage.begin() as uow:
+        uow.session.begin_nested()
+        observer.execute("SELECT pg_terminate_backend(%s, 10000)", [backend(uow)])

@@ -71,7 +71,7 @@ def test_a_backend_that_was_terminated_is_said_to_be(
         migrating.start()
         assert eventually(lambda: waiting(connection, statement))
         end(connection)
-        migrating.join(30)
+        migrating.join(120)
         assert not migrating.is_alive()
     (failure,) = failures
     assert isinstance(failure, UnavailableError)

@@ -184,15 +184,21 @@ class AsyncUnitOfWorkConnection:
         if self.has_failed:
             failure = self._failure or MeshStorageError("a statement of the session failed")
             await self.rollback()
+            if failure.committed != "no":  # an earlier COMMIT failed, and its error was caught
+                raise failure
             raise not_committed(failure) from failure
+        if self.characteristics.durability == "relaxed":
+            await self.perform(self._transaction.relax)
+        self.driver.unreplicated = False
         try:
             await self.perform(self._transaction.commit)
-        except MeshStorageError as error:
-            if self.driver.unreplicated:
-                raise committed_locally(error) from error
-            if self.driver.status() == TransactionStatus.UNKNOWN:
-                error.committed = "unknown"
-            raise
+        except BaseException as error:
+            if self._failure is None:  # COMMIT was not sent
+                raise
+            self._failure = self._outcome(error)
+            if self._failure is error or not isinstance(error, MeshStorageError):
+                raise
+            raise self._failure from error
         self.savepoints.committed()
         await self.joined.settle()
         if self.driver.unreplicated:
@@ -232,6 +238,15 @@ class AsyncUnitOfWorkConnection:
             and not self.driver.connection.cancelled
             and not self.owner.in_use  # by another thread or task, incorrectly
         )
+
+    def _outcome(self, error: BaseException) -> MeshStorageError:
+        """Return the failure of a COMMIT, which tells whether the transaction was committed all the same."""
+        if isinstance(error, MeshStorageError) and self.driver.unreplicated:
+            return committed_locally(error)
+        failure = error if isinstance(error, MeshStorageError) else UnavailableError("the commit was interrupted")
+        if self.driver.status() == TransactionStatus.UNKNOWN or failure is not error:
+            failure.committed = "unknown"
+        return failure
 
     async def _run(self, statement: Statement, parameters: Parameters | None) -> tuple[list[Row], int]:
         if statement.writes:

@@ -14,6 +14,7 @@ import psycopg
 from psycopg.errors import Diagnostic
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from mesh_storage.aio.postgres.concurrency import sync_connection
 from mesh_storage.aio.postgres.timed import AsyncTimedConnection
 from mesh_storage.postgres import jsonb, timestamps
 from mesh_storage.postgres.characteristics import Mode
@@ -96,7 +97,6 @@ class AsyncDriver:
 
     async def commit(self) -> None:
         """Commit the transaction."""
-        self.unreplicated = False
         await self.connection.commit()
 
     async def rollback(self) -> None:
@@ -121,7 +121,11 @@ class AsyncDriver:
         return self._limits
 
     async def reset(self) -> None:
-        """Reset the session: discard its parameters, advisory locks, LISTEN registrations and temporary tables."""
+        """Reset session-level state, or end the connection if execution options of SQLAlchemy were set on it."""
+        connection = sync_connection(self.sqlalchemy)
+        if connection.get_execution_options() != connection.engine.get_execution_options():
+            await self.discard()
+            return
         await self.switch(Mode(autocommit=True))
         await self.execute_script(_RESET)
 

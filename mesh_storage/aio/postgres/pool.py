@@ -48,7 +48,7 @@ class AsyncPool:
         self.size = settings.pool_size
         self.closed = False
         self._timeout = settings.pool_timeout
-        self._response_timeout = response_timeout(server)
+        self._response_timeout = response_timeout(settings, server)
         self._pooling = Pooling.of(settings, server.local_parameters)
         self._server = server
         connect = server.connect | {"async_creator_fn": _connect}
@@ -223,10 +223,13 @@ class AsyncPool:
 
 
 async def _connect(*_conninfo: str, **parameters: Any) -> AsyncTimedConnection:
-    """Connect within the time limit for all hosts together."""
+    """Connect within the time limit for all hosts together, which holds for SQLAlchemy's first statements as well."""
     seconds = share_time(parameters)
+    end = None if seconds is None else time.monotonic() + seconds
     try:
         async with asyncio.timeout(seconds):
-            return await AsyncTimedConnection.connect(**parameters)
+            made = await AsyncTimedConnection.connect(**parameters)
     except TimeoutError:
         raise psycopg.errors.ConnectionTimeout(f"no server responded within {seconds:g} s") from None
+    made.deadline = end
+    return made

@@ -71,17 +71,19 @@ class AsyncUnitOfWorkTransaction:
         await self.begin()
         return await self._driver.sqlalchemy.begin_nested()
 
+    async def relax(self) -> None:
+        """Let the commit wait for neither disk nor standby, if there is something to commit."""
+        if self._driver.status() != TransactionStatus.IDLE:
+            await self._driver.execute(b"SET LOCAL synchronous_commit = off")
+
     async def commit(self) -> None:
-        """Commit the transaction, if it has begun."""
+        """Commit, if a transaction is open."""
         if self._driver.status() == TransactionStatus.IDLE:
             return
-        if self._characteristics.durability == "relaxed":
-            await self._driver.execute(b"SET LOCAL synchronous_commit = off")
         transaction = self._driver.sqlalchemy.get_transaction()
         if transaction is None:
             await self._driver.commit()
         else:
-            self._driver.unreplicated = False
             await transaction.commit()
 
     async def rollback(self) -> None:

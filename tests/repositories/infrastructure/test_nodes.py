@@ -314,3 +314,12 @@ def test_a_node_holds_no_more_than_its_columns(uow: UnitOfWork) -> None:
     route = RouteFactory.create(uow=uow)
     assert tuple(vars(uow.nodes.get(route.source_node_id))) == attribute_names(Node)
     assert tuple(vars(uow.routes.get(route.id))) == attribute_names(Route)
+
+
+def test_related_objects_are_refused_and_not_lost(uow: UnitOfWork) -> None:
+    other = uow.nodes.add(Node(name="other", ip_address="10.0.0.2"))
+    with_route = Node(name="node", ip_address="10.0.0.1", routes_out=[Route(target_node_id=other.id)])
+    for call in (lambda: uow.nodes.add(with_route), lambda: uow.nodes.add_many([with_route])):
+        with pytest.raises(InvalidInputError, match=r"uow\.session") as error:
+            call()
+        assert error.value.field == "Node.routes_out"

@@ -37,7 +37,7 @@ class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
             InvalidInputError: A value is invalid; names the field.
         """
         kind = self._infrastructure
-        [instance] = kind.attributes(kind.name, [entity])
+        [instance] = kind.new(kind.name, [entity])
         id_ = instance.get("id")
         values = kind.values({**instance, "id": new_id(kind.prefix) if id_ is None else id_})
         times = await self._connection.fetch_one(kind.add, values)
@@ -53,7 +53,7 @@ class AsyncInfrastructureRepository(AsyncKeyedRepository[M]):
         """Add many aggregates by COPY, all or none, and return them as `add` does."""
         kind = self._infrastructure
         given = checks.many("entities", entities)
-        instances = kind.attributes(kind.name, given)
+        instances = kind.new(kind.name, given)
         if len(set(map(id, given))) < len(given):  # it would be stored twice, under two ids
             raise InvalidInputError(f"entities must not contain the same {kind.name} twice", field="entities")
         if not given:
