@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What another checkout or environment set must not leak into ours.
+# Variables set by another checkout or environment must not affect this one.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
@@ -11,7 +11,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-install: $(VENV)/.installed ## Make the environment in .venv
+install: $(VENV)/.installed ## Create the environment in .venv
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; say which: make PYTHON=python3.12")'
@@ -26,7 +26,8 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Reads what pip says and, on a terminal, counts in one line. A pipe ends as its last command does: it has to fail for pip.
+# Reads pip's output and, on a terminal, counts the packages on one line. A pipe has the exit status of its last command,
+# so this one must fail if pip failed.
 COUNT_PACKAGES = total=$$(grep -c '^[a-z].*==' requirements.lock); number=0; \
 	show() { [ ! -t 1 ] || printf '%-72s\r' "$$1"; }; \
 	while read -r word package rest; do \
@@ -39,22 +40,22 @@ COUNT_PACKAGES = total=$$(grep -c '^[a-z].*==' requirements.lock); number=0; \
 		esac; \
 	done; show ""
 
-demo: install ## Run a day of a real network on a database of its own, and draw it
+demo: install ## Run a day of a real network on its own database, and draw it
 	@$(BIN)/python examples/mesh_day.py
 
-test: install ## Run all tests against a real PostgreSQL, or those of make test T=tests/backup
+test: install ## Run all tests against a real PostgreSQL, or only some: make test T=tests/backup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(T),$(T),--cov --cov-report=term-missing:skip-covered)
 
-test-matrix: install ## Run all tests on PostgreSQL 15, 16 and 18, as far as they are found
+test-matrix: install ## Run all tests on each of PostgreSQL 15, 16 and 18 that is found
 	$(BIN)/python tools/test_matrix.py $(MATRIX) -- -n 2 --dist worksteal $(T)
 
 lint: install ## Check format, style and generated code
-	$(BIN)/unasyncd --force --quiet  # writes what is stale, and fails then
+	$(BIN)/unasyncd --force --quiet  # rewrites stale files, and then fails
 	$(BIN)/python tools/reference.py --check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-format: install ## Bring the code into its format
+format: install ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -62,17 +63,17 @@ types: install ## Check the types
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-check: lint types schema docs test ## Everything that is to pass before a change is handed in
+check: lint types schema docs test ## Run every check a change must pass
 
-schema: install ## Check that the models and the migrations say the same
+schema: install ## Check that models and migrations agree
 	@directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && export MESH_STORAGE_URL="embedded:$$directory" && \
 		$(BIN)/alembic upgrade head && $(BIN)/alembic check
 
-docs: install ## Build the documents, with the reference of all that is public, as a site in build/site
+docs: install ## Build a website of the documents and the API reference in build/site
 	$(BIN)/properdocs build --strict
 	@echo "Open build/site/index.html"
 
-sync: install ## Derive anew the blocking side from mesh_storage/aio, and what docs/ takes from the code
+sync: install ## Regenerate the blocking side from mesh_storage/aio, and the generated parts of docs/
 	-$(BIN)/unasyncd --force
 	$(BIN)/python tools/reference.py
 
@@ -82,15 +83,15 @@ bench: install ## Measure against plain psycopg
 migrate: install ## Deploy the schema to MESH_STORAGE_URL
 	$(BIN)/alembic upgrade head
 
-revision: install ## Begin a migration: make revision m="what it does"
+revision: install ## Create a migration: make revision m="what it does"
 	$(BIN)/alembic revision --rev-id $$($(BIN)/python -c 'from mesh_storage.schema import head; print(f"{int(head()) + 1:04}")') -m "$(m)"
 
-lock: ## Choose the newest versions of all packages for requirements.lock
+lock: ## Update requirements.lock to the newest versions
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet uv
 	$(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-emit-index-url --all-extras --group dev pyproject.toml --output-file requirements.lock --upgrade
 	rm -rf $(VENV)-lock
 
-clean: ## Remove what the commands made
+clean: ## Remove everything that the commands created
 	rm -rf $(VENV) build .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache dist
