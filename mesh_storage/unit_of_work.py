@@ -172,7 +172,7 @@ class UnitOfWork:
 
     def _undo(self, savepoint: Transaction, nested: SessionTransaction, error: BaseException) -> None:
         if self._connection.owner.inherited:  # ending it in a forked child would end it for the parent
-            return
+            self._connection.owner.check()
         try:
             nested.__exit__(type(error), error, error.__traceback__)
         finally:

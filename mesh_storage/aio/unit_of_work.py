@@ -169,7 +169,7 @@ class AsyncUnitOfWork:
 
     async def _undo(self, savepoint: AsyncTransaction, nested: AsyncSessionTransaction, error: BaseException) -> None:
         if self._connection.owner.inherited:  # ending it in a forked child would end it for the parent
-            return
+            self._connection.owner.check()
         try:
             await nested.__aexit__(type(error), error, error.__traceback__)
         finally:
