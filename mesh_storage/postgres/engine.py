@@ -145,9 +145,12 @@ def connect(arguments: Mapping[str, Any]) -> psycopg.Connection[tuple[Any, ...]]
     """
     try:
         parameters = {**arguments, "autocommit": True}
-        return connect_within(share_time(parameters), parameters)
+        made = connect_within(share_time(parameters), parameters)
     except psycopg.Error as error:
         refused, cause = connection_refused(error)
+    else:
+        made.deadline = None  # it is connected
+        return made
     raise refused from cause
 
 
