@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from dotenv.parser import parse_stream
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from mesh_storage.errors import ConfigurationError, InvalidInputError
 
@@ -114,9 +122,11 @@ class Settings(_Checked):
         """Return the sources in order of precedence, after checking the names of the variables.
 
         Raises:
-            ConfigurationError: A variable has our prefix but names no setting.
+            ConfigurationError: A variable has our prefix but names no setting, or a line of `.env` is malformed.
         """
         del settings_cls
+        if isinstance(dotenv_settings, DotEnvSettingsSource):
+            _check_lines(dotenv_settings.env_file)
         for source in (env_settings, dotenv_settings):
             if isinstance(source, EnvSettingsSource):
                 _check_variables(source.env_vars, set(cls.model_fields))
@@ -140,6 +150,19 @@ def settings_of(url: str | None) -> Settings:
 def _unknown(values: dict[str, Any], known: set[str]) -> str | None:
     unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
     return _describe_unknown(unknown, known) if unknown else None
+
+
+def _check_lines(env_file: Path | str | Sequence[Path | str] | None) -> None:
+    """Reject a malformed line with our prefix, which python-dotenv would skip: another database might be used."""
+    files = [env_file] if isinstance(env_file, (str, Path)) else env_file or ()
+    for file in map(Path, files):
+        if file.is_file():
+            with file.open(encoding="utf-8") as stream:
+                for binding in parse_stream(stream):
+                    if binding.error and ENV_PREFIX in binding.original.string.upper():
+                        raise ConfigurationError(
+                            f"invalid setting '{file.name}': line {binding.original.line} is not NAME=VALUE"
+                        )
 
 
 def _check_variables(variables: Iterable[str], known: set[str]) -> None:

@@ -669,3 +669,11 @@ def test_a_url_that_is_none_for_the_fixtures_is_named(url: str, monkeypatch: pyt
     monkeypatch.setenv("MESH_STORAGE_TEST_URL", url)
     with pytest.raises(ConfigurationError, match="MESH_STORAGE_TEST_URL"), databases():
         pass
+
+
+@pytest.mark.parametrize("line", ["MESH_STORAGE_URL: postgresql://localhost:1/x", 'MESH_STORAGE_PASSWORD="hunter2'])
+def test_a_malformed_line_of_the_file_is_named_and_not_skipped(line: str) -> None:
+    Path(".env").write_text(f"MESH_STORAGE_POOL_SIZE=3\n{line}\n")
+    with pytest.raises(ConfigurationError, match=r"'\.env': line 2") as error:
+        Settings()
+    assert "hunter2" not in str(error.value)
