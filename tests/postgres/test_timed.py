@@ -23,8 +23,9 @@ from tests.conftest import frozen
 
 @pytest.fixture
 def connection(mesh_storage_url: str) -> Iterator[TimedConnection]:
-    with TimedConnection.connect(mesh_storage_url, autocommit=True) as made:
-        yield made
+    made = TimedConnection.connect(mesh_storage_url, autocommit=True)
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def test_an_interrupt_returns_within_a_second(connection: TimedConnection, silen
     def interrupt() -> None:
         while not active(observer, connection.info.backend_pid):
             pass
+        time.sleep(0.2)  # The statement was sent; nothing tells from outside that the wait for it has begun.
         if silent:
             os.kill(connection.info.backend_pid, signal.SIGSTOP)
         times.append(time.monotonic())
