@@ -153,7 +153,10 @@ LEFT_BEHIND = [
     ("SET statement_timeout = 1", "SELECT current_setting('statement_timeout') = '30s'"),
     ("SET TIME ZONE 'Asia/Tokyo'", "SELECT current_setting('timezone') = 'UTC'"),
     ("LISTEN something", "SELECT count(*) = 0 FROM pg_listening_channels()"),
-    ("SELECT pg_advisory_lock(7)", "SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory'"),
+    (
+        "SELECT pg_advisory_lock(7)",
+        "SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()",
+    ),
     ("CREATE TEMPORARY TABLE mesh_state (LIKE mesh_state)", "SELECT to_regclass('pg_temp.mesh_state') IS NULL"),
     ("DECLARE held CURSOR WITH HOLD FOR SELECT 1", "SELECT count(*) = 0 FROM pg_cursors WHERE name = 'held'"),
 ]
