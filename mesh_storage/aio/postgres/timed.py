@@ -73,10 +73,14 @@ class AsyncTimedConnection(AsyncConnection):
             threading.Thread(target=request.cancel, name="mesh_storage cancel", daemon=True).start()
 
     def _limit(self, now: float, timeout: float | None) -> float | None:
-        limits = [each for each in (timeout, self.response_timeout) if each is not None]
+        limit = self.response_timeout
+        if timeout is not None and (limit is None or timeout < limit):
+            limit = timeout
         if self.deadline is not None:
-            limits.append(max(0.0, self.deadline - now))
-        return min(limits, default=None)
+            remaining = max(0.0, self.deadline - now)
+            if limit is None or remaining < limit:
+                limit = remaining
+        return limit
 
     async def _cancel_and_wait(self, gen: PQGen[T], interval: float, interrupt: BaseException | None) -> T:
         end = time.monotonic() + GRACE_S
