@@ -13,7 +13,7 @@ import time
 
 import psycopg
 from psycopg.pq import TransactionStatus
-from sqlalchemy import Connection, Transaction
+from sqlalchemy import Transaction
 
 from mesh_storage.errors import StorageTimeoutError, UnavailableError
 from mesh_storage.postgres.characteristics import Characteristics, Mode
@@ -100,10 +100,6 @@ class UnitOfWorkTransaction:
         """Raise if disconnected, since SQLAlchemy would reconnect without the driver."""
         if self._driver.sqlalchemy.invalidated:
             raise UnavailableError
-
-    def connection(self) -> Connection:
-        """Return SQLAlchemy's connection, for a session."""
-        return self._driver.sqlalchemy
 
     def _begin(self, characteristics: Characteristics) -> None:
         parameters = [] if self._pooling is None else [self._pooling.parameters]

@@ -11,7 +11,7 @@ import time
 
 import psycopg
 from psycopg.pq import TransactionStatus
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncTransaction
+from sqlalchemy.ext.asyncio import AsyncTransaction
 
 from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.errors import StorageTimeoutError, UnavailableError
@@ -98,10 +98,6 @@ class AsyncUnitOfWorkTransaction:
         """Raise if disconnected, since SQLAlchemy would reconnect without the driver."""
         if self._driver.sqlalchemy.invalidated:
             raise UnavailableError
-
-    def connection(self) -> AsyncConnection:
-        """Return SQLAlchemy's connection, for a session."""
-        return self._driver.sqlalchemy
 
     async def _begin(self, characteristics: Characteristics) -> None:
         parameters = [] if self._pooling is None else [self._pooling.parameters]
