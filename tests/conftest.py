@@ -29,6 +29,15 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: 
 
 
 @pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start processes without coverage, whose tracer loses what a signal handler raises.
+
+    At every call it looks a greenlet up in a WeakKeyDictionary, in Python, and clears whatever that raises.
+    """
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
+@pytest.fixture
 def tmp_path() -> Iterator[Path]:
     """Yield a directory outside of pytest's own, which every new run of pytest closes to other accounts.
 

@@ -377,6 +377,7 @@ def waits_for_the_lock(_: Path, connection: psycopg.Connection[Any]) -> bool:
     return connection.execute(query).fetchone() is not None
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("moment", [begun, waits_for_the_lock])
 def test_sigterm_leaves_nothing_behind(
     url: str, tmp_path: Path, moment: Callable[[Path, psycopg.Connection[Any]], bool]

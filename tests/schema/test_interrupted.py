@@ -79,6 +79,7 @@ def test_a_backend_that_was_terminated_is_said_to_be(
     schema.upgrade(legacy_url)
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("where", WAITS)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_command_that_was_ended_ends_as_others_do(
