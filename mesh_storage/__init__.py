@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from mesh_storage.errors import (
         AlreadyExistsError,
         ClosedError,
+        CompactedError,
         ConfigurationError,
         ConflictError,
         InvalidInputError,
@@ -41,6 +42,7 @@ __all__ = [
     "JSON",
     "AlreadyExistsError",
     "ClosedError",
+    "CompactedError",
     "ConfigEntry",
     "ConfigurationError",
     "ConflictError",

@@ -12,6 +12,7 @@ from typing import Literal
 
 import psycopg
 import sqlalchemy.exc
+import sqlalchemy.orm.exc
 
 Committed = Literal["no", "unknown", "locally"]
 
@@ -69,6 +70,21 @@ class AlreadyExistsError(MeshStorageError):
 class ConflictError(MeshStorageError):
     """The stored data is not what the caller expected."""
 
+    def __init__(
+        self,
+        *args: object,
+        actual: int | None = None,
+        holder: bytes | None = None,
+        sqlstate: str | None = None,
+        constraint: str | None = None,
+        retryable: bool | None = None,
+    ) -> None:
+        super().__init__(*args, sqlstate=sqlstate, constraint=constraint, retryable=retryable)
+        self.actual = actual
+        """The stored version, 0 if there is no entry; None if no version was compared."""
+        self.holder = holder
+        """The holder of the lease that was not obtained, if that is the conflict."""
+
 
 class InvalidInputError(MeshStorageError, ValueError):
     """A value cannot be stored as given."""
@@ -105,6 +121,10 @@ class SerializationError(MeshStorageError):
 
 class StorageTimeoutError(MeshStorageError):
     """The operation exceeded its timeout."""
+
+
+class CompactedError(MeshStorageError):
+    """The changes behind this cursor are no longer kept, or it belongs to another database; begin anew without one."""
 
 
 class SchemaMismatchError(MeshStorageError):
@@ -188,6 +208,8 @@ def translate(error: Exception) -> MeshStorageError:
         return _translate_psycopg(error)
     if isinstance(error, sqlalchemy.exc.StatementError) and isinstance(error.orig, (TypeError, ValueError)):
         return InvalidInputError("a parameter of the statement has the wrong type or value")
+    if isinstance(error, sqlalchemy.orm.exc.StaleDataError):
+        return ConflictError("a row that the session changed or deleted has another version by now, or is gone")
     if isinstance(error, (UnicodeError, OverflowError)):
         return InvalidInputError("a string is not valid Unicode, or a number is out of range")
     return MeshStorageError(f"{type(error).__name__} during a database operation; see the cause")

@@ -11,6 +11,7 @@ from sqlalchemy.orm import (
     DeclarativeBase,
     InstanceState,
     Mapper,
+    declared_attr,
     make_transient,
     make_transient_to_detached,
     mapped_column,
@@ -147,6 +148,21 @@ class Entity(Base):
             own = vars(copied)["_sa_instance_state"] = InstanceState(copied, state.manager)
             own.key, own.expired_attributes = state.key, set(state.expired_attributes)
         return copied
+
+
+class Versioned(Entity):
+    """The base of the models whose rows have a version, which a session checks when it updates or deletes one."""
+
+    __abstract__ = True
+
+    @declared_attr.directive
+    @classmethod
+    def __mapper_args__(cls) -> dict[str, Any]:
+        return {
+            **Entity.__mapper_args__,
+            "version_id_col": table_of(cls).c.version,
+            "version_id_generator": False,  # the database gives it
+        }
 
 
 class _Late:

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated
 
-from sqlalchemy import CheckConstraint, DateTime, LargeBinary, String, Text, func, text
+from sqlalchemy import BigInteger, CheckConstraint, DateTime, FetchedValue, LargeBinary, String, Text, func, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import mapped_column
 
@@ -15,6 +15,14 @@ CreatedAt = Annotated[datetime | None, mapped_column(DateTime(timezone=True), se
 """When the row was inserted, by the database's clock; None before that."""
 UpdatedAt = Annotated[datetime | None, mapped_column(DateTime(timezone=True), server_default=_NOW, onupdate=func.now())]
 """When the row was last updated, by the database's clock; None before it is stored."""
+Version = Annotated[
+    int | None,
+    mapped_column(BigInteger, nullable=False, server_default=text("1"), server_onupdate=FetchedValue()),
+]
+"""Given by the database at every write of the row, whoever writes; for one key it only grows, and is never used again.
+None before the row is stored."""
+ExpiresAt = Annotated[datetime | None, mapped_column(DateTime(timezone=True))]
+"""When the entry expires, by the database's clock; None if never."""
 ULID = {"ulid": True}
 """Marks a column of prefixed ULIDs."""
 NOT_EMPTY = {"not_empty": True}

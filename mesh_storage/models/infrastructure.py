@@ -6,7 +6,7 @@ from functools import partial
 from sqlalchemy import CheckConstraint, ForeignKey, Index, Numeric, String, Text, text
 from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship
 
-from mesh_storage.models.base import Entity, new_id
+from mesh_storage.models.base import Versioned, new_id
 from mesh_storage.models.columns import (
     NOT_EMPTY,
     PENDING,
@@ -15,6 +15,7 @@ from mesh_storage.models.columns import (
     Status,
     ULIDKey,
     UpdatedAt,
+    Version,
     not_empty,
     status,
     ulid,
@@ -22,7 +23,7 @@ from mesh_storage.models.columns import (
 from mesh_storage.models.runtime import NodeState
 
 
-class Mesh(Entity):
+class Mesh(Versioned):
     """A mesh network: its name, who may join it, and its keys."""
 
     __tablename__ = "mesh"
@@ -43,6 +44,7 @@ class Mesh(Entity):
     status: Mapped[Status] = mapped_column(default=PENDING)
     created: Mapped[CreatedAt] = mapped_column(default=None)
     updated: Mapped[UpdatedAt] = mapped_column(default=None)
+    version: Mapped[Version] = mapped_column(default=None)
     public_key: Mapped[str] = mapped_column("mesh_public_key", Text, default="", server_default="")
     """Public key of the mesh, in the format of the mesh services."""
     join_key_hash: Mapped[str | None] = mapped_column(
@@ -52,7 +54,7 @@ class Mesh(Entity):
     session with `undefer(Mesh.join_key_hash)`."""
 
 
-class Node(Entity):
+class Node(Versioned):
     """A node that may take part in the mesh, and its address."""
 
     __tablename__ = "nodes"
@@ -89,6 +91,8 @@ class Node(Entity):
     status: Mapped[Status] = mapped_column(default=PENDING)
     created: Mapped[CreatedAt] = mapped_column(default=None)
     updated: Mapped[UpdatedAt] = mapped_column(default=None)
+    row_version: Mapped[Version] = mapped_column("version", default=None)
+    """The version of the row, which is `version` in other models."""
 
     # Relationships are loaded only by explicit options such as `selectinload()`; the database cascades deletes.
     routes_out: Mapped[list["Route"]] = relationship(
@@ -105,7 +109,7 @@ class Node(Entity):
     """The state last reported by this node; read-only, since nodes and their states are stored independently."""
 
 
-class Route(Entity):
+class Route(Versioned):
     """A configured network path between two nodes, with its metrics."""
 
     __tablename__ = "routes"
@@ -145,6 +149,7 @@ class Route(Entity):
     status: Mapped[Status] = mapped_column(default=PENDING)
     created: Mapped[CreatedAt] = mapped_column(default=None)
     updated: Mapped[UpdatedAt] = mapped_column(default=None)
+    version: Mapped[Version] = mapped_column(default=None)
 
     source: Mapped[Node] = relationship(foreign_keys=source_node_id, back_populates="routes_out", lazy="raise_on_sql")
     """The node at which the route starts."""

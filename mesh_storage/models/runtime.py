@@ -3,16 +3,18 @@
 from sqlalchemy import BigInteger, CheckConstraint, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from mesh_storage.models.base import Entity
+from mesh_storage.models.base import Entity, Versioned
 from mesh_storage.models.columns import (
     NOT_REFLECTED,
     Content,
     CreatedAt,
+    ExpiresAt,
     Id64,
     JsonValue,
     Key,
     NodeName,
     UpdatedAt,
+    Version,
     not_empty,
 )
 
@@ -49,13 +51,14 @@ class Message(Entity):
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
 
 
-class StateEntry(Entity):
+class StateEntry(Versioned):
     """A value shared by all nodes, as bytes."""
 
     __tablename__ = "mesh_state"
     __table_args__ = (
         not_empty("key"),
         Index("mesh_state_key_c_idx", text('key COLLATE "C"'), info=NOT_REFLECTED),
+        Index(None, "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
     )
 
     key: Mapped[Key]
@@ -64,6 +67,8 @@ class StateEntry(Entity):
     """The value, in bytes that only the nodes need to understand."""
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
     updated_at: Mapped[UpdatedAt] = mapped_column(default=None)
+    version: Mapped[Version] = mapped_column(default=None)
+    expires_at: Mapped[ExpiresAt] = mapped_column(default=None)
 
 
 class NodeState(Entity):
@@ -99,7 +104,7 @@ class LogEntry(Entity):
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
 
 
-class RoutingEntry(Entity):
+class RoutingEntry(Versioned):
     """The current best route to a destination."""
 
     __tablename__ = "mesh_routing_table"
@@ -111,15 +116,17 @@ class RoutingEntry(Entity):
     """How to get there, as JSON."""
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
     updated_at: Mapped[UpdatedAt] = mapped_column(default=None)
+    version: Mapped[Version] = mapped_column(default=None)
 
 
-class ConfigEntry(Entity):
+class ConfigEntry(Versioned):
     """An operational setting that may change while the mesh runs."""
 
     __tablename__ = "mesh_runtime_config"
     __table_args__ = (
         not_empty("key"),
         Index("mesh_runtime_config_key_c_idx", text('key COLLATE "C"'), info=NOT_REFLECTED),
+        Index(None, "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
     )
 
     key: Mapped[Key]
@@ -128,3 +135,5 @@ class ConfigEntry(Entity):
     """The value of the setting, as JSON."""
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
     updated_at: Mapped[UpdatedAt] = mapped_column(default=None)
+    version: Mapped[Version] = mapped_column(default=None)
+    expires_at: Mapped[ExpiresAt] = mapped_column(default=None)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Generic, TypeAlias
 
 from sqlalchemy import (
+    BigInteger,
     Column,
     ColumnElement,
     Integer,
@@ -15,7 +16,6 @@ from sqlalchemy import (
     Text,
     bindparam,
     cast,
-    collate,
     delete,
     func,
     select,
@@ -83,7 +83,14 @@ class Infrastructure(Aggregate[M]):
         """Build the statements; `prefix` starts new ids, and updates skip deferred attributes."""
         super().__init__(model)
         self.prefix = prefix
-        self.columns: dict[str, Column[Any]] = dict(zip(self.names, self.table.columns, strict=True))
+        self.generated = table_version = self.table.c.version
+        self.version_name = self.names[list(self.table.columns).index(table_version)]
+        """The attribute with the version of the row, which the database gives."""
+        self.columns: dict[str, Column[Any]] = {
+            name: column
+            for name, column in zip(self.names, self.table.columns, strict=True)
+            if column is not table_version
+        }
         self.checks = {
             name: check.optional() if column.nullable else check
             for name, column in self.columns.items()
@@ -99,6 +106,8 @@ class Infrastructure(Aggregate[M]):
         self.changed = [name for name in self.columns if name not in ("id", *TIMES, *self.deferred)]
         self.add = Statement(self._add)
         self.update = Statement(self._update)
+        self.version = Statement(lambda: select(self.generated).where(self.columns["id"] == bindparam("id")))
+        self.versions = Statement(self._versions)
 
     def _add(self) -> ReturningInsert[Any]:
         values: dict[str, ColumnElement[Any]] = {
@@ -106,13 +115,18 @@ class Infrastructure(Aggregate[M]):
         }
         values |= {name: func.coalesce(values[name], func.now()) for name in TIMES}
         added = insert(self.table).values({self.columns[name]: value for name, value in values.items()})
-        return added.returning(*(self.columns[name] for name in TIMES))
+        return added.returning(*(self.columns[name] for name in TIMES), self.generated)
 
     def _update(self) -> ReturningUpdate[Any]:
         values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in self.changed}
         values[self.columns["updated"]] = func.now()
-        changed = update(self.table).where(self.columns["id"] == bindparam("id")).values(values)
-        return changed.returning(self.columns["updated"])
+        unchanged = self.generated == bindparam("expected_version", type_=BigInteger)
+        changed = update(self.table).where(self.columns["id"] == bindparam("id"), unchanged).values(values)
+        return changed.returning(self.columns["updated"], self.generated)
+
+    def _versions(self) -> Rows:
+        ids = Batch({"id": Text()}).table()
+        return select(ids.c.id, self.generated).select_from(ids.join(self.table, self.columns["id"] == ids.c.id))
 
     def new(self, field: str, entities: Iterable[M]) -> list[dict[str, Any]]:
         """Return the attribute values of new aggregates, which may hold no related objects: only columns are stored.
@@ -144,20 +158,22 @@ class Infrastructure(Aggregate[M]):
 
 
 class Entries(Aggregate[M]):
-    """The statements of a key-value table: a key, a value (bytes or JSON) and two times set by the database's clock."""
+    """The statements of a key-value table: a key, a value (bytes or JSON), and what the database gives."""
 
     def __init__(self, model: type[M]) -> None:
         super().__init__(model)
-        columns: tuple[Column[Any], ...] = tuple(self.table.columns)
-        self.key, self.value, self.created_at, self.updated_at = columns
+        self.key, self.value, *given = tuple(self.table.columns)
+        self.given: list[Column[Any]] = given
+        """What the database gives: the times, and the version and expiry of those that have them."""
+        self.created_at, self.updated_at, *_ = given
+        self.replaced: tuple[Column[Any], ...] = (self.value, self.updated_at)
+        """The columns whose new values take the place of those of an existing key."""
         self.is_json = isinstance(self.value.type, JSONB)
         self._field = f"{self.name}.{self.names[1]}"
         self._check_bytes = None if self.is_json else checks.of_column(self._field, self.value)
         self.batch = Batch({"key": Text(), "value": Text() if self.is_json else self.value.type})
-        self.put = Statement(lambda: self.replacing(self._insert()).returning(self.created_at, self.updated_at))
-        self.put_many = Statement(
-            lambda: self.replacing(self.insert_many()).returning(self.key, self.created_at, self.updated_at)
-        )
+        self.put = Statement(lambda: self.replacing(self._insert()).returning(*self.given))
+        self.put_many = Statement(lambda: self.replacing(self.insert_many()).returning(self.key, *self.given))
 
     def _insert(self) -> Insert:
         return insert(self.table).values(
@@ -172,11 +188,9 @@ class Entries(Aggregate[M]):
 
     def replacing(self, statement: Insert, where: ColumnElement[bool] | None = None) -> Insert:
         """Add an ON CONFLICT clause that replaces the value of an existing key (PostgreSQL manual, INSERT)."""
-        return statement.on_conflict_do_update(
-            index_elements=[self.key],
-            set_={self.value: statement.excluded[self.value.name], self.updated_at: func.now()},
-            where=where,
-        )
+        new = statement.excluded
+        replaced = {column: new[column.name] for column in self.replaced}
+        return statement.on_conflict_do_update(index_elements=[self.key], set_=replaced, where=where)
 
     def check_values(self, values: list[Any]) -> tuple[list[Any], list[Any]]:
         """Validate values; return the statement parameters, and the stored values, copied from the caller's."""
@@ -184,23 +198,6 @@ class Entries(Aggregate[M]):
             return jsonb.write(values, self._field)
         checked = self._check_bytes.column(values)
         return checked, checked
-
-
-class PrefixEntries(Entries[M]):
-    """The statements of a key-value table whose keys are ordered by code point (collation "C")."""
-
-    def __init__(self, model: type[M]) -> None:
-        super().__init__(model)
-        self.page = Statement(lambda: self._in_range(select(self.table)).order_by(self._ordered_key).limit(LIMIT))
-        self.all = Statement(lambda: self._in_range(select(self.key, self.value)).order_by(self._ordered_key))
-        self.count = Statement(lambda: self._in_range(select(func.count()).select_from(self.table)))
-
-    @cached_property
-    def _ordered_key(self) -> ColumnElement[str]:
-        return collate(self.key, "C")
-
-    def _in_range(self, rows: Rows) -> Rows:
-        return rows.where(self._ordered_key >= bindparam("start"), self._ordered_key < bindparam("stop"))
 
 
 def values_by_key(rows: Sequence[Row]) -> dict[str, JSON]:

@@ -307,7 +307,9 @@ def beside_traffic() -> Generator[None]:
         op.execute("RESET lock_timeout")
 
 
-def create_index(name: str, table: str, columns: str, *, unique: bool = False, repair: str = "") -> None:
+def create_index(
+    name: str, table: str, columns: str, *, where: str = "", unique: bool = False, repair: str = ""
+) -> None:
     """Create an index concurrently; an invalid one left by an interrupted migration is rebuilt.
 
     Must run in `beside_traffic()`. For a unique index, `repair` is a statement that removes duplicates; it is repeated
@@ -323,6 +325,8 @@ def create_index(name: str, table: str, columns: str, *, unique: bool = False, r
     if online and concurrently:
         _await_old_transactions()
     statement = f"CREATE {'UNIQUE ' if unique else ''}INDEX {concurrently}IF NOT EXISTS {name} ON {table} ({columns})"
+    if where:
+        statement += f" WHERE {where}"
     for repairs_left in reversed(range(_REPAIRS if online and repair else 1)):
         drop_index(name)
         if repair:

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import func, inspect, select
 from sqlalchemy.orm.attributes import set_committed_value
 
-from mesh_storage.errors import InvalidInputError, NotFoundError
+from mesh_storage.errors import ConflictError, InvalidInputError, NotFoundError
 from mesh_storage.models.base import mark_written, new_id
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.statement import Statement
@@ -42,8 +42,9 @@ class InfrastructureRepository(KeyedRepository[M]):
         [instance] = kind.new(kind.name, [entity])
         id_ = instance.get("id")
         values = kind.values({**instance, "id": new_id(kind.prefix) if id_ is None else id_})
-        times = self._connection.fetch_one(kind.add, values)
-        assert times is not None, "a row was added"
+        given = self._connection.fetch_one(kind.add, values)
+        assert given is not None, "a row was added"
+        *times, instance[kind.version_name] = given
         values.update(zip(TIMES, times, strict=True))
         instance.update((name, value) for name, value in values.items() if instance.get(name) is None)
         for name in kind.deferred:
@@ -82,6 +83,8 @@ class InfrastructureRepository(KeyedRepository[M]):
         columns["id"] = []
         rows = zip(_ids(kind.prefix, ids, columns["id"]), *sent.values(), strict=False)
         self._connection.copy(kind.table.name, [kind.columns[name].name for name in ("id", *sent)], rows)
+        versions: dict[str, int] = dict(self._connection.fetch_all(kind.versions, {"id": columns["id"]}))
+        columns[kind.version_name] = [versions[id_] for id_ in columns["id"]]
         for name, values in columns.items():
             for instance, value in zip(instances, values, strict=True):
                 if instance.get(name) is None:
@@ -94,29 +97,43 @@ class InfrastructureRepository(KeyedRepository[M]):
         return given
 
     def update(self, entity: M) -> M:
-        """Update an aggregate, identified by its id, and return it with its new `updated`.
+        """Update an aggregate, identified by its id, and return it with its new version and `updated`.
 
         `created` keeps its stored value; None is replaced by the default, as in `add`.
 
         Raises:
             NotFoundError: The aggregate does not exist.
+            ConflictError: It was changed since it was read, so it has another version; see `actual`.
             AlreadyExistsError, MissingReferenceError, InvalidInputError: As for `add`.
         """
         kind = self._infrastructure
         kind.attributes(kind.name, [entity])
         values = kind.values({name: getattr(entity, name) for name in kind.columns if name not in kind.deferred})
-        row = self._connection.fetch_one(kind.update, values)
+        expected = getattr(entity, kind.version_name)
+        row = self._connection.fetch_one(kind.update, {**values, "expected_version": expected})
         if row is None:
-            raise NotFoundError(kind.name, values["id"])
+            raise self._changed(values["id"], expected)
         # Mark the attributes as committed, so that a session does not flush them again.
         history = inspect(entity).committed_state
         for name in kind.changed:
             given = getattr(entity, name)
             if name in history or (given is None and values[name] is not None):
                 set_committed_value(entity, name, values[name] if given is None else given)
-        set_committed_value(entity, "updated", row[0])
+        for name, value in zip(("updated", kind.version_name), row, strict=True):
+            set_committed_value(entity, name, value)
         mark_written(entity, self._connection.writes)
         return entity
+
+    def _changed(self, id_: str, expected: int | None) -> NotFoundError | ConflictError:
+        """Return the error for an aggregate that has not the expected version."""
+        kind = self._infrastructure
+        row = self._connection.fetch_one(kind.version, {"id": id_})
+        if row is None:
+            return NotFoundError(kind.name, id_)
+        known = "was not read before" if expected is None else f"was read in version {expected}"
+        return ConflictError(
+            f"the {kind.name} {id_!r} {known}, but has version {row[0]}; read it and change it again", actual=row[0]
+        )
 
 
 def _ids(prefix: str, given: Iterable[str | None], used: list[str]) -> Iterator[str]:

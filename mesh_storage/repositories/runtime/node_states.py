@@ -30,7 +30,7 @@ def _merge() -> ReturningInsert[Any]:
     patch = insert(_TABLE).values(node_id=bindparam("key"), state=bindparam("patch"))
     return patch.on_conflict_do_update(
         index_elements=[_TABLE.c.node_id],
-        set_={"state": _TABLE.c.state.op("||")(patch.excluded.state), "updated_at": func.now()},
+        set_={"state": _TABLE.c.state.op("||")(patch.excluded.state), "updated_at": patch.excluded.updated_at},
         where=func.jsonb_typeof(_TABLE.c.state) == literal_column("'object'"),
     ).returning(_TABLE)
 

@@ -9,23 +9,21 @@ from typing import Any
 
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.statement import Row
-from mesh_storage.repositories import checks
-from mesh_storage.repositories.aggregates import PrefixEntries, values_by_key
+from mesh_storage.repositories.aggregates import values_by_key
 from mesh_storage.repositories.base import Listing
+from mesh_storage.repositories.expiring import ExpiringEntries
 from mesh_storage.repositories.loading import M
 from mesh_storage.repositories.pages import Page, Position
+from mesh_storage.repositories.prefixes import key_range
 from mesh_storage.repositories.runtime.entries import EntryRepository
-
-_LAST_CHARACTER = "\U0010ffff"
-_SURROGATES = range(0xD800, 0xE000)
 
 
 class PrefixRepository(EntryRepository[M]):
     """A kind of entry that is listed by key prefix, in code point order."""
 
-    def __init__(self, connection: UnitOfWorkConnection, entries: PrefixEntries[M]) -> None:
+    def __init__(self, connection: UnitOfWorkConnection, entries: ExpiringEntries[M]) -> None:
         super().__init__(connection, entries)
-        self._prefixed = entries
+        self._expiring = entries
 
     def page(self, prefix: str = "", *, after: str | None = None, limit: int = 100) -> Page[M]:
         """Return up to `limit` (at most 10,000) entries whose key starts with `prefix`, after the cursor `after`."""
@@ -37,14 +35,14 @@ class PrefixRepository(EntryRepository[M]):
 
     def count(self, prefix: str = "") -> int:
         """Return the exact number of entries whose key starts with `prefix`, which takes an index scan over them."""
-        return int(self._fetch_value(self._aggregate.count, **_range(prefix)))
+        return int(self._fetch_value(self._aggregate.count, **key_range(prefix)))
 
     def _all(self, prefix: str) -> dict[str, Any]:
         """Return keys and values by a single statement, which sees a consistent state of the table."""
-        return values_by_key(self._connection.fetch_all(self._prefixed.all, _range(prefix)))
+        return values_by_key(self._connection.fetch_all(self._expiring.all, key_range(prefix)))
 
     def _by_prefix(self, prefix: str) -> Listing[M]:
-        whole = _range(prefix)
+        whole = key_range(prefix)
 
         def fetch(after: Position | None, limit: int) -> list[Row]:
             # Strings cannot contain NUL, so appending U+0001 yields the next string in order.
@@ -52,17 +50,3 @@ class PrefixRepository(EntryRepository[M]):
             return self._connection.fetch_all(self._aggregate.page, {**whole, "start": start, "limit": limit})
 
         return Listing(fetch, self._aggregate.load.many)
-
-
-def _range(prefix: str) -> dict[str, str]:
-    checks.text("prefix", prefix, empty=True)
-    return {"start": prefix, "stop": _upper_bound(prefix)}
-
-
-def _upper_bound(prefix: str) -> str:
-    """Return the smallest string, in code point order, that is greater than all with this prefix."""
-    stem = prefix.rstrip(_LAST_CHARACTER)
-    if not stem:
-        return _LAST_CHARACTER * 256  # greater than every key of up to 255 characters
-    following = ord(stem[-1]) + 1
-    return stem[:-1] + chr(_SURROGATES.stop if following in _SURROGATES else following)

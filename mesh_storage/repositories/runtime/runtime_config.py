@@ -4,26 +4,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from mesh_storage.errors import NotFoundError
 from mesh_storage.models import JSON, ConfigEntry
 from mesh_storage.postgres.connection import UnitOfWorkConnection
-from mesh_storage.repositories.aggregates import PrefixEntries
-from mesh_storage.repositories.runtime.prefix import PrefixRepository
+from mesh_storage.repositories.expiring import ExpiringEntries
+from mesh_storage.repositories.runtime.expiring import ExpiringRepository
 
-_RUNTIME_CONFIG = PrefixEntries(ConfigEntry)
+_RUNTIME_CONFIG = ExpiringEntries(ConfigEntry)
 
 
-class RuntimeConfigRepository(PrefixRepository[ConfigEntry]):
+class RuntimeConfigRepository(ExpiringRepository[ConfigEntry]):
     """The repository of the runtime configuration."""
 
     def __init__(self, connection: UnitOfWorkConnection) -> None:
         super().__init__(connection, _RUNTIME_CONFIG)
 
-    def put(self, key: str, value: JSON) -> ConfigEntry:
-        """Store a JSON value by key (1 to 255 characters), replacing any existing one."""
-        return self._put(key, value)
+    def put(self, key: str, value: JSON, *, if_version: int | None = None, ttl: timedelta | None = None) -> ConfigEntry:
+        """Store a JSON value by key (1 to 255 characters), replacing any existing one.
+
+        The arguments and errors are those of `state.put`.
+        """
+        return self._put_if(key, value, if_version, ttl)
+
+    def put_many(self, entries: Mapping[str, JSON], *, ttl: timedelta | None = None) -> list[ConfigEntry]:
+        """Store many values in one statement, all of which expire after `ttl` from now, or never if None."""
+        return self._put_many_until(entries, ttl)
 
     def value(self, key: str, default: Any = ...) -> JSON:
         """Return the value of this key, or `default` if there is none.

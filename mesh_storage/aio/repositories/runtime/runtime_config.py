@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
-from mesh_storage.aio.repositories.runtime.prefix import AsyncPrefixRepository
+from mesh_storage.aio.repositories.runtime.expiring import AsyncExpiringRepository
 from mesh_storage.errors import NotFoundError
 from mesh_storage.models import JSON, ConfigEntry
-from mesh_storage.repositories.aggregates import PrefixEntries
+from mesh_storage.repositories.expiring import ExpiringEntries
 
-_RUNTIME_CONFIG = PrefixEntries(ConfigEntry)
+_RUNTIME_CONFIG = ExpiringEntries(ConfigEntry)
 
 
-class AsyncRuntimeConfigRepository(AsyncPrefixRepository[ConfigEntry]):
+class AsyncRuntimeConfigRepository(AsyncExpiringRepository[ConfigEntry]):
     """The repository of the runtime configuration."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _RUNTIME_CONFIG)
 
-    async def put(self, key: str, value: JSON) -> ConfigEntry:
-        """Store a JSON value by key (1 to 255 characters), replacing any existing one."""
-        return await self._put(key, value)
+    async def put(
+        self, key: str, value: JSON, *, if_version: int | None = None, ttl: timedelta | None = None
+    ) -> ConfigEntry:
+        """Store a JSON value by key (1 to 255 characters), replacing any existing one.
+
+        The arguments and errors are those of `state.put`.
+        """
+        return await self._put_if(key, value, if_version, ttl)
+
+    async def put_many(self, entries: Mapping[str, JSON], *, ttl: timedelta | None = None) -> list[ConfigEntry]:
+        """Store many values in one statement, all of which expire after `ttl` from now, or never if None."""
+        return await self._put_many_until(entries, ttl)
 
     async def value(self, key: str, default: Any = ...) -> JSON:
         """Return the value of this key, or `default` if there is none.

@@ -1,0 +1,121 @@
+"""The triggers that give each row its version and log each change, whoever writes.
+
+A version is drawn in a BEFORE trigger, while the row is locked, so it only grows for one key. The log has the
+transaction id of each change: a reader takes what its snapshot sees and the snapshot of its cursor did not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+WATCHED: Mapping[str, tuple[str, str]] = {
+    "mesh": ("meshes", "mesh_id"),
+    "nodes": ("nodes", "node_id"),
+    "routes": ("routes", "route_id"),
+    "mesh_state": ("state", "key"),
+    "mesh_runtime_config": ("runtime_config", "key"),
+    "mesh_routing_table": ("routing_table", "destination"),
+}
+"""The tables whose changes are logged, with the name of the repository and the key column."""
+EXPIRING = ("mesh_state", "mesh_runtime_config")
+"""The tables whose rows may expire."""
+SEQUENCE = "mesh_version_seq"
+LOG = "mesh_changes"
+EPOCH = "mesh_changes_epoch"
+
+# A new expiry alone is not a change of the row: the renewal of a lease keeps its version.
+_CHANGED = dict.fromkeys(EXPIRING, " OF key, value, created_at, updated_at, version")
+
+RENEW_VERSIONS = f"""
+    SELECT setval('{SEQUENCE}', greatest(last_value, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint))
+    FROM {SEQUENCE}
+"""  # noqa: S608 - our own name
+"""Advances the sequence past every version that this database or the one of a backup ever had.
+
+As etcd's `--bump-revision`: a restored database must not give out versions that clients have already seen. The Unix
+time in microseconds is ahead of them, since each takes longer than a microsecond to be drawn.
+"""
+FORGET = (
+    f"DELETE FROM {LOG}",  # noqa: S608 - our own name
+    f"UPDATE {EPOCH} SET epoch = gen_random_uuid()",  # noqa: S608 - our own name
+)
+"""Empties the log and invalidates all cursors."""
+
+
+def install() -> Iterator[str]:
+    """Yield the statements that create the log and the triggers, in the current schema."""
+    yield f"CREATE SEQUENCE {SEQUENCE} AS bigint"
+    yield RENEW_VERSIONS
+    yield f"""
+        CREATE TABLE {LOG} (
+            xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+            number bigint NOT NULL,
+            aggregate text NOT NULL,
+            key text NOT NULL,
+            changed_at timestamptz NOT NULL DEFAULT now(),
+            CONSTRAINT {LOG}_pkey PRIMARY KEY (xid, number)
+        )
+    """
+    yield f"""
+        CREATE TABLE {EPOCH} (
+            id boolean NOT NULL DEFAULT true,
+            epoch uuid NOT NULL DEFAULT gen_random_uuid(),
+            compacted xid8 NOT NULL DEFAULT '0',
+            CONSTRAINT {EPOCH}_pkey PRIMARY KEY (id),
+            CONSTRAINT {EPOCH}_id_check CHECK (id)
+        )
+    """
+    yield f"INSERT INTO {EPOCH} DEFAULT VALUES"
+    yield _function("mesh_version", f"NEW.version := pg_catalog.nextval('{{schema}}.{SEQUENCE}'); RETURN NEW;")
+    yield _function(
+        "mesh_changes_lost",
+        f"UPDATE {{schema}}.{EPOCH} SET epoch = pg_catalog.gen_random_uuid(); RETURN NULL;",  # noqa: S608 - our own name
+    )
+    for table, (aggregate, key) in WATCHED.items():
+        insert = f"INSERT INTO {{schema}}.{LOG} (number, aggregate, key) VALUES"
+        yield _function(
+            f"{table}_log",
+            f"""
+                IF TG_OP <> 'INSERT' AND (TG_OP = 'DELETE' OR OLD.{key} <> NEW.{key}) THEN
+                    {insert} (pg_catalog.nextval('{{schema}}.{SEQUENCE}'), '{aggregate}', OLD.{key});
+                END IF;
+                IF TG_OP <> 'DELETE' THEN
+                    {insert} (NEW.version, '{aggregate}', NEW.{key});
+                END IF;
+                RETURN NULL;
+            """,
+        )
+        changed = _CHANGED.get(table, "")
+        yield _trigger(f"{table}_version", f"BEFORE INSERT OR UPDATE{changed} ON {table}", "ROW", "mesh_version")
+        yield _trigger(f"{table}_log", f"AFTER INSERT OR DELETE OR UPDATE{changed} ON {table}", "ROW", f"{table}_log")
+        yield _trigger(f"{table}_truncate", f"AFTER TRUNCATE ON {table}", "STATEMENT", "mesh_changes_lost")
+
+
+def remove() -> Iterator[str]:
+    """Yield the statements that drop all of it."""
+    for table in WATCHED:
+        for trigger in ("version", "log", "truncate"):
+            yield f"DROP TRIGGER IF EXISTS {table}_{trigger} ON {table}"
+        yield f"DROP FUNCTION {table}_log()"
+    yield "DROP FUNCTION mesh_version()"
+    yield "DROP FUNCTION mesh_changes_lost()"
+    yield f"DROP TABLE {LOG}"
+    yield f"DROP TABLE {EPOCH}"
+    yield f"DROP SEQUENCE {SEQUENCE}"
+
+
+def _function(name: str, body: str) -> str:
+    """Return the statement that creates a trigger function in the current schema.
+
+    It runs with the privileges of its owner, so that whoever may write a table needs no privilege on the log; all
+    names in it are qualified, so that no `search_path` leads them elsewhere (PostgreSQL manual, CREATE FUNCTION).
+    """
+    create = (
+        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
+        f"AS $function$BEGIN {body} END$function$"
+    )
+    return f"DO $do$ BEGIN EXECUTE replace($sql${create}$sql$, '{{schema}}', quote_ident(current_schema())); END $do$"
+
+
+def _trigger(name: str, event: str, level: str, function: str) -> str:
+    return f"CREATE TRIGGER {name} {event} FOR EACH {level} EXECUTE FUNCTION {function}()"
