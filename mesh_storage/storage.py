@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -24,6 +25,7 @@ from mesh_storage.postgres.characteristics import Characteristics, Durability, I
 from mesh_storage.postgres.pool import Pool, check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.repositories.removal import KEPT, Maintained, check_age
 from mesh_storage.settings import Settings, settings_of
 from mesh_storage.unit_of_work import Scope, UnitOfWork
 
@@ -182,6 +184,31 @@ class MeshStorage:
             raise
         except MeshStorageError as error:
             return health.unreachable(error, **pool)
+
+    def maintain(
+        self, *, changes_older_than: timedelta = KEPT, messages_older_than: timedelta | None = None
+    ) -> Maintained:
+        """Remove what has expired and what is no longer kept, in short transactions, and return how much it was.
+
+        Several processes may do it at once; call it regularly, for example every minute.
+
+        Args:
+            changes_older_than: The age from which changes are no longer kept for watchers.
+            messages_older_than: The age from which messages are removed, by their timestamp; none are if None.
+
+        Raises:
+            InvalidInputError: An age is not a timedelta from 0 to 100 years.
+        """
+        check_age("changes_older_than", changes_older_than)
+        if messages_older_than is not None:
+            check_age("messages_older_than", messages_older_than)
+        made = Maintained()
+        while True:
+            with self.begin(durability="relaxed") as uow:
+                removed = uow.maintenance.step(changes_older_than, messages_older_than)
+            made += removed
+            if not removed:
+                return made
 
     def backup(
         self,

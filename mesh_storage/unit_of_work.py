@@ -32,6 +32,7 @@ from mesh_storage.repositories import (
     RuntimeConfigRepository,
     StateRepository,
 )
+from mesh_storage.repositories.maintenance import Maintenance
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -153,6 +154,11 @@ class UnitOfWork:
             undisturbed(self._connection.owner, self._undo, savepoint, nested, error)
             raise
         self._connection.release(savepoint)
+
+    @ro_memoized_property
+    def maintenance(self) -> Maintenance:
+        """The steps of `maintain`."""
+        return Maintenance(self._connection)
 
     @ro_memoized_property
     def _session(self) -> Session:

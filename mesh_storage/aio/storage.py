@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -29,6 +30,7 @@ from mesh_storage.postgres.characteristics import Characteristics, Durability, I
 from mesh_storage.postgres.pool import check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.repositories.removal import KEPT, Maintained, check_age
 from mesh_storage.settings import Settings
 from mesh_storage.storage import choose_settings, describe
 
@@ -200,6 +202,26 @@ class AsyncMeshStorage:
             raise
         except MeshStorageError as error:
             return health.unreachable(error, **pool)
+
+    async def maintain(
+        self, *, changes_older_than: timedelta = KEPT, messages_older_than: timedelta | None = None
+    ) -> Maintained:
+        """Remove what has expired and what is no longer kept, in short transactions, and return how much it was.
+
+        Several processes may do it at once; call it regularly, for example every minute.
+
+        The arguments and errors are those of `MeshStorage.maintain`.
+        """
+        check_age("changes_older_than", changes_older_than)
+        if messages_older_than is not None:
+            check_age("messages_older_than", messages_older_than)
+        made = Maintained()
+        while True:
+            async with self.begin(durability="relaxed") as uow:
+                removed = await uow.maintenance.step(changes_older_than, messages_older_than)
+            made += removed
+            if not removed:
+                return made
 
     async def backup(
         self,

@@ -25,6 +25,7 @@ from mesh_storage.aio.repositories import (
     AsyncRuntimeConfigRepository,
     AsyncStateRepository,
 )
+from mesh_storage.aio.repositories.maintenance import AsyncMaintenance
 from mesh_storage.errors import MeshStorageError
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.failure import DRIVER_ERRORS
@@ -150,6 +151,11 @@ class AsyncUnitOfWork:
             await uninterrupted(self._connection.owner, self._undo, savepoint, nested, error)
             raise
         await self._connection.release(savepoint)
+
+    @ro_memoized_property
+    def maintenance(self) -> AsyncMaintenance:
+        """The steps of `maintain`."""
+        return AsyncMaintenance(self._connection)
 
     @ro_memoized_property
     def _session(self) -> AsyncSession:

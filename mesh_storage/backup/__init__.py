@@ -38,7 +38,7 @@ from mesh_storage.errors import (
     UnavailableError,
 )
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.schema import migration, tables
+from mesh_storage.schema import changes, migration, tables
 from mesh_storage.schema.tables import Location
 from mesh_storage.settings import Settings
 
@@ -375,6 +375,8 @@ def _load(
     found = {table: catalog.count(connection, namespace, table) for table in expected}
     if found != expected or catalog.revision(connection, namespace, version_table) != manifest.revision:
         raise InvalidInputError("the dump does not match its manifest; nothing was restored", field="path")
+    if manifest.revision >= changes.SINCE:
+        refill.begin_log(connection, namespace, [table for table in manifest.rows if table not in location.tables])
     # Before the commit, after which nothing may fail.
     connection.execute(sql.SQL("ANALYZE {}").format(catalog.names(namespace, expected)))
 

@@ -16,6 +16,7 @@ import psycopg
 from mesh_storage.backup import client_tools, refill
 from mesh_storage.backup.catalog import Connection
 from mesh_storage.errors import ConfigurationError, InvalidInputError
+from mesh_storage.schema import changes
 
 logger = logging.getLogger("mesh_storage")
 
@@ -83,7 +84,9 @@ def entries(program: Path, dump: Path, selection: Selection) -> list[str]:
         return selection.made is None or any(f" {table.rpartition('.')[2]} " in line for table in selection.made)
 
     attached = [line for line in lines if _ATTACHED.match(line) and on_made_table(line)]
-    left_out = [line.split(" ", 3)[3].rsplit(" ", 1)[0] for line in attached]
+    left_out = [
+        line.split(" ", 3)[3].rsplit(" ", 1)[0] for line in attached if line.split()[-2] not in changes.TRIGGERS
+    ]
     if left_out:
         logger.warning(
             "skipped, since other systems added it to the tables: %s",

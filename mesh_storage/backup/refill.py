@@ -7,7 +7,7 @@ that are not validated, and indexes without dependents; triggers are disabled me
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, LiteralString
@@ -21,7 +21,7 @@ from mesh_storage import schema
 from mesh_storage.backup import catalog
 from mesh_storage.backup.catalog import Connection
 from mesh_storage.errors import ConflictError, MissingReferenceError
-from mesh_storage.schema import migration, tables
+from mesh_storage.schema import changes, migration, tables
 from mesh_storage.schema.deploy import migrate
 from mesh_storage.schema.tables import Location
 
@@ -186,6 +186,25 @@ def filling(
             constraint=first.diag.constraint_name,
         ) from first
     _advance_sequences(connection, oids)
+
+
+def begin_log(connection: Connection, namespace: str, made: Iterable[str]) -> None:
+    """Begin the log of changes anew, so that no cursor from before leads into it, and no version is given twice.
+
+    Args:
+        connection: A connection in the transaction of the restore.
+        namespace: The PostgreSQL schema of the tables.
+        made: The tables that were created, which lack their triggers.
+    """
+    path: str = catalog.value(connection, "SELECT current_setting('search_path')")
+    connection.execute("SELECT set_config('search_path', %s, true)", [sql.Identifier(namespace).as_string()])
+    if catalog.value(connection, "SELECT to_regclass(%s)", tables.LOG) is None:
+        statements = [*changes.install()]
+    else:
+        statements = [statement for table in made if table in changes.WATCHED for statement in changes.watch(table)]
+    for statement in (*statements, *changes.FORGET, changes.RENEW_VERSIONS):
+        connection.execute(statement.encode())
+    connection.execute("SELECT set_config('search_path', %s, true)", [path])
 
 
 def check_columns(connection: Connection, table: str, backed_up: Sequence[str]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from mesh_storage.schema.tables import EPOCH, LOG
+
 WATCHED: Mapping[str, tuple[str, str]] = {
     "mesh": ("meshes", "mesh_id"),
     "nodes": ("nodes", "node_id"),
@@ -20,8 +22,8 @@ WATCHED: Mapping[str, tuple[str, str]] = {
 EXPIRING = ("mesh_state", "mesh_runtime_config")
 """The tables whose rows may expire."""
 SEQUENCE = "mesh_version_seq"
-LOG = "mesh_changes"
-EPOCH = "mesh_changes_epoch"
+SINCE = "0010"
+"""The revision that creates the log and the triggers."""
 
 # A new expiry alone is not a change of the row: the renewal of a lease keeps its version.
 _CHANGED = dict.fromkeys(EXPIRING, " OF key, value, created_at, updated_at, version")
@@ -35,6 +37,7 @@ RENEW_VERSIONS = f"""
 As etcd's `--bump-revision`: a restored database must not give out versions that clients have already seen. The Unix
 time in microseconds is ahead of them, since each takes longer than a microsecond to be drawn.
 """
+TRIGGERS = frozenset(f"{table}_{trigger}" for table in WATCHED for trigger in ("version", "log", "truncate"))
 FORGET = (
     f"DELETE FROM {LOG}",  # noqa: S608 - our own name
     f"UPDATE {EPOCH} SET epoch = gen_random_uuid()",  # noqa: S608 - our own name
@@ -71,24 +74,30 @@ def install() -> Iterator[str]:
         "mesh_changes_lost",
         f"UPDATE {{schema}}.{EPOCH} SET epoch = pg_catalog.gen_random_uuid(); RETURN NULL;",  # noqa: S608 - our own name
     )
-    for table, (aggregate, key) in WATCHED.items():
-        insert = f"INSERT INTO {{schema}}.{LOG} (number, aggregate, key) VALUES"
-        yield _function(
-            f"{table}_log",
-            f"""
-                IF TG_OP <> 'INSERT' AND (TG_OP = 'DELETE' OR OLD.{key} <> NEW.{key}) THEN
-                    {insert} (pg_catalog.nextval('{{schema}}.{SEQUENCE}'), '{aggregate}', OLD.{key});
-                END IF;
-                IF TG_OP <> 'DELETE' THEN
-                    {insert} (NEW.version, '{aggregate}', NEW.{key});
-                END IF;
-                RETURN NULL;
-            """,
-        )
-        changed = _CHANGED.get(table, "")
-        yield _trigger(f"{table}_version", f"BEFORE INSERT OR UPDATE{changed} ON {table}", "ROW", "mesh_version")
-        yield _trigger(f"{table}_log", f"AFTER INSERT OR DELETE OR UPDATE{changed} ON {table}", "ROW", f"{table}_log")
-        yield _trigger(f"{table}_truncate", f"AFTER TRUNCATE ON {table}", "STATEMENT", "mesh_changes_lost")
+    for table in WATCHED:
+        yield from watch(table)
+
+
+def watch(table: str) -> Iterator[str]:
+    """Yield the statements that create the triggers of one table."""
+    aggregate, key = WATCHED[table]
+    insert = f"INSERT INTO {{schema}}.{LOG} (number, aggregate, key) VALUES"
+    yield _function(
+        f"{table}_log",
+        f"""
+            IF TG_OP <> 'INSERT' AND (TG_OP = 'DELETE' OR OLD.{key} <> NEW.{key}) THEN
+                {insert} (pg_catalog.nextval('{{schema}}.{SEQUENCE}'), '{aggregate}', OLD.{key});
+            END IF;
+            IF TG_OP <> 'DELETE' THEN
+                {insert} (NEW.version, '{aggregate}', NEW.{key});
+            END IF;
+            RETURN NULL;
+        """,
+    )
+    changed = _CHANGED.get(table, "")
+    yield _trigger(f"{table}_version", f"BEFORE INSERT OR UPDATE{changed} ON {table}", "ROW", "mesh_version")
+    yield _trigger(f"{table}_log", f"AFTER INSERT OR DELETE OR UPDATE{changed} ON {table}", "ROW", f"{table}_log")
+    yield _trigger(f"{table}_truncate", f"AFTER TRUNCATE ON {table}", "STATEMENT", "mesh_changes_lost")
 
 
 def remove() -> Iterator[str]:
@@ -111,7 +120,7 @@ def _function(name: str, body: str) -> str:
     names in it are qualified, so that no `search_path` leads them elsewhere (PostgreSQL manual, CREATE FUNCTION).
     """
     create = (
-        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
+        f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
         f"AS $function$BEGIN {body} END$function$"
     )
     return f"DO $do$ BEGIN EXECUTE replace($sql${create}$sql$, '{{schema}}', quote_ident(current_schema())); END $do$"

@@ -24,15 +24,17 @@ SINCE: Mapping[str, str] = {
     "mesh_routing_table": "0001",
     "mesh_runtime_config": "0001",
     "mesh_consensus_log_stale": "0006",
-    "mesh_changes": "0010",
-    "mesh_changes_epoch": "0010",
 }
 """The tables and the revision that creates each; a service's own models on our `Base` are not included."""
+LOG = "mesh_changes"
+EPOCH = "mesh_changes_epoch"
 VERSION_TABLE = "mesh_alembic_version"
 """Alembic's version table; not its default name, which a service's own environment may use."""
 FORMER_VERSION_TABLE = "alembic_version"
 """The version table up to revision 0009."""
-TABLES = (*SINCE, VERSION_TABLE)
+LOG_TABLES = (LOG, EPOCH)
+"""The log of changes, from revision 0010 on. It is in no backup: a restore begins it anew."""
+TABLES = (*SINCE, VERSION_TABLE, *LOG_TABLES)
 
 _FIRST = tuple(name for name, revision in SINCE.items() if revision == "0001")
 _FORMER_REVISIONS = tuple(f"{number:04}" for number in range(1, 10))
@@ -165,7 +167,7 @@ def _search_path(fetch: Fetch) -> dict[str, dict[str, int]]:
 
 
 def _ours(found: Mapping[str, int]) -> dict[str, int]:
-    return {name: oid for name, oid in found.items() if name in TABLES}
+    return {name: oid for name, oid in found.items() if name in SINCE or name == VERSION_TABLE}
 
 
 def _first_found(path: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
