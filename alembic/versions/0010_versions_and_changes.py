@@ -14,6 +14,8 @@ depends_on = None
 DOWNGRADE_EXCEPTIONS = {
     "ban-drop-column": "versions and expiry mean nothing to the earlier revision",
     "ban-drop-table": "the log means nothing to the earlier revision",
+    "ban-drop-function": "the triggers that call it are dropped before",
+    "ban-drop-sequence": "no version is given any more",
 }
 
 

@@ -15,6 +15,8 @@ from typing import NoReturn
 from mesh_storage import __version__
 
 _JOBS = 4
+_CHANGES_S = 3600
+_CENTURY_S = 3_153_600_000
 _SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")
 
 
@@ -95,6 +97,21 @@ def parser(*, directories: object = None) -> argparse.ArgumentParser:
     add("health", "check that the database responds, accepts writes and has the current schema")
     add("schema", "show the current, head and pending schema revisions")
     add("upgrade", "upgrade the schema to the head revision")
+    keeping = add("maintain", "remove what has expired and what is no longer kept, in steps that hold nobody up")
+    keeping.add_argument("--every", type=_seconds, metavar="SECONDS", help="stay, and repeat it after so many seconds")
+    keeping.add_argument(
+        "--changes-older-than",
+        type=_seconds,
+        default=_CHANGES_S,
+        metavar="SECONDS",
+        help="age of the changes that are no longer kept for watchers (%(default)s)",
+    )
+    keeping.add_argument(
+        "--messages-older-than",
+        type=_seconds,
+        metavar="SECONDS",
+        help="age of the messages to remove; none if not given",
+    )
     taking = add("backup", "take a backup without blocking reads or writes")
     taking.add_argument(
         "--verify", action="store_true", help="test-restore it into a temporary server before it is renamed into place"
@@ -128,6 +145,13 @@ def _jobs(words: str) -> int:
     except InvalidInputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return jobs
+
+
+def _seconds(words: str) -> float:
+    seconds = float(words)
+    if not 0 <= seconds <= _CENTURY_S:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {_CENTURY_S}")
+    return seconds
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import timedelta
 from typing import Any, NoReturn, TypeAlias
 
 from mesh_storage import backup, schema
@@ -132,6 +134,27 @@ def _restore(given: argparse.Namespace, server: Server) -> Answer:
     return Exit.OK, _facts(given, made), f"restored: {given.path} ({_summary(made)}{upgraded})"
 
 
+def _maintain(given: argparse.Namespace, server: Server) -> Answer:
+    """Remove what is to be removed, once, or with `--every` until a signal; an outage then ends nothing."""
+    messages = None if given.messages_older_than is None else timedelta(seconds=given.messages_older_than)
+    with MeshStorage(Settings(), replace(server, embedded=None)) as storage:
+        while True:
+            try:
+                made = storage.maintain(
+                    changes_older_than=timedelta(seconds=given.changes_older_than), messages_older_than=messages
+                )
+            except MeshStorageError as error:
+                if given.every is None or not error.retryable:
+                    raise
+                print(f"mesh-storage: {error}", file=sys.stderr)  # noqa: T201
+            else:
+                words = f"removed: {made.expired:,} expired, {made.changes:,} changes, {made.messages:,} messages"
+                if given.every is None:
+                    return Exit.OK, asdict(made), words
+                print(json.dumps(asdict(made)) if given.json else words, flush=True)  # noqa: T201
+            time.sleep(given.every)
+
+
 def _psql(given: argparse.Namespace, server: Server) -> NoReturn:
     with engine.connect(server.connect) as connection:
         environment, public = client_tools.same_server(connection)
@@ -203,6 +226,7 @@ _ON_SERVER: dict[str, Callable[[argparse.Namespace, Server], Answer]] = {
     "health": _health,
     "schema": _schema,
     "upgrade": _upgrade,
+    "maintain": _maintain,
     "backup": _backup,
     "restore": _restore,
     "psql": _psql,

@@ -61,7 +61,7 @@ CHANGES = Statement(
         WITH mine AS MATERIALIZED (SELECT id FROM mesh_changes_epoch FOR UPDATE SKIP LOCKED),
         oldest AS MATERIALIZED (
             SELECT xid, number, changed_at FROM mesh_changes
-            WHERE xid < pg_snapshot_xmin(pg_current_snapshot()) AND EXISTS (SELECT FROM mine)
+            WHERE xid < pg_snapshot_xmin(pg_current_snapshot())::text::bigint AND EXISTS (SELECT FROM mine)
             ORDER BY xid, number LIMIT :limit
         ),
         kept AS MATERIALIZED (
@@ -74,7 +74,7 @@ CHANGES = Statement(
             RETURNING change.xid
         )
         UPDATE mesh_changes_epoch SET compacted = (
-            SELECT greatest(compacted, (xid::text::numeric + 1)::text::xid8) FROM gone ORDER BY xid DESC LIMIT 1
+            SELECT greatest(compacted, max(xid) + 1) FROM gone
         )
         WHERE EXISTS (SELECT FROM gone)
         RETURNING (SELECT count(*) FROM gone)

@@ -51,7 +51,7 @@ def install() -> Iterator[str]:
     yield RENEW_VERSIONS
     yield f"""
         CREATE TABLE {LOG} (
-            xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
+            xid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint,
             number bigint NOT NULL,
             aggregate text NOT NULL,
             key text NOT NULL,
@@ -63,7 +63,7 @@ def install() -> Iterator[str]:
         CREATE TABLE {EPOCH} (
             id boolean NOT NULL DEFAULT true,
             epoch uuid NOT NULL DEFAULT gen_random_uuid(),
-            compacted xid8 NOT NULL DEFAULT '0',
+            compacted bigint NOT NULL DEFAULT 0,
             CONSTRAINT {EPOCH}_pkey PRIMARY KEY (id),
             CONSTRAINT {EPOCH}_id_check CHECK (id)
         )

@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeAlias
 
 import psycopg
@@ -101,13 +102,22 @@ def some(stream: Iterator[Any]) -> None:
 NODE, MESH, ROUTE = id_of("node", 7000), id_of("mesh", 7000), id_of("route", 7000)
 FAR: dict[str, Any] = {"to_node": "node-20", "from_node": "node-30"}
 
+DAY = timedelta(days=1)
+
+
+def version(uow: UnitOfWork) -> int:
+    found = uow.state.get("key-7000").version
+    assert found is not None
+    return found
+
+
 BY_INDEX: dict[str, Work] = {
     "meshes.get": lambda uow: uow.meshes.get(MESH),
     "meshes.get_by_name": lambda uow: uow.meshes.get_by_name("mesh-7000"),
     "meshes.page": lambda uow: uow.meshes.page(),
     "meshes.page after": lambda uow: uow.meshes.page(after=cursor(MESH)),
     "meshes.add": lambda uow: uow.meshes.add(Mesh(name="new")),
-    "meshes.update": lambda uow: uow.meshes.update(Mesh(id=MESH, name="renamed")),
+    "meshes.update": lambda uow: uow.meshes.update(uow.meshes.get(MESH)),
     "meshes.set_join_key": lambda uow: uow.meshes.set_join_key(MESH, "secret"),
     "meshes.admits": lambda uow: uow.meshes.admits(MESH),
     "meshes.delete": lambda uow: uow.meshes.delete(MESH),
@@ -124,7 +134,7 @@ BY_INDEX: dict[str, Work] = {
     "nodes.stream": lambda uow: some(uow.nodes.stream(batch_size=2)),
     "nodes.with_state": lambda uow: some(uow.nodes.with_state(batch_size=2)),
     "nodes.add": lambda uow: uow.nodes.add(Node(name="new", ip_address="10.0.0.1")),
-    "nodes.update": lambda uow: uow.nodes.update(node(7000)),
+    "nodes.update": lambda uow: uow.nodes.update(uow.nodes.get(NODE)),
     "nodes.delete": lambda uow: uow.nodes.delete(NODE),
     "routes.get": lambda uow: uow.routes.get(ROUTE),
     "routes.page": lambda uow: uow.routes.page(),
@@ -132,7 +142,7 @@ BY_INDEX: dict[str, Work] = {
     "routes.between": lambda uow: uow.routes.between(id_of("node", 7), id_of("node", 5006)),
     "routes.for_node": lambda uow: uow.routes.for_node(id_of("node", 7)),
     "routes.add": lambda uow: uow.routes.add(route(ROWS + 1)),
-    "routes.update": lambda uow: uow.routes.update(route(7000)),
+    "routes.update": lambda uow: uow.routes.update(uow.routes.get(ROUTE)),
     "routes.delete": lambda uow: uow.routes.delete(ROUTE),
     "messages.get": lambda uow: uow.messages.get("msg-7000"),
     "messages.store": lambda uow: uow.messages.store(message(ROWS + 1)),
@@ -157,6 +167,14 @@ BY_INDEX: dict[str, Work] = {
     "state.get": lambda uow: uow.state.get("key-7000"),
     "state.put": lambda uow: uow.state.put("new", b""),
     "state.put again": lambda uow: uow.state.put("key-7000", b""),
+    "state.put if new": lambda uow: uow.state.put("new", b"", if_version=0),
+    "state.put if": lambda uow: uow.state.put("key-7000", b"", if_version=version(uow)),
+    "state.put_many": lambda uow: uow.state.put_many({f"key-{number}": b"" for number in range(7000, 7100)}, ttl=DAY),
+    "state.get_many": lambda uow: uow.state.get_many(f"key-{number}" for number in range(7000, 7100)),
+    "state.delete if": lambda uow: uow.state.delete("key-7000", if_version=version(uow)),
+    "state.delete_prefix": lambda uow: uow.state.delete_prefix("key-70"),
+    "state.touch": lambda uow: uow.state.touch("key-7000", if_version=version(uow), ttl=DAY),
+    "state.check": lambda uow: uow.state.check("key-7000", version=version(uow)),
     "state.page": lambda uow: uow.state.page(),
     "state.page after": lambda uow: uow.state.page(after=cursor("key-7000")),
     "state.page of a prefix": lambda uow: uow.state.page("key-70"),
@@ -191,6 +209,7 @@ BY_INDEX: dict[str, Work] = {
     "runtime_config.page after": lambda uow: uow.runtime_config.page(after=cursor("key-7000")),
     "runtime_config.all of a prefix": lambda uow: uow.runtime_config.all("key-70"),
     "runtime_config.delete": lambda uow: uow.runtime_config.delete("key-7000"),
+    "maintenance.step": lambda uow: uow.maintenance.step(DAY, DAY),
 }
 WHOLE: dict[str, Work] = {
     "routing_table.all": lambda uow: uow.routing_table.all(),
@@ -258,7 +277,7 @@ def test_the_whole_is_read_in_the_order_of_its_index(url: str, executed: Execute
     ((sql, parameters),) = execute(url, executed, WHOLE[name])
     with psycopg.connect(url) as connection:
         kinds = [step["Node Type"] for step in steps(plan_of(connection, "custom", sql, parameters))]
-    assert kinds == ["Index Scan"]
+    assert [kind for kind in kinds if kind != "Result"] == ["Index Scan"]  # a Result is the clock
 
 
 @pytest.mark.parametrize("mode", ["custom", "generic"])

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple, TypeAlias
 import pytest
 from sqlalchemy import text
 
-from mesh_storage import LogEntry, Mesh, MeshStorage, Message, Node, Route, UnitOfWork
+from mesh_storage import ConfigEntry, LogEntry, Mesh, MeshStorage, Message, Node, Route, StateEntry, UnitOfWork
 from mesh_storage.aio.postgres.timed import AsyncTimedConnection
 from mesh_storage.postgres.timed import TimedConnection
 from mesh_storage.testing import Databases
@@ -99,8 +99,15 @@ def fill(uow: UnitOfWork) -> None:
     uow.consensus_log.append_many([(1, index, "x") for index in (1, 2, 3)])
 
 
+def version(entry: StateEntry | ConfigEntry) -> int:
+    assert entry.version is not None
+    return entry.version
+
+
+DAY = timedelta(days=1)
 ONE = Cost(1, 1)
-COPY = Cost(3, 2)  # It asks for the time, and the server for the rows.
+TWO = Cost(2, 2)  # The first call makes what the second one needs.
+COPY = Cost(4, 3)  # It asks for the time and the versions, and the server for the rows.
 MESH, NODE, ROUTE = id_of("mesh", 1), id_of("node", 1), id_of("route", 1)
 
 # A method, and behind it the case where it costs something else in another one. A stream costs one for each batch, and
@@ -119,7 +126,7 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "meshes.stream": (lambda uow: list(uow.meshes.stream()), ONE),
     "meshes.stream in batches": (lambda uow: list(uow.meshes.stream(batch_size=2)), Cost(2, 2)),
     "meshes.stream in full batches": (lambda uow: list(uow.meshes.stream(batch_size=3)), Cost(2, 2)),
-    "meshes.update": (lambda uow: uow.meshes.update(mesh(1)), ONE),
+    "meshes.update": (lambda uow: uow.meshes.update(uow.meshes.get(MESH)), TWO),
     "nodes.add": (lambda uow: uow.nodes.add(node(4)), ONE),
     "nodes.add_many": (lambda uow: uow.nodes.add_many(map(node, range(4, 400))), COPY),
     "nodes.count": (lambda uow: uow.nodes.count(status="STATUS_ACTIVE"), ONE),
@@ -129,7 +136,7 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "nodes.get_by_name": (lambda uow: uow.nodes.get_by_name("node-1"), ONE),
     "nodes.page": (lambda uow: uow.nodes.page(), ONE),
     "nodes.stream": (lambda uow: list(uow.nodes.stream()), ONE),
-    "nodes.update": (lambda uow: uow.nodes.update(node(1)), ONE),
+    "nodes.update": (lambda uow: uow.nodes.update(uow.nodes.get(NODE)), TWO),
     "nodes.with_state": (lambda uow: list(uow.nodes.with_state()), ONE),
     "routes.add": (lambda uow: uow.routes.add(route(4)), ONE),
     "routes.add_many": (lambda uow: uow.routes.add_many(map(route, range(4, 400))), COPY),
@@ -141,7 +148,7 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "routes.get": (lambda uow: uow.routes.get(ROUTE), ONE),
     "routes.page": (lambda uow: uow.routes.page(), ONE),
     "routes.stream": (lambda uow: list(uow.routes.stream()), ONE),
-    "routes.update": (lambda uow: uow.routes.update(route(1)), ONE),
+    "routes.update": (lambda uow: uow.routes.update(uow.routes.get(ROUTE)), TWO),
     "messages.count": (lambda uow: uow.messages.count(to_node="b"), ONE),
     "messages.delete": (lambda uow: uow.messages.delete("msg-1"), ONE),
     "messages.find": (lambda uow: uow.messages.find("msg-1"), ONE),
@@ -159,6 +166,12 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "state.page": (lambda uow: uow.state.page("a"), ONE),
     "state.put": (lambda uow: uow.state.put("a", b"2"), ONE),
     "state.stream": (lambda uow: list(uow.state.stream("a")), ONE),
+    "state.put if new": (lambda uow: uow.state.put("d", b"2", if_version=0), ONE),
+    "state.put_many": (lambda uow: uow.state.put_many({str(n): b"" for n in range(400)}, ttl=DAY), ONE),
+    "state.get_many": (lambda uow: uow.state.get_many(map(str, range(400))), ONE),
+    "state.delete_prefix": (lambda uow: uow.state.delete_prefix(""), ONE),
+    "state.touch": (lambda uow: uow.state.touch("a", if_version=version(uow.state.get("a")), ttl=DAY), TWO),
+    "state.check": (lambda uow: uow.state.check("a", version=version(uow.state.get("a"))), TWO),
     "node_states.count": (lambda uow: uow.node_states.count(), ONE),
     "node_states.delete": (lambda uow: uow.node_states.delete("a"), ONE),
     "node_states.find": (lambda uow: uow.node_states.find("a"), ONE),
@@ -198,6 +211,13 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "routing_table.replace_all": (lambda uow: uow.routing_table.replace_all({"a": 1, "d": 2}), Cost(3, 3)),
     "routing_table.replace_all by nothing": (lambda uow: uow.routing_table.replace_all({}), Cost(2, 2)),
     "routing_table.stream": (lambda uow: list(uow.routing_table.stream()), ONE),
+    "runtime_config.put_many": (lambda uow: uow.runtime_config.put_many({str(n): n for n in range(400)}), ONE),
+    "runtime_config.get_many": (lambda uow: uow.runtime_config.get_many(["a", "b"]), ONE),
+    "runtime_config.delete_prefix": (lambda uow: uow.runtime_config.delete_prefix("a"), ONE),
+    "runtime_config.touch": (
+        lambda uow: uow.runtime_config.touch("a", if_version=version(uow.runtime_config.get("a")), ttl=DAY),
+        TWO,
+    ),
     "runtime_config.all": (lambda uow: uow.runtime_config.all("a"), ONE),
     "runtime_config.count": (lambda uow: uow.runtime_config.count(), ONE),
     "runtime_config.delete": (lambda uow: uow.runtime_config.delete("a"), ONE),
@@ -342,7 +362,7 @@ def test_every_public_method_of_every_repository_is_in_the_table(storage: MeshSt
         }
     assert {name.partition(" ")[0] for name in METHODS} == there
     members = {name for name in dir(UnitOfWork) if not name.startswith("_")}
-    assert members - {"session", "commit", "rollback", "savepoint"} == set(REPOSITORIES)
+    assert members - {"session", "commit", "rollback", "savepoint", "maintenance"} == set(REPOSITORIES)
 
 
 def test_a_method_costs_this_much(opened: Opener, wire: Wire) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import psycopg
 from psycopg.types.json import Jsonb
 
+from mesh_storage.schema import changes
+
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 _WITH_PGCRYPTO = "gen_random_bytes(25)"
@@ -273,7 +275,7 @@ def rows(connection: Connection, *, also: tuple[str, ...] = OTHER_TABLES) -> dic
         listed = [
             f"({name} AT TIME ZONE 'UTC')::text" if kind == "timestamp with time zone" else f"{name}::text"
             for name, kind in columns
-            if not name.startswith(("mesh_public_key", "mesh_join_key"))
+            if not name.startswith(("mesh_public_key", "mesh_join_key")) and name not in ("version", "expires_at")
         ]
         query = f"SELECT {', '.join(listed)} FROM {table}"
         if table == "mesh_consensus_log" and exists(connection, "mesh_consensus_log_stale"):
@@ -308,12 +310,14 @@ def others(connection: Connection) -> list[tuple[Any, ...]]:
         WHERE tablename IN ('regions', 'billing', 'inventory')
         UNION ALL SELECT 'view', viewname, definition, NULL, NULL FROM pg_views WHERE schemaname = 'public'
         UNION ALL SELECT 'trigger', tgname, pg_get_triggerdef(oid), tgenabled::text, NULL FROM pg_trigger
-        WHERE NOT tgisinternal
+        WHERE NOT tgisinternal AND tgname <> ALL(%(triggers)s)
         UNION ALL SELECT 'function', proname, prosrc, NULL, NULL FROM pg_proc
         WHERE pronamespace = 'public'::regnamespace
+        AND oid <> ALL(SELECT tgfoid FROM pg_trigger WHERE tgname = ANY(%(triggers)s))
         UNION ALL SELECT 'extension', extname, extversion, NULL, NULL FROM pg_extension
         ORDER BY 1, 2, 3, 4
-        """
+        """,
+        {"triggers": [*changes.TRIGGERS]},
     ).fetchall()
 
 

@@ -84,6 +84,9 @@ def rows(url: str) -> dict[str, list[tuple[object, ...]]]:
         "mesh": "mesh_id, mesh_name, created",
         "nodes": "node_id, node_name, created",
         "routes": "route_id, created",
+        "mesh_state": "key, value, created_at, updated_at",
+        "mesh_runtime_config": "key, value, created_at, updated_at",
+        "mesh_routing_table": "destination, route, created_at, updated_at",
     }
     with psycopg.connect(url, options="-c timezone=UTC") as connection:
         return {

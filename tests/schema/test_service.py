@@ -14,13 +14,16 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Column, ForeignKey, MetaData, Table, Text
 
 from mesh_storage import ConfigurationError, MeshStorage, Node, SchemaMismatchError, schema
 from mesh_storage.models import Base
+from mesh_storage.postgres.server import open_server
 from mesh_storage.schema import tables
+from mesh_storage.settings import Settings
 from mesh_storage.testing import Databases, NodeFactory
 from tests.processes import ROOT, start_alembic
 from tests.schema import legacy
@@ -219,6 +222,10 @@ def test_a_table_of_the_same_name_in_a_schema_of_the_services_is_the_services(me
 
 def to_former(url: str, *theirs: str) -> None:
     """Put the revision where it was up to 0009, beside revisions of a service."""
+    with psycopg.connect(url) as connection:
+        newer = (tables.revision_in(tables.by_psycopg(connection)) or "") > "0009"
+    if newer:
+        command.downgrade(schema.alembic_config(open_server(Settings(url=url)).connect), "0009")
     with psycopg.connect(url) as connection:
         connection.execute("ALTER TABLE mesh_alembic_version RENAME TO alembic_version")
         connection.execute(

@@ -80,6 +80,7 @@ def test_update_stores_the_changes_and_leaves_the_join_key_alone(storage: MeshSt
         mesh = MeshFactory.create(uow=uow, allow_join=True)
         uow.meshes.set_join_key(mesh.id, "secret")
     with storage.begin() as uow:
+        mesh = uow.meshes.get(mesh.id)
         mesh.name, mesh.status = "renamed", "STATUS_CONNECTED"
         assert uow.meshes.update(mesh) is mesh
         found = uow.meshes.get(mesh.id)
