@@ -22,6 +22,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, Insert, insert
+from sqlalchemy.sql.base import ReadOnlyColumnCollection
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
@@ -166,8 +167,6 @@ class Entries(Aggregate[M]):
         self.given: list[Column[Any]] = given
         """What the database gives: the times, and the version and expiry of those that have them."""
         self.created_at, self.updated_at, *_ = given
-        self.replaced: tuple[Column[Any], ...] = (self.value, self.updated_at)
-        """The columns whose new values take the place of those of an existing key."""
         self.is_json = isinstance(self.value.type, JSONB)
         self._field = f"{self.name}.{self.names[1]}"
         self._check_bytes = None if self.is_json else checks.of_column(self._field, self.value)
@@ -188,9 +187,12 @@ class Entries(Aggregate[M]):
 
     def replacing(self, statement: Insert, where: ColumnElement[bool] | None = None) -> Insert:
         """Add an ON CONFLICT clause that replaces the value of an existing key (PostgreSQL manual, INSERT)."""
-        new = statement.excluded
-        replaced = {column: new[column.name] for column in self.replaced}
-        return statement.on_conflict_do_update(index_elements=[self.key], set_=replaced, where=where)
+        return statement.on_conflict_do_update(
+            index_elements=[self.key], set_=self._replaced(statement.excluded), where=where
+        )
+
+    def _replaced(self, new: ReadOnlyColumnCollection[str, Any]) -> dict[Column[Any], ColumnElement[Any]]:
+        return {self.value: new[self.value.name], self.updated_at: new.updated_at}
 
     def check_values(self, values: list[Any]) -> tuple[list[Any], list[Any]]:
         """Validate values; return the statement parameters, and the stored values, copied from the caller's."""

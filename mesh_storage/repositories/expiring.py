@@ -14,6 +14,7 @@ from sqlalchemy import (
     Text,
     TextClause,
     bindparam,
+    case,
     cast,
     collate,
     delete,
@@ -24,6 +25,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy.sql.base import ReadOnlyColumnCollection
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 
 from mesh_storage.errors import InvalidInputError
@@ -45,7 +47,6 @@ class ExpiringEntries(Entries[M]):
         super().__init__(model)
         columns = self.table.c
         self._expires_at: Column[Any] = columns.expires_at
-        self.replaced = (*self.replaced, self._expires_at)
         self._found = (self.key == bindparam("key", type_=Text), self.live)
         """Conditions of the live entry with a key."""
         self._expected = (*self._found, columns.version == bindparam("expected_version", type_=BigInteger))
@@ -89,10 +90,18 @@ class ExpiringEntries(Entries[M]):
         times = {self.created_at: func.clock_timestamp(), self.updated_at: func.clock_timestamp()}
         return self._insert().values({**times, self._expires_at: _EXPIRY})
 
+    def _replaced(self, new: ReadOnlyColumnCollection[str, Any]) -> dict[Column[Any], ColumnElement[Any]]:
+        # Not the clock again: Citus accepts no volatile function here.
+        expired = self._expires_at <= new.updated_at
+        return {
+            **super()._replaced(new),
+            self.created_at: case((expired, new.created_at), else_=self.created_at),
+            self._expires_at: new.expires_at,
+        }
+
     def _put_new(self) -> ReturningInsert[Any]:
         """Insert an entry, or take the place of an expired one."""
         new = self._insert_expiring()
-        # Not the clock again: Citus accepts no volatile function here.
         return self.replacing(new, where=self._expires_at <= new.excluded.updated_at).returning(*self.given)
 
     def _put_expected(self) -> ReturningUpdate[Any]:

@@ -67,11 +67,13 @@ CHANGES = Statement(
         kept AS MATERIALIZED (
             SELECT xid FROM oldest WHERE changed_at > (SELECT clock_timestamp()) - :older_than ORDER BY xid LIMIT 1
         ),
+        last AS MATERIALIZED (
+            SELECT xid, number FROM oldest WHERE NOT EXISTS (SELECT FROM kept WHERE kept.xid <= oldest.xid)
+            ORDER BY xid DESC, number DESC LIMIT 1
+        ),
         gone AS (
-            DELETE FROM mesh_changes AS change USING oldest
-            WHERE change.xid = oldest.xid AND change.number = oldest.number
-            AND NOT EXISTS (SELECT FROM kept WHERE kept.xid <= oldest.xid)
-            RETURNING change.xid
+            DELETE FROM mesh_changes
+            WHERE (xid, number) <= ((SELECT xid FROM last), (SELECT number FROM last)) RETURNING xid
         )
         UPDATE mesh_changes_epoch SET compacted = (
             SELECT greatest(compacted, max(xid) + 1) FROM gone
