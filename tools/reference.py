@@ -59,7 +59,9 @@ def attributes(model: type[Base]) -> str:
     for name, column in zip(attribute_names(model), table_of(model).columns, strict=True):
         (hint,) = typing.get_args(hints[name])
         place = f"`{column.name}` {type_of(column)}"
-        cells = [f"`{name}`", type_name(hint), place, default(column), limits(column), texts[name]]
+        # What the database gives at every write is None only before the first one.
+        kind = "`int`" if column is model.__mapper__.version_id_col else type_name(hint)
+        cells = [f"`{name}`", kind, place, default(column), limits(column), texts[name]]
         lines.append(f"| {' | '.join(cells)} |")
     relationships = model.__mapper__.relationships.items()
     if relationships:
@@ -111,7 +113,7 @@ def type_name(hint: Any) -> str:
 
 def default(column: Column[Any]) -> str:
     """Say what is stored where no value is given."""
-    if isinstance(column.default, CallableColumnDefault):
+    if isinstance(column.default, CallableColumnDefault) or column.server_onupdate is not None:
         return "a new one"
     if isinstance(column.default, ScalarElementColumnDefault):
         return f"`{column.default.arg!r}`"
