@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix lint format types schema docs sync bench check migrate revision lock clean
+.PHONY: help install demo test test-slow test-matrix lint format types schema docs sync bench check migrate revision lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -43,8 +43,11 @@ COUNT_PACKAGES = total=$$(grep -c '^[a-z].*==' requirements.lock); number=0; \
 demo: install ## Run a day of a real network on its own database, and draw it
 	@$(BIN)/python examples/mesh_day.py
 
-test: install ## Run all tests against a real PostgreSQL, or only some: make test T=tests/backup
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(T),$(T),--cov --cov-report=term-missing:skip-covered)
+test: install ## Run the tests but the slow ones, or only some: make test T=tests/backup
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(T),$(T),-m 'not slow' --cov --cov-report=term-missing:skip-covered)
+
+test-slow: install ## Run the slow tests: migrations beside traffic, crashes, models of hypothesis, packaging, benchmarks
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-matrix: install ## Run all tests on each of PostgreSQL 15, 16 and 18 that is found
 	$(BIN)/python tools/test_matrix.py $(MATRIX) -- -n 2 --dist worksteal $(T)
@@ -63,7 +66,7 @@ types: install ## Check the types
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-check: lint types schema docs test ## Run every check a change must pass
+check: lint types schema docs test test-slow ## Run every check a change must pass
 
 schema: install ## Check that models and migrations agree
 	@directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && export MESH_STORAGE_URL="embedded:$$directory" && \

@@ -19,6 +19,8 @@ from mesh_storage import MeshStorage, UnitOfWork, aio, repositories
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
 from mesh_storage.repositories.base import Repository
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 REPOSITORIES = [

@@ -14,6 +14,8 @@ import pytest
 
 from benchmarks import bulk, growth, limits, single, startup, threads
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

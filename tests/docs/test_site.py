@@ -19,6 +19,8 @@ import mesh_storage
 from mesh_storage import Settings, aio, backup, repositories, schema, testing
 from mesh_storage.models import Base
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -18,6 +18,8 @@ from mesh_storage import testing
 from mesh_storage.schema import head
 from tests.examples.days import EXAMPLES, graphml, live, rows, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def url(mesh_storage_databases: testing.Databases) -> Iterator[str]:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 
 from mesh_storage import testing
 from tests.examples.days import live
+
+pytestmark = pytest.mark.slow
 
 TABLES = (
     "mesh",

@@ -19,6 +19,8 @@ import pytest
 from mesh_storage import schema
 from mesh_storage.testing import Databases
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -16,6 +16,8 @@ from mesh_storage import MeshStorage, UnitOfWork
 from mesh_storage.testing import Databases
 from tools import test_matrix
 
+pytestmark = pytest.mark.slow
+
 NODES, HEARTBEATS, BATCH = 50_000, 1_000_000, 10_000
 
 

@@ -24,6 +24,8 @@ from sqlalchemy import text
 from mesh_storage import ConflictError, InvalidInputError, LogEntry, MeshStorage, NotFoundError, UnitOfWork
 from mesh_storage.testing import Databases
 
+pytestmark = pytest.mark.slow
+
 RUNS = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 LAST = 2**63 - 1
 

@@ -26,6 +26,8 @@ from mesh_storage.testing import (
 )
 from tests.processes import start_alembic
 
+pytestmark = pytest.mark.slow
+
 TABLES = sorted(Base.metadata.tables)
 
 

@@ -25,6 +25,8 @@ from mesh_storage.schema import migration
 from mesh_storage.testing import Databases
 from tests.schema import legacy
 
+pytestmark = pytest.mark.slow
+
 __all__ = [
     "test_model_definitions_match_ddl",
     "test_single_head_revision",

@@ -25,6 +25,8 @@ from tests.backup.backup_help import SYSTEM_15, system_server
 from tests.schema import legacy
 from tests.schema.conftest import Alembic
 
+pytestmark = pytest.mark.slow
+
 FORK = multiprocessing.get_context("fork")
 EVERY = 3
 """A run is killed at each third of its statements, a different third for each way to be killed."""

@@ -12,6 +12,8 @@ import pytest
 from mesh_storage import schema
 from tests.schema import legacy
 
+pytestmark = pytest.mark.slow
+
 MESSAGES = 1_000_000
 WRITERS = 2
 LONGEST_WAIT_S = 1.0
