@@ -71,8 +71,14 @@ def fenced(storage: MeshStorage, lease: Lease) -> bool:
         return False
 
 
-def stand(storage: MeshStorage, ttl: timedelta, seen: Callable[[Sight], object], chance: random.Random) -> None:
-    """Stand for election once, and lead for a while."""
+def stand(
+    storage: MeshStorage,
+    ttl: timedelta,
+    seen: Callable[[Sight], object],
+    chance: random.Random,
+    seconds: float | None = None,
+) -> None:
+    """Stand for election once, and lead for a while, which is by chance unless given."""
     holder = b"%d" % os.getpid()
     with storage.lease(NAME, holder, ttl=ttl, wait=60) as lease:
 
@@ -80,7 +86,7 @@ def stand(storage: MeshStorage, ttl: timedelta, seen: Callable[[Sight], object],
             if chance.random() < 0.05 and fenced(storage, lease):
                 raise AssertionError("a late write was not refused")
 
-        watch(lease, seen, chance.uniform(0, 4) * ttl.total_seconds(), work)
+        watch(lease, seen, chance.uniform(0, 4) * ttl.total_seconds() if seconds is None else seconds, work)
 
 
 def wrong_clock() -> None:
@@ -89,7 +95,7 @@ def wrong_clock() -> None:
     time.time = lambda: right() + random.choice((-1e6, -1, 0, 1, 1e6))
 
 
-def main(url: str, path: str, ttl: str) -> None:
+def main(url: str, path: str, ttl: str, seconds: str = "") -> None:
     wrong_clock()
     chance = random.Random()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -100,7 +106,7 @@ def main(url: str, path: str, ttl: str) -> None:
     storage = MeshStorage.open(url)
     while True:
         try:
-            stand(storage, timedelta(seconds=float(ttl)), seen, chance)
+            stand(storage, timedelta(seconds=float(ttl)), seen, chance, float(seconds) if seconds else None)
         except AssertionError as error:
             os.write(file, f"{error}\n".encode())
             raise
