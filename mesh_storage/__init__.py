@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         UnavailableError,
     )
     from mesh_storage.health import Health
+    from mesh_storage.lease import Lease
     from mesh_storage.models import (
         JSON,
         ConfigEntry,
@@ -48,6 +49,7 @@ __all__ = [
     "ConflictError",
     "Health",
     "InvalidInputError",
+    "Lease",
     "LogEntry",
     "Mesh",
     "MeshStorage",
@@ -70,7 +72,7 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # A checker would take it for a promise of any name.
-    _MODULES = ("errors", "models", "repositories", "settings", "health", "unit_of_work", "storage", "schema")
+    _MODULES = ("errors", "models", "repositories", "settings", "health", "unit_of_work", "lease", "storage", "schema")
 
     def __getattr__(name: str) -> object:
         """Import a public name when it is first asked for: `mesh-storage --help` need not wait for all of them."""

@@ -21,6 +21,7 @@ from mesh_storage.errors import (
     MeshStorageError,
 )
 from mesh_storage.health import Health
+from mesh_storage.lease import Lease
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
 from mesh_storage.postgres.pool import Pool, check_open
 from mesh_storage.postgres.retry import Retry
@@ -156,6 +157,27 @@ class MeshStorage:
                 time.sleep(pause)
             else:
                 return result
+
+    def lease(self, name: str, holder: bytes, *, ttl: timedelta, wait: float | None = None) -> Lease:
+        """Return the lease of a name, which `with` acquires, a thread renews, and the end of the block gives back.
+
+        It is an entry of the shared state, with the name as its key and the holder as its value. One process at a time
+        has it. It waits for no connection of the pool: when all are in use, it makes one of its own.
+
+        Args:
+            name: The name (1 to 255 characters).
+            holder: Who holds it, for others to see, of up to 256 MiB.
+            ttl: How long it lasts without a renewal, from 0.1 s to 100 years; it is renewed every third of that.
+            wait: Seconds to wait for it, at most a year: 0 for one attempt, None for no limit. Outages are waited out.
+
+        Raises:
+            ConflictError: Another had it until the end of the wait; see `holder`.
+            InvalidInputError: An argument is invalid; names it.
+            UnavailableError: The database could not be reached at the end of the wait.
+            StorageTimeoutError: The server did not respond in time at the end of the wait.
+            ClosedError: The storage was closed.
+        """
+        return Lease(self, self._pool, name, holder, ttl=ttl, wait=wait)
 
     def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.

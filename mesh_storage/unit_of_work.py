@@ -189,13 +189,21 @@ class Scope(AbstractContextManager[UnitOfWork]):
     """The context manager of a unit of work; a class, since generator-based ones cost several times as much."""
 
     def __init__(
-        self, storage: object, pool: Pool, characteristics: Characteristics, slow: float, *, commits: bool
+        self,
+        storage: object,
+        pool: Pool,
+        characteristics: Characteristics,
+        slow: float,
+        *,
+        commits: bool,
+        beside: bool = False,
     ) -> None:
         self._storage = storage  # keeps the bundled server running
         self._pool = pool
         self._characteristics = characteristics
         self._slow = slow
         self._commits = commits
+        self._beside = beside
         self._open = False
 
     def __enter__(self) -> UnitOfWork:
@@ -206,7 +214,7 @@ class Scope(AbstractContextManager[UnitOfWork]):
         self._open = True
         self._begun = time.monotonic()
         try:
-            self._connection = self._pool.acquire(self._characteristics)
+            self._connection = self._pool.acquire(self._characteristics, beside=self._beside)
         except BaseException:
             self._open = False
             raise

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from mesh_storage import health, schema
+from mesh_storage.aio.lease import AsyncLease
 from mesh_storage.aio.postgres.concurrency import in_background, in_greenlet, sync_connection
 from mesh_storage.aio.postgres.pool import AsyncPool
 from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
@@ -171,6 +172,13 @@ class AsyncMeshStorage:
                 await asyncio.sleep(pause)
             else:
                 return result
+
+    def lease(self, name: str, holder: bytes, *, ttl: timedelta, wait: float | None = None) -> AsyncLease:
+        """Return the lease of a name, acquired by `async with` and renewed by a task; the event loop must not block.
+
+        The arguments and errors are those of `MeshStorage.lease`.
+        """
+        return AsyncLease(self, self._pool, name, holder, ttl=ttl, wait=wait)
 
     async def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.

@@ -186,13 +186,21 @@ class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
     """The context manager of a unit of work; a class, since generator-based ones cost several times as much."""
 
     def __init__(
-        self, storage: object, pool: AsyncPool, characteristics: Characteristics, slow: float, *, commits: bool
+        self,
+        storage: object,
+        pool: AsyncPool,
+        characteristics: Characteristics,
+        slow: float,
+        *,
+        commits: bool,
+        beside: bool = False,
     ) -> None:
         self._storage = storage  # keeps the bundled server running
         self._pool = pool
         self._characteristics = characteristics
         self._slow = slow
         self._commits = commits
+        self._beside = beside
         self._open = False
 
     async def __aenter__(self) -> AsyncUnitOfWork:
@@ -203,7 +211,7 @@ class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
         self._open = True
         self._begun = time.monotonic()
         try:
-            self._connection = await self._pool.acquire(self._characteristics)
+            self._connection = await self._pool.acquire(self._characteristics, beside=self._beside)
         except BaseException:
             self._open = False
             raise

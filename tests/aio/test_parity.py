@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy.util import ro_memoized_property
 
-from mesh_storage import MeshStorage, UnitOfWork, aio, repositories
+from mesh_storage import Lease, MeshStorage, UnitOfWork, aio, repositories
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
 from mesh_storage.repositories.base import Repository
 
@@ -50,6 +50,7 @@ def in_async_words(annotation: str) -> str:
         r"\b(Async)?UnitOfWork\b": "AsyncUnitOfWork",
         r"\bAsyncUnitOfWork\], T\]": "AsyncUnitOfWork], Awaitable[T]]",
         r"\b(Async)?Session\b": "AsyncSession",
+        r"\b(Async)?Lease\b": "AsyncLease",
     }
     for word, async_word in words.items():
         annotation = re.sub(word, async_word, annotation)
@@ -64,11 +65,12 @@ def twin(class_: type) -> type:
 
 def test_every_repository_has_a_twin_that_is_exported() -> None:
     assert len(REPOSITORIES) == 9
-    expected = {f"Async{each.__name__}" for each in REPOSITORIES} | {"AsyncMeshStorage", "AsyncUnitOfWork"}
+    expected = {f"Async{each.__name__}" for each in REPOSITORIES}
+    expected |= {"AsyncLease", "AsyncMeshStorage", "AsyncUnitOfWork"}
     assert set(aio.__all__) == expected
 
 
-@pytest.mark.parametrize("class_", [MeshStorage, UnitOfWork, *REPOSITORIES], ids=lambda class_: class_.__name__)
+@pytest.mark.parametrize("class_", [Lease, MeshStorage, UnitOfWork, *REPOSITORIES], ids=lambda class_: class_.__name__)
 def test_names_and_signatures_are_the_same(class_: type) -> None:
     ours, theirs = members(class_), members(twin(class_))
     assert set(theirs) == set(ours)

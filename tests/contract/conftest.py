@@ -14,7 +14,7 @@ import uvloop
 from pydantic import SecretStr
 
 from mesh_storage import MeshStorage, Settings, UnitOfWork
-from mesh_storage.aio import AsyncMeshStorage
+from mesh_storage.aio import AsyncLease, AsyncMeshStorage
 from mesh_storage.aio.unit_of_work import AsyncScope
 from tests.pgbouncer import pgbouncer
 
@@ -43,7 +43,7 @@ class Blocking:
         return self._wait(self._wrapped.run(lambda uow: asyncio.to_thread(work, self._adapt(uow)), **given))
 
     def _adapt(self, value: Any) -> Any:
-        if isinstance(value, AsyncScope):
+        if isinstance(value, (AsyncScope, AsyncLease)):
             return self._enter(value)
         if type(value).__name__.startswith("Async"):
             return Blocking(value, self._loop)
@@ -78,7 +78,8 @@ class Blocking:
         async def enter() -> Any:
             return await manager.__aenter__()
 
-        entered = self._adapt(self._wait(enter()))
+        made = self._wait(enter())
+        entered = Blocking(made, self._loop) if made is manager else self._adapt(made)
         try:
             yield entered
         except BaseException as error:

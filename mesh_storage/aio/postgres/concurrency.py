@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod
 
 import sqlalchemy
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -58,6 +58,27 @@ def sync_connection(connection: AsyncConnection) -> sqlalchemy.Connection:
 def open_async_session(connection: Joinable) -> AsyncSession:
     """Return an ORM session on the connection of a unit of work."""
     return AsyncSession(sync_session_class=UnitOfWorkSession, connection=connection, wait=await_only)
+
+
+class AsyncRepeated:
+    """Calls a method in a task, after the seconds that its call before returned, until that is None or it is gone."""
+
+    def __init__(self, method: WeakMethod[Callable[[], Coroutine[Any, Any, float | None]]], pause: float) -> None:
+        self._task = in_background(self._repeat(method, pause))
+
+    async def stop(self) -> None:
+        """End it, also in the middle of a call."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    @staticmethod
+    async def _repeat(method: WeakMethod[Callable[[], Coroutine[Any, Any, float | None]]], pause: float) -> None:
+        following: float | None = pause
+        while following is not None:
+            await asyncio.sleep(following)
+            call = method()
+            following = None if call is None else await call()
+            del call  # or the object would live as long as the task
 
 
 _background: set[asyncio.Task[Any]] = set()
