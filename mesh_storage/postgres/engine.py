@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -242,7 +243,12 @@ class _Attempt:
         try:
             made = TimedConnection.connect(**self._parameters)
         except BaseException as error:  # noqa: BLE001 - `result` raises it
-            self._error = error
+            with self._lock:
+                if not self._abandoned:
+                    self._error = error
+            if self._error is None:
+                # Its frames form a cycle with it, which would keep the half-open connection until a collection.
+                traceback.clear_frames(error.__traceback__)
         else:
             with self._lock:
                 if not self._abandoned:

@@ -11,7 +11,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -24,7 +23,7 @@ from tests.chaos.disturber import APPLICATION, Cluster, Disturber, new_cluster
 from tests.chaos.record import Record
 from tests.chaos.sides import InThread, finish
 from tests.chaos.worker import CONNECT_TIMEOUT_S, LOCK_TIMEOUT_S, POOL_TIMEOUT_S, STATEMENT_TIMEOUT_S, Worker
-from tests.processes import eventually
+from tests.processes import eventually, sockets
 from tools.test_matrix import find
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS") or 60)
@@ -119,17 +118,6 @@ class Load:
             await asyncio.sleep(worker.pause())
 
 
-def sockets() -> int:
-    """Count the sockets that this process has open."""
-    links = []
-    for each in Path("/proc/self/fd").iterdir():
-        try:
-            links.append(str(each.readlink()))
-        except FileNotFoundError:  # that of the listing itself
-            continue
-    return sum(link.startswith("socket:") for link in links)
-
-
 def remaining(cluster: Cluster, what: str, number: int, seconds: float = 10) -> list[Any]:
     """Return which of our sessions are in a state, once there are no more than a number of them, or time is up."""
     deadline = time.monotonic() + seconds
@@ -165,10 +153,6 @@ def test_what_is_acknowledged_is_kept_whatever_happens_to_the_servers(mesh_stora
         record.expect_none("after close", remaining(cluster, "", 0))
         if not eventually(lambda: sockets() <= before, seconds=10):  # attempts to connect that nobody waits for end
             record.faults.append(f"{sockets() - before} sockets are still open")
-            import gc
-
-            gc.collect()
-            print("after gc", sockets() - before)
         with cluster.session() as session:
             record.judge(session)
     figures = record.figures(SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import select
 import socket
 import threading
@@ -19,6 +20,7 @@ from pydantic import SecretStr
 from mesh_storage import MeshStorage, MeshStorageError, Settings, StorageTimeoutError, UnavailableError
 from mesh_storage.aio import AsyncMeshStorage
 from mesh_storage.postgres.timed import TimedConnection
+from tests.processes import eventually, sockets
 
 
 class Doors:
@@ -105,6 +107,27 @@ def test_three_deaf_hosts_are_given_up_within_one_limit(doors: Doors) -> None:
             pass
         assert time.monotonic() - begun < 4
     assert not [each for each in threading.enumerate() if each.name == "mesh_storage connect" and not each.daemon]
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Keep the collector from tidying up."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_an_attempt_that_nobody_waits_for_any_more_leaves_no_socket(mesh_storage_url: str) -> None:
+    before = sockets()
+    doors = Doors(mesh_storage_url, 1)
+    with MeshStorage.open(settings=settings(doors)) as storage:
+        doors.turn_deaf()
+        with suppress(StorageTimeoutError), storage.begin(timeout=0.2):
+            pass
+        assert eventually(lambda: not [each for each in threading.enumerate() if each.name == "mesh_storage connect"])
+    doors.close()
+    assert sockets() == before
 
 
 def test_the_same_for_asyncio(doors: Doors) -> None:
