@@ -224,10 +224,15 @@ class UnitOfWorkConnection:
                 self._rollback()
         finally:
             self.owner.closed = True
+            with self._deadline.extended():
+                self.joined.close()
+                if self.joined.exposed and not self._pooled and self.reusable():
+                    self._reset()
             self._deadline.lift()
-            self.joined.close()
-        if self.joined.exposed and not self._pooled and self.reusable():
-            self._reset()
+
+    def hurry(self) -> None:
+        """Limit what is left to do to the grace period, since the caller has been interrupted."""
+        self._deadline.hurry()
 
     def settled(self) -> bool:
         """Whether there is nothing to roll back: no transaction is open, nor is a session or savepoint."""

@@ -74,7 +74,7 @@ class Deadline:
 
     @contextmanager
     def extended(self) -> Generator[None]:
-        """Extend the deadline by a grace period, since a rollback is allowed even after the timeout."""
+        """Extend the deadline by a grace period, since the cleanup is allowed even after the timeout."""
         before = self._moment
         if before is not None:
             self._moment = self._connection.deadline = max(before, time.monotonic()) + GRACE_S
@@ -82,6 +82,11 @@ class Deadline:
             yield
         finally:
             self._moment = self._connection.deadline = before
+
+    def hurry(self) -> None:
+        """Let the deadline pass now, since the caller has been interrupted and only cleanup is left."""
+        now = time.monotonic()
+        self._moment = self._connection.deadline = now if self._moment is None else min(now, self._moment)
 
     def lift(self) -> None:
         """Remove the limit, since the connection is about to serve another unit of work."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -65,3 +66,8 @@ class InThread:
     def run(self, work: Callable[[Any], Coroutine[Any, Any, T]], **given: Any) -> Call:
         """Make the work of a task that of a thread."""
         return Call(self._wrapped.run, lambda uow: finish(work(InThread(uow))), **given)
+
+
+def sleep_in_thread(seconds: float) -> Call:
+    """Sleep when it is awaited."""
+    return Call(time.sleep, seconds)

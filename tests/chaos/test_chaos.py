@@ -10,7 +10,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import psycopg
@@ -21,7 +21,7 @@ from mesh_storage import MeshStorage, Settings, schema
 from mesh_storage.aio import AsyncMeshStorage
 from tests.chaos.disturber import APPLICATION, Cluster, Disturber, new_cluster
 from tests.chaos.record import Record
-from tests.chaos.sides import InThread, finish
+from tests.chaos.sides import InThread, finish, sleep_in_thread
 from tests.chaos.worker import CONNECT_TIMEOUT_S, LOCK_TIMEOUT_S, POOL_TIMEOUT_S, STATEMENT_TIMEOUT_S, Worker
 from tests.processes import eventually, sockets
 from tools.test_matrix import find
@@ -65,7 +65,7 @@ class Load:
         """Disturb the workers, and check what is left of them before their storages are closed."""
         tasks = threading.Thread(target=self._guarded, args=[lambda: asyncio.run(self._tasks())])
         with MeshStorage.open(settings=settings(self._cluster, THREADS_POOL)) as storage:
-            workers = [self._worker(InThread(storage), f"thread{number}") for number in range(THREADS)]
+            workers = [self._worker(InThread(storage), f"thread{number}", sleep_in_thread) for number in range(THREADS)]
             threads = [threading.Thread(target=self._guarded, args=[self._thread, each]) for each in workers]
             for thread in (tasks, *threads):
                 thread.start()
@@ -82,8 +82,8 @@ class Load:
                     self._checked.set()
                     tasks.join()
 
-    def _worker(self, storage: Any, name: str) -> Worker:
-        return Worker(storage, self._record, name, f"{SEED} {name}")
+    def _worker(self, storage: Any, name: str, sleep: Callable[[float], Awaitable[None]]) -> Worker:
+        return Worker(storage, self._record, name, f"{SEED} {name}", sleep)
 
     def _guarded(self, work: Callable[..., None], *args: Any) -> None:
         try:
@@ -99,7 +99,7 @@ class Load:
     async def _tasks(self) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: self.complaints.append(str(context)))
         async with AsyncMeshStorage.open(settings=settings(self._cluster, TASKS_POOL)) as storage:
-            workers = [self._worker(storage, f"task{number}") for number in range(TASKS)]
+            workers = [self._worker(storage, f"task{number}", asyncio.sleep) for number in range(TASKS)]
             await asyncio.gather(*map(self._task, workers))
             await asyncio.to_thread(self._checked.wait)
             self.in_use["tasks"] = (await storage.health()).pool_in_use

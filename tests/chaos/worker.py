@@ -32,8 +32,11 @@ JOURNAL = 40
 class Worker:
     """One thread or task: one transaction after the other, each with rows of its own."""
 
-    def __init__(self, storage: Any, record: Record, name: str, seed: str) -> None:
+    def __init__(
+        self, storage: Any, record: Record, name: str, seed: str, sleep: Callable[[float], Awaitable[None]]
+    ) -> None:
         self._storage = storage
+        self._sleep = sleep
         self._record = record
         self._name = name
         self._random = random.Random(seed)
@@ -113,6 +116,7 @@ class Worker:
     async def _plain(self, token: str) -> None:
         async with self._told(token, 2), self._begun() as uow:
             await self._within(SILENCE_S, self._store(uow, token, "a"))
+            await self._sleep(self._random.uniform(0.0, 0.2))
             await self._within(SILENCE_S, self._store(uow, token, "b"))
 
     async def _savepoint(self, token: str) -> None:
