@@ -218,17 +218,17 @@ class UnitOfWorkConnection:
 
     def close(self) -> None:
         """Roll back uncommitted changes; afterwards the connection is reusable, or discarded."""
-        try:
-            if not self.owner.closed and not self.owner.in_use and (self.joined.is_used or not self.settled()):
-                self.joined.leave()
-                self._rollback()
-        finally:
-            self.owner.closed = True
-            with self._deadline.extended():
+        with self._deadline.extended():
+            try:
+                if not self.owner.closed and not self.owner.in_use and (self.joined.is_used or not self.settled()):
+                    self.joined.leave()
+                    self._rollback()
+            finally:
+                self.owner.closed = True
                 self.joined.close()
-                if self.joined.exposed and not self._pooled and self.reusable():
-                    self._reset()
-            self._deadline.lift()
+            if self.joined.exposed and not self._pooled and self.reusable():
+                self._reset()
+        self._deadline.lift()
 
     def hurry(self) -> None:
         """Limit what is left to do to the grace period, since the caller has been interrupted."""

@@ -36,6 +36,7 @@ class Deadline:
     def __init__(self, connection: Timed, moment: float | None) -> None:
         self._connection = connection
         self._moment = moment
+        self._is_extended = False
         connection.deadline = moment
 
     @property
@@ -74,13 +75,20 @@ class Deadline:
 
     @contextmanager
     def extended(self) -> Generator[None]:
-        """Extend the deadline by a grace period, since the cleanup is allowed even after the timeout."""
+        """Extend the deadline by a grace period, since cleaning up is allowed even after the timeout.
+
+        A block inside of another has no grace period of its own.
+        """
         before = self._moment
-        if before is not None:
-            self._moment = self._connection.deadline = max(before, time.monotonic()) + GRACE_S
+        if before is None or self._is_extended:
+            yield
+            return
+        self._is_extended = True
+        self._moment = self._connection.deadline = max(before, time.monotonic()) + GRACE_S
         try:
             yield
         finally:
+            self._is_extended = False
             self._moment = self._connection.deadline = before
 
     def hurry(self) -> None:

@@ -216,17 +216,17 @@ class AsyncUnitOfWorkConnection:
 
     async def close(self) -> None:
         """Roll back uncommitted changes; afterwards the connection is reusable, or discarded."""
-        try:
-            if not self.owner.closed and not self.owner.in_use and (self.joined.is_used or not self.settled()):
-                await self.joined.leave()
-                await self._rollback()
-        finally:
-            self.owner.closed = True
-            with self._deadline.extended():
+        with self._deadline.extended():
+            try:
+                if not self.owner.closed and not self.owner.in_use and (self.joined.is_used or not self.settled()):
+                    await self.joined.leave()
+                    await self._rollback()
+            finally:
+                self.owner.closed = True
                 await self.joined.close()
-                if self.joined.exposed and not self._pooled and self.reusable():
-                    await self._reset()
-            self._deadline.lift()
+            if self.joined.exposed and not self._pooled and self.reusable():
+                await self._reset()
+        self._deadline.lift()
 
     def hurry(self) -> None:
         """Limit what is left to do to the grace period, since the caller has been interrupted."""
