@@ -94,7 +94,8 @@ class Deadline:
     def hurry(self) -> None:
         """Let the deadline pass now, since the caller has been interrupted and only cleanup is left."""
         now = time.monotonic()
-        self._moment = self._connection.deadline = now if self._moment is None else min(now, self._moment)
+        if self._moment is None or self._moment > now:
+            self._moment = self._connection.deadline = now
 
     def lift(self) -> None:
         """Remove the limit, since the connection is about to serve another unit of work."""

@@ -111,7 +111,7 @@ class Load:
             if not done:
                 step.cancel()
                 self._record.disturbances["task cancelled"] += 1
-                with self._record.limit("cancelled task", 0):
+                with self._record.limit(f"cancelled {worker.doing}", 0):
                     await asyncio.wait([step])
             if not step.cancelled():
                 step.result()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -41,8 +41,10 @@ class Worker:
         self._name = name
         self._random = random.Random(seed)
         self._number = 0
+        self.doing = ""
+        """What the current step is."""
         self._acknowledged: list[str] = []
-        self._kinds: list[Callable[[str], Awaitable[None]]] = [
+        self._kinds: list[Callable[[str], Coroutine[Any, Any, None]]] = [
             self._timed, self._plain, self._savepoint, self._session, self._twice, self._journal, self._journal,
             self._bulk, self._left_open, self._read, self._health,
         ]  # fmt: skip
@@ -51,7 +53,9 @@ class Worker:
         """Do one thing."""
         self._number += 1
         token = f"{self._name}-{self._number}"
-        await self._random.choice(self._kinds)(token)
+        kind = self._random.choice(self._kinds)
+        self.doing = kind.__name__.strip("_").replace("_", " ")
+        await kind(token)
 
     def pause(self) -> float:
         """Return the seconds until the next step."""

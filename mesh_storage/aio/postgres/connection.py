@@ -228,9 +228,14 @@ class AsyncUnitOfWorkConnection:
                 await self._reset()
         self._deadline.lift()
 
-    def hurry(self) -> None:
-        """Limit what is left to do to the grace period, since the caller has been interrupted."""
+    async def hurry(self) -> None:
+        """Limit what is left to do to the grace period, since the caller has been interrupted.
+
+        If a statement was interrupted, the connection is not used again, so the server may as well roll back by itself.
+        """
         self._deadline.hurry()
+        if self.driver.connection.cancelled and not self.owner.in_use:
+            await self.driver.cut()
 
     def settled(self) -> bool:
         """Whether there is nothing to roll back: no transaction is open, nor is a session or savepoint."""
