@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -24,30 +23,21 @@ _FOUND = """
 """
 
 
-class Starvation(threading.Thread):
-    """Measures how late a thread is that has nothing to do but wake up: it is the machine's fault, not the library's.
+class Starvation:
+    """How late something wakes up that does nothing else: it is the machine's fault, not the library's.
 
     A call that is late by as much, after its limit, is in time.
     """
 
-    _NAP_S = 0.02
+    NAP_S = 0.02
 
     def __init__(self) -> None:
-        super().__init__(name="starvation")
         self._late: list[tuple[float, float]] = []
-        self._ended = threading.Event()
 
-    def run(self) -> None:
-        woken = time.monotonic()
-        while not self._ended.is_set():
-            time.sleep(self._NAP_S)
-            before, woken = woken, time.monotonic()
-            self._late.append((woken, woken - before - self._NAP_S))
-
-    def end(self) -> None:
-        """Stop measuring."""
-        self._ended.set()
-        self.join()
+    def woken(self, begun: float) -> None:
+        """Measure, at the end of a nap that begun at a moment."""
+        now = time.monotonic()
+        self._late.append((now, now - begun - self.NAP_S))
 
     def since(self, moment: float) -> float:
         """Return the seconds by which it has been late since a moment."""
@@ -74,11 +64,11 @@ class Record:
         self.slowest = dict[str, float]()
         """The seconds beyond its limit of the slowest call of each kind."""
         self.calls = 0
-        self.starvation = Starvation()
+        self.starvation = {"thread": Starvation(), "task": Starvation()}
 
     @contextmanager
-    def limit(self, kind: str, seconds: float) -> Generator[None]:
-        """Measure a call that may take so many seconds."""
+    def limit(self, side: str, kind: str, seconds: float) -> Generator[None]:
+        """Measure a call of a thread or a task that may take so many seconds."""
         begun = time.monotonic()
         try:
             yield
@@ -86,10 +76,10 @@ class Record:
             over = time.monotonic() - begun - seconds
             self.calls += 1
             if over > 0:
-                over -= self.starvation.since(begun + seconds)
+                over -= self.starvation[side].since(begun + seconds)
             self.slowest[kind] = max(over, self.slowest.get(kind, over))
             if over > TOLERANCE_S:
-                self.faults.append(f"{kind} took {over:.2f} s more than its limit of {seconds:.2f} s")
+                self.faults.append(f"{side}: {kind} took {over:.2f} s more than its limit of {seconds:.2f} s")
 
     def expect_none(self, kind: str, found: list[Any]) -> None:
         """Note what should not be there."""
@@ -133,7 +123,7 @@ class Record:
             "slowest beyond its limit": ", ".join(
                 f"{kind} {over:+.2f} s" for kind, over in sorted(self.slowest.items())
             ),
-            "latest thread": f"{self.starvation.worst:.2f} s",
+            "woken late": ", ".join(f"{side} {late.worst:.2f} s" for side, late in self.starvation.items()),
         }
         return "\n".join(f"{name}: {line}" for name, line in lines.items())
 

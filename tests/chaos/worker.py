@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from sqlalchemy import text
@@ -33,13 +34,22 @@ class Worker:
     """One thread or task: one transaction after the other, each with rows of its own."""
 
     def __init__(
-        self, storage: Any, record: Record, name: str, seed: str, sleep: Callable[[float], Awaitable[None]]
+        self,
+        storage: Any,
+        record: Record,
+        side: str,
+        number: int,
+        *,
+        seed: str,
+        sleep: Callable[[float], Awaitable[None]],
     ) -> None:
+        name = f"{side}{number}"
         self._storage = storage
         self._sleep = sleep
         self._record = record
         self._name = name
-        self._random = random.Random(seed)
+        self._limit = partial(record.limit, side)
+        self._random = random.Random(f"{seed} {name}")
         self._number = 0
         self.doing = ""
         """What the current step is."""
@@ -91,28 +101,28 @@ class Worker:
     async def _begun(self) -> AsyncGenerator[Any]:
         """Begin without a timeout; each call of the unit of work has a limit of its own."""
         scope = self._storage.begin()
-        with self._record.limit("opening", OPENING_S):
+        with self._limit("opening", OPENING_S):
             uow = await scope.__aenter__()
         try:
             yield uow
         except BaseException as error:
-            with self._record.limit("rollback", SILENCE_S):
+            with self._limit("rollback", SILENCE_S):
                 await scope.__aexit__(type(error), error, error.__traceback__)
             raise
-        with self._record.limit("commit", SILENCE_S):
+        with self._limit("commit", SILENCE_S):
             await scope.__aexit__(None, None, None)
 
     async def _store(self, uow: Any, token: str, part: str) -> None:
         await uow.messages.store(_message(token, part))
 
     async def _within(self, seconds: float, call: Awaitable[Any]) -> None:
-        with self._record.limit("call", seconds):
+        with self._limit("call", seconds):
             await call
 
     async def _timed(self, token: str) -> None:
         timeout = self._random.uniform(0.2, 3.0)
         async with self._told(token, 2):
-            with self._record.limit("begin(timeout)", timeout):
+            with self._limit("begin(timeout)", timeout):
                 async with self._storage.begin(timeout=timeout) as uow:
                     await self._store(uow, token, "a")
                     await self._store(uow, token, "b")
@@ -126,7 +136,7 @@ class Worker:
     async def _savepoint(self, token: str) -> None:
         timeout = self._random.uniform(0.5, 3.0)
         async with self._told(token, 2):
-            with self._record.limit("savepoint(timeout)", timeout):
+            with self._limit("savepoint(timeout)", timeout):
                 async with self._storage.begin(timeout=timeout) as uow:
                     await self._store(uow, token, "a")
                     with suppress(UndoneError):
@@ -139,7 +149,7 @@ class Worker:
     async def _session(self, token: str) -> None:
         timeout = self._random.uniform(0.5, 3.0)
         async with self._told(token, 2):
-            with self._record.limit("session(timeout)", timeout):
+            with self._limit("session(timeout)", timeout):
                 async with self._storage.begin(timeout=timeout) as uow:
                     await uow.session.merge(Node(id=new_id("node"), name=token, ip_address="10.0.0.1"))
                     await uow.session.execute(text("SELECT set_config('application.name', 'of the session', false)"))
@@ -149,7 +159,7 @@ class Worker:
         """Commit twice in one unit of work."""
         timeout = self._random.uniform(0.5, 3.0)
         try:
-            with self._record.limit("two commits(timeout)", timeout):
+            with self._limit("two commits(timeout)", timeout):
                 async with self._storage.unit_of_work(timeout=timeout) as uow:
                     for part in ("first", "second"):
                         async with self._told(f"{token}.{part}", 1):
@@ -172,13 +182,13 @@ class Worker:
                 await self._store(uow, token, "a")
 
         async with self._told(token, 2):
-            with self._record.limit("run(within)", within):
+            with self._limit("run(within)", within):
                 await self._storage.run(work, within=within, timeout=timeout, isolation="serializable")
 
     async def _bulk(self, token: str) -> None:
         timeout = self._random.uniform(0.5, 3.0)
         async with self._told(token, BULK):
-            with self._record.limit("bulk(timeout)", timeout):
+            with self._limit("bulk(timeout)", timeout):
                 async with self._storage.begin(timeout=timeout) as uow:
                     await uow.messages.store_many([_message(token, str(part)) for part in range(BULK)])
 
@@ -186,7 +196,7 @@ class Worker:
         """Commit nothing."""
         timeout = self._random.uniform(0.5, 3.0)
         try:
-            with self._record.limit("no commit(timeout)", timeout):
+            with self._limit("no commit(timeout)", timeout):
                 async with self._storage.unit_of_work(timeout=timeout) as uow:
                     self._record.told[token] = "no", 1
                     await self._store(uow, token, "a")
@@ -201,7 +211,7 @@ class Worker:
         timeout = self._random.uniform(0.2, 3.0)
         part = "0" if self._record.told[token][1] == BULK else "a"
         try:
-            with self._record.limit("read(timeout)", timeout):
+            with self._limit("read(timeout)", timeout):
                 async with self._storage.begin(read_only=True, timeout=timeout) as uow:
                     await uow.messages.get(f"{token}/{part}")
         except NotFoundError:
@@ -210,7 +220,7 @@ class Worker:
             self._note(error)
 
     async def _health(self, _token: str) -> None:
-        with self._record.limit("health", HEALTH_S):
+        with self._limit("health", HEALTH_S):
             await self._storage.health()
 
 
