@@ -43,23 +43,31 @@ class Health:
     """Number of connections in use when the check began; if it is the maximum, others must wait."""
     error: MeshStorageError | None = None
     """Why the connection failed, or why the revision is unknown."""
+    missing_privileges: tuple[str, ...] = ()
+    """The privileges that a service needs on the tables of its units of work and this role lacks, as in
+    `INSERT, UPDATE ON nodes`."""
 
     @property
     def ok(self) -> bool:
-        """Whether the database is connected, writable, and has the current schema."""
-        return self.connected and self.writable and self.revision == self.head
+        """Whether the database is connected, writable, and has the current schema, and this role may read its tables.
+
+        Privileges to write are not required, since a role may be one that only reads: see `missing_privileges`.
+        """
+        readable = not any(lacking.startswith("SELECT") for lacking in self.missing_privileges)
+        return self.connected and self.writable and self.revision == self.head and readable
 
 
 def answered(
     row: Row | None,
     revision: str | None,
+    missing_privileges: tuple[str, ...],
     unclear: MeshStorageError | None,
     *,
     round_trip_ms: float,
     pool_size: int,
     pool_in_use: int,
 ) -> Health:
-    """Return the health of a database from its answer to `READ_ONLY` and its schema revision."""
+    """Return the health of a database from its answer to `READ_ONLY`, its schema revision and the role's privileges."""
     return Health(
         connected=True,
         writable=row is not None and not row[0],
@@ -69,6 +77,7 @@ def answered(
         pool_size=pool_size,
         pool_in_use=pool_in_use,
         error=unclear,
+        missing_privileges=missing_privileges,
     )
 
 

@@ -195,13 +195,14 @@ class MeshStorage:
                 row = connection.fetch_one(health.READ_ONLY)
                 round_trip_ms = (time.perf_counter() - begun) * 1000
                 revision, unclear = None, None
+                missing: tuple[str, ...] = ()
                 try:
-                    revision = connection.perform(schema.current, connection.driver.sqlalchemy)
+                    revision, missing = connection.perform(schema.examine, connection.driver.sqlalchemy)
                 except MeshStorageError as error:
                     unclear = error
             finally:
                 self._pool.release(connection)
-            return health.answered(row, revision, unclear, round_trip_ms=round_trip_ms, **pool)
+            return health.answered(row, revision, missing, unclear, round_trip_ms=round_trip_ms, **pool)
         except ClosedError:
             raise
         except MeshStorageError as error:

@@ -10,19 +10,22 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+import re
 import secrets
+import time
 from collections.abc import Coroutine, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 from urllib.parse import quote, urlencode
 
 import factory
+import psycopg
 import pytest
 from psycopg import sql
 
 from mesh_storage import MeshStorage, schema
 from mesh_storage.embedded.server import EmbeddedServer
-from mesh_storage.errors import ConfigurationError
+from mesh_storage.errors import ConfigurationError, UnavailableError
 from mesh_storage.models import (
     ConfigEntry,
     LogEntry,
@@ -46,19 +49,42 @@ if TYPE_CHECKING:  # mesh_storage.aio needs an extra
 
 M = TypeVar("M")
 
+_NAMES = "mesh_storage_test_"
+_NUMBER = re.compile("[0-9a-f]{12}")
+_VACATING_TIMEOUT_S = 30.0
+_MARKED = "SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1"
+_FOUND = "SELECT datname FROM pg_database WHERE starts_with(datname, %s) AND pg_get_userbyid(datdba) = current_user"
+_OTHERS = """
+    SELECT pid, usename, application_name FROM pg_stat_activity
+    WHERE datname = %s AND coalesce(backend_type, 'client backend') = 'client backend'
+"""
+
 
 class Databases:
-    """Creates databases on one server, from a template database that has the schema."""
+    """Creates databases on one server, from a template database that has the schema.
+
+    As long as it is open, it holds an advisory lock on the number in the names of its databases. What a run without its
+    lock has left, because it was killed, is dropped by the next one.
+    """
 
     def __init__(self, connect: dict[str, Any]) -> None:
         self._connect = {"client_encoding": "UTF8", **connect}
         self._admin = engine.connect(self._connect)
         # Random rather than a process id, since several machines may share a server.
-        self._prefix = f"mesh_storage_{secrets.token_hex(6)}"
+        mark = secrets.randbits(48)
+        self._prefix = f"{_NAMES}{mark:012x}"
         self._numbers = itertools.count(1)
         self._template = f"{self._prefix}_template"
-        self._execute("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'", self._template)
-        schema.upgrade_server(Server({**self._connect, "dbname": self._template}))
+        self._admin.execute("SELECT pg_advisory_lock(%s)", [mark])
+        try:
+            self._drop_stale()
+            self._execute("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'", self._template)
+            schema.upgrade_server(Server({**self._connect, "dbname": self._template}))
+            self._vacate_template()
+        except BaseException:
+            with suppress(psycopg.Error):
+                self.close()
+            raise
 
     @contextmanager
     def fresh(self, *, with_schema: bool = True) -> Generator[str]:
@@ -73,8 +99,29 @@ class Databases:
 
     def close(self) -> None:
         """Drop the template database."""
-        self._execute("DROP DATABASE {} WITH (FORCE)", self._template)
-        self._admin.close()
+        with self._admin:
+            self._execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", self._template)
+
+    def _drop_stale(self) -> None:
+        marks = {mark for (mark,) in self._admin.execute(_MARKED)}
+        for (name,) in self._admin.execute(_FOUND, [_NAMES]).fetchall():
+            number = name.removeprefix(_NAMES).partition("_")[0]
+            if _NUMBER.fullmatch(number) and int(number, 16) not in marks:
+                with suppress(psycopg.Error):  # somebody who may not be disconnected uses it
+                    self._execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+
+    def _vacate_template(self) -> None:
+        """Keep monitors and the like out of the template, which cannot be copied while anybody is connected to it."""
+        self._execute("ALTER DATABASE {} WITH ALLOW_CONNECTIONS false", self._template)
+        deadline = time.monotonic() + _VACATING_TIMEOUT_S
+        while others := self._admin.execute(_OTHERS, [self._template]).fetchall():
+            for pid, _, _ in others:
+                with suppress(psycopg.errors.InsufficientPrivilege):
+                    self._admin.execute("SELECT pg_terminate_backend(%s)", [pid])
+            if time.monotonic() > deadline:
+                listed = ", ".join(f"{name!r} of {user}" for _, user, name in others)
+                raise UnavailableError(f"the template database {self._template} stays in use by {listed}")
+            time.sleep(0.01)
 
     def _execute(self, statement: str, *names: str) -> None:
         template: Any = statement  # psycopg's type is LiteralString, which all callers pass

@@ -229,6 +229,8 @@ class Scope(AbstractContextManager[UnitOfWork]):
                 self._uow.commit()
             elif isinstance(error, DRIVER_ERRORS):  # raised by the session
                 raise self._connection.failed(error) from error
+            elif error is not None and not isinstance(error, Exception):  # a cancelled task or KeyboardInterrupt
+                self._connection.hurry()
         finally:
             self._open = False
             self._pool.release(self._connection)

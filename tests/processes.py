@@ -1,4 +1,4 @@
-"""What tests of several processes share: `alembic` as an operator runs it, and waiting for what others do."""
+"""What tests of several processes share: `alembic` as an operator runs it, and looking at what others do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -33,3 +34,12 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def sockets() -> int:
+    """Count the sockets that this process has open."""
+    links: list[str] = []
+    for each in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of the listing itself, or of another thread
+            links.append(str(each.readlink()))
+    return sum(link.startswith("socket:") for link in links)

@@ -339,6 +339,28 @@ def test_a_server_that_stands_still_keeps_nobody_longer_than_the_timeout(
     assert own.health().pool_in_use == 0
 
 
+def test_nor_does_the_reset_of_a_session(own: MeshStorage) -> None:
+    with ExitStack() as thaw:
+        begun = time.monotonic()
+        with own.begin(timeout=0.3) as uow:
+            pid = backend(uow)
+            uow.commit()
+            thaw.enter_context(frozen(pid))
+        assert time.monotonic() - begun < FROZEN_S / 2
+
+
+def test_who_is_interrupted_between_two_calls_does_not_wait_for_a_server_that_stands_still(own: MeshStorage) -> None:
+    with ExitStack() as thaw:
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt), own.begin() as uow:
+            uow.state.put("interrupted", b"")
+            thaw.enter_context(frozen(backend(uow)))
+            raise KeyboardInterrupt
+        assert time.monotonic() - begun < FROZEN_S / 2
+    with own.begin(read_only=True) as uow:
+        assert uow.state.find("interrupted") is None
+
+
 def test_of_a_server_that_stands_still_health_tells_soon(own: MeshStorage) -> None:
     with own.begin() as uow:
         pid = backend(uow)

@@ -199,13 +199,14 @@ class AsyncMeshStorage:
                 round_trip_ms = (time.perf_counter() - begun) * 1000
                 database = sync_connection(connection.driver.sqlalchemy)
                 revision, unclear = None, None
+                missing: tuple[str, ...] = ()
                 try:
-                    revision = await connection.perform(in_greenlet, schema.current, database)
+                    revision, missing = await connection.perform(in_greenlet, schema.examine, database)
                 except MeshStorageError as error:
                     unclear = error
             finally:
                 await self._pool.release(connection)
-            return health.answered(row, revision, unclear, round_trip_ms=round_trip_ms, **pool)
+            return health.answered(row, revision, missing, unclear, round_trip_ms=round_trip_ms, **pool)
         except ClosedError:
             raise
         except MeshStorageError as error:

@@ -226,6 +226,8 @@ class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
                 await self._uow.commit()
             elif isinstance(error, DRIVER_ERRORS):  # raised by the session
                 raise await self._connection.failed(error) from error
+            elif error is not None and not isinstance(error, Exception):  # a cancelled task or KeyboardInterrupt
+                await self._connection.hurry()
         finally:
             self._open = False
             await self._pool.release(self._connection)

@@ -81,9 +81,11 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
         "round_trip_ms": health.round_trip_ms,
         "revision": health.revision,
         "head": health.head,
+        "missing_privileges": list(health.missing_privileges),
         "error": None,
         "message": None,
     }
+    lacking = f"this role lacks {'; '.join(health.missing_privileges)} (see Roles and grants in docs/operations.md)"
     error = health.error
     if error is None and not health.writable:
         words = "the database does not accept writes: it is a standby, or read-only"
@@ -92,9 +94,12 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
         if error is not None:
             raise error
         schema.check(health.revision)
+        if not health.ok:
+            raise ConfigurationError(lacking)
     except MeshStorageError as wrong:
         return exit_of(wrong), {**facts, "error": type(wrong).__name__, "message": str(wrong)}, str(wrong)
-    return Exit.OK, facts, f"healthy: schema {health.revision}, answered in {health.round_trip_ms:.1f} ms"
+    words = f"healthy: schema {health.revision}, answered in {health.round_trip_ms:.1f} ms"
+    return Exit.OK, facts, f"{words}; {lacking}" if health.missing_privileges else words
 
 
 def _schema(_given: argparse.Namespace, server: Server) -> Answer:

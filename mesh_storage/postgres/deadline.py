@@ -36,6 +36,7 @@ class Deadline:
     def __init__(self, connection: Timed, moment: float | None) -> None:
         self._connection = connection
         self._moment = moment
+        self._is_extended = False
         connection.deadline = moment
 
     @property
@@ -74,14 +75,27 @@ class Deadline:
 
     @contextmanager
     def extended(self) -> Generator[None]:
-        """Extend the deadline by a grace period, since a rollback is allowed even after the timeout."""
+        """Extend the deadline by a grace period, since cleaning up is allowed even after the timeout.
+
+        A block inside of another has no grace period of its own.
+        """
         before = self._moment
-        if before is not None:
-            self._moment = self._connection.deadline = max(before, time.monotonic()) + GRACE_S
+        if before is None or self._is_extended:
+            yield
+            return
+        self._is_extended = True
+        self._moment = self._connection.deadline = max(before, time.monotonic()) + GRACE_S
         try:
             yield
         finally:
+            self._is_extended = False
             self._moment = self._connection.deadline = before
+
+    def hurry(self) -> None:
+        """Let the deadline pass now, since the caller has been interrupted and only cleanup is left."""
+        now = time.monotonic()
+        if self._moment is None or self._moment > now:
+            self._moment = self._connection.deadline = now
 
     def lift(self) -> None:
         """Remove the limit, since the connection is about to serve another unit of work."""

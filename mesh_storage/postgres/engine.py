@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -219,11 +220,25 @@ def connect_within(seconds: float | None, parameters: dict[str, Any]) -> TimedCo
         psycopg.errors.ConnectionTimeout: No server responded in time.
     """
     if seconds is None:
-        return TimedConnection.connect(**parameters)
+        with closing_half_open():
+            return TimedConnection.connect(**parameters)
     end = time.monotonic() + seconds
     made = _Attempt(parameters).result(seconds)
     made.deadline = end
     return made
+
+
+@contextmanager
+def closing_half_open() -> Generator[None]:
+    """Close what psycopg has half connected if connecting in the block fails or is given up.
+
+    Its frames form cycles with the errors of several hosts, which would keep the sockets open until a collection.
+    """
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 class _Attempt:
@@ -240,9 +255,12 @@ class _Attempt:
 
     def _connect(self) -> None:
         try:
-            made = TimedConnection.connect(**self._parameters)
+            with closing_half_open():
+                made = TimedConnection.connect(**self._parameters)
         except BaseException as error:  # noqa: BLE001 - `result` raises it
-            self._error = error
+            with self._lock:
+                if not self._abandoned:
+                    self._error = error
         else:
             with self._lock:
                 if not self._abandoned:

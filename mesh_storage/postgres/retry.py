@@ -41,6 +41,7 @@ class Retry:
         self._timeout = timeout
         self._end = None if within is None else time.monotonic() + within
         self._made = 0
+        self._in_doubt = False
 
     def timeout(self) -> float | None:
         """Return the timeout of the next attempt: the caller's, or the remaining time if shorter."""
@@ -52,10 +53,15 @@ class Retry:
     def pause(self, error: MeshStorageError) -> float | None:
         """Return the seconds to wait before the next attempt, or None to give up.
 
+        Once the outcome of an attempt is unknown, no later failure says that nothing was committed.
+
         Exponential backoff with up to half of each delay random, so that conflicting transactions do not collide again
         (M. Brooker, "Exponential Backoff And Jitter").
         """
         self._made += 1
+        if error.committed == "no" and self._in_doubt:
+            error.committed = "unknown"
+        self._in_doubt = error.committed == "unknown"
         if not error.retryable or (self._end is None and self._made >= self._attempts):
             return None
         longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._made - 1, 10))

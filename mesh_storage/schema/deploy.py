@@ -14,7 +14,7 @@ import sqlalchemy
 from mesh_storage.errors import MeshStorageError, SchemaMismatchError, translate
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.schema import tables
+from mesh_storage.schema import privileges, tables
 from mesh_storage.settings import settings_of
 
 if TYPE_CHECKING:
@@ -49,6 +49,13 @@ def head() -> str:
 def current(connection: sqlalchemy.Connection) -> str | None:
     """Return the revision of a database, or None if the schema was never deployed."""
     return tables.revision_in(tables.by_sqlalchemy(connection))
+
+
+def examine(connection: sqlalchemy.Connection) -> tuple[str | None, tuple[str, ...]]:
+    """Return the revision of a database, and the privileges on its tables that a service needs and this role lacks."""
+    fetch = tables.by_sqlalchemy(connection)
+    location = tables.locate_during_upgrade(fetch)
+    return location.revision, privileges.missing(fetch, location.tables)
 
 
 def check(revision: str | None) -> None:

@@ -113,14 +113,18 @@ def locate(fetch: Fetch) -> Location:
 
 def revision_in(fetch: Fetch) -> str | None:
     """Return the revision of a database, or None if the schema was never deployed."""
+    return locate_during_upgrade(fetch).revision
+
+
+def locate_during_upgrade(fetch: Fetch) -> Location:
+    """Locate the tables, even if an upgrade by others renames the version table meanwhile."""
     try:
-        return locate(fetch).revision
+        return locate(fetch)
     except (psycopg.errors.UndefinedTable, sqlalchemy.exc.ProgrammingError) as error:
         original = error.orig if isinstance(error, sqlalchemy.exc.ProgrammingError) else error
         if not isinstance(original, psycopg.errors.UndefinedTable):
             raise
-    # A concurrent upgrade has renamed the version table.
-    return locate(fetch).revision
+    return locate(fetch)
 
 
 def qualified(namespace: str, table: str) -> str:

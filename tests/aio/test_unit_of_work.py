@@ -166,7 +166,34 @@ async def cancelled(storage: AsyncMeshStorage, freeze: Freeze) -> None:
             await uow.state.put("k", b"")
 
 
-@pytest.mark.parametrize("act", [by_a_repository, by_the_session, in_the_commit, in_the_rollback, cancelled])
+async def cancelled_between_two_calls(storage: AsyncMeshStorage, freeze: Freeze) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1), storage.begin() as uow:
+            await uow.state.put("k", b"")
+            await freeze(uow)
+            await asyncio.sleep(FROZEN_S)
+
+
+async def cancelled_in_the_undoing(storage: AsyncMeshStorage, freeze: Freeze) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(None) as limit, storage.begin() as uow, uow.savepoint():
+            await freeze(uow)
+            limit.reschedule(asyncio.get_running_loop().time() + 0.1)
+            raise ValueError
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        by_a_repository,
+        by_the_session,
+        in_the_commit,
+        in_the_rollback,
+        cancelled,
+        cancelled_between_two_calls,
+        cancelled_in_the_undoing,
+    ],
+)
 def test_a_server_that_stands_still_keeps_nobody_longer_than_the_timeout(
     run: Run, act: Callable[[AsyncMeshStorage, Freeze], Awaitable[None]]
 ) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
+import shlex
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +26,9 @@ from mesh_storage.testing import (
     RoutingEntryFactory,
     StateEntryFactory,
 )
+from tests.servers import new_server
 
-PASSWORD = "p@ss word'\\"  # noqa: S105 - of servers that live for a test
 SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
-RAM = Path("/dev/shm")  # noqa: S108 - a directory of its own is made in it
 
 Contents = dict[str, list[tuple[Any, ...]]]
 
@@ -41,37 +36,11 @@ Contents = dict[str, list[tuple[Any, ...]]]
 @contextmanager
 def system_server(programs: Path, *options: str, prepare: Callable[[Path], object] = lambda _: None) -> Generator[dict]:
     """Run a server of the system's own PostgreSQL, which asks for a password, and give its connect arguments."""
-    home = Path(tempfile.mkdtemp(prefix="mesh_storage-test-", dir=RAM if os.access(RAM, os.W_OK) else None))
-    home.chmod(0o711)
-    account: dict[str, Any] = {}
-    if os.geteuid() == 0:
-        known = {entry.pw_name: entry for entry in pwd.getpwall()}
-        entry = known.get("postgres") or known["nobody"]
-        os.chown(home, entry.pw_uid, entry.pw_gid)
-        account = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
-
-    def run(program: str, *arguments: str) -> None:
-        subprocess.run(
-            [programs / program, *arguments], check=True, cwd="/", stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
-            **account,
-        )  # fmt: skip
-
-    secret = home / "password"
-    secret.write_text(PASSWORD)
-    secret.chmod(0o644)
-    data = str(home / "data")
-    try:
-        login = ["--username=postgres", "--auth=scram-sha-256", f"--pwfile={secret}"]
-        run("initdb", "-D", data, *login, "--encoding=UTF8", "--no-locale", "--no-sync")
-        prepare(home / "data")
-        settings = f"-k {home} -c fsync=off -c max_connections=50 {' '.join(options)}"
-        run("pg_ctl", "start", "-w", "-D", data, "-l", str(home / "log"), "-o", settings)
-        try:
-            yield {"host": str(home), "port": 5432, "user": "postgres", "password": PASSWORD, "dbname": "postgres"}
-        finally:
-            run("pg_ctl", "stop", "-D", data, "-m", "immediate")
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+    with new_server(programs, "-c", "max_connections=50", *shlex.split(" ".join(options))) as server:
+        server.create()
+        prepare(server.data)
+        server.start()
+        yield server.connect
 
 
 def server_of(url: str) -> Server:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backup_help import PASSWORD, contents, fill, server_of, shape
+from backup_help import contents, fill, server_of, shape
 
 from mesh_storage import (
     ClosedError,
@@ -35,6 +35,7 @@ from mesh_storage.models import Base
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
+from tests.servers import PASSWORD
 
 
 def spy_on_pg_dump(

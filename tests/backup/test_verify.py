@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from backup_help import PASSWORD, contents, fill, run, server_of
+from backup_help import contents, fill, run, server_of
 
 from mesh_storage import (
     ConfigurationError,
@@ -22,6 +22,7 @@ from mesh_storage.backup.manifest import Manifest, _own_checksum
 from mesh_storage.cli import Exit, main
 from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
+from tests.servers import PASSWORD
 
 
 @pytest.fixture

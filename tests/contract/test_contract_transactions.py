@@ -22,6 +22,7 @@ from mesh_storage import (
     MeshStorage,
     MeshStorageError,
     Message,
+    NotFoundError,
     SerializationError,
     StateEntry,
     StorageTimeoutError,
@@ -46,6 +47,30 @@ def keys(storage: MeshStorage) -> list[str]:
 
 def setting(uow: UnitOfWork, name: str) -> str:
     return str(uow.session.execute(text(f"SHOW {name}")).scalar_one())
+
+
+def terminate_within_commit(other: psycopg.Connection[Any]) -> threading.Thread:
+    """Let the next commit of something in the shared state wait, and end its session in a thread."""
+    other.execute(
+        """
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql
+            AS 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END';
+        CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON mesh_state DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION wait();
+        SELECT pg_advisory_lock(1)
+        """
+    )
+
+    def terminate() -> None:
+        while not other.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        ).fetchall():
+            pass
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    return thread
 
 
 class Refused(Exception):  # noqa: N818 - no error of the library
@@ -608,3 +633,30 @@ def test_a_savepoint_of_the_session_that_is_left_open_is_committed(storage: Mesh
         uow.session.begin_nested()
         uow.session.add(StateEntry(key="k", value=b""))
     assert keys(storage) == ["k"]
+
+
+def test_a_commit_whose_session_is_ended_has_an_unknown_outcome(
+    storage: MeshStorage, other: psycopg.Connection[Any]
+) -> None:
+    thread = terminate_within_commit(other)
+    with pytest.raises(UnavailableError) as error, storage.begin() as uow:
+        uow.state.put("k", b"v")
+    thread.join()
+    assert (error.value.committed, error.value.retryable) == ("unknown", True)
+
+
+def test_run_does_not_forget_that_an_earlier_attempt_has_an_unknown_outcome(
+    storage: MeshStorage, other: psycopg.Connection[Any]
+) -> None:
+    thread = terminate_within_commit(other)
+    attempts = itertools.count(1)
+
+    def work(uow: UnitOfWork) -> None:
+        if next(attempts) == 2:
+            uow.state.get("not there")
+        uow.state.put("k", b"v")
+
+    with pytest.raises(NotFoundError) as error:
+        storage.run(work)
+    thread.join()
+    assert (next(attempts), error.value.committed) == (3, "unknown")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import select
 import socket
 import threading
@@ -18,7 +19,10 @@ from pydantic import SecretStr
 
 from mesh_storage import MeshStorage, MeshStorageError, Settings, StorageTimeoutError, UnavailableError
 from mesh_storage.aio import AsyncMeshStorage
+from mesh_storage.postgres.server import open_server
 from mesh_storage.postgres.timed import TimedConnection
+from tests.processes import eventually, sockets
+from tests.servers import unused_port
 
 
 class Doors:
@@ -105,6 +109,48 @@ def test_three_deaf_hosts_are_given_up_within_one_limit(doors: Doors) -> None:
             pass
         assert time.monotonic() - begun < 4
     assert not [each for each in threading.enumerate() if each.name == "mesh_storage connect" and not each.daemon]
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Keep the collector from tidying up."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def refusing_and_deaf(url: str) -> tuple[Doors, Settings]:
+    """Return a door that is deaf, and the settings to try it after a host that refuses."""
+    doors = Doors(url, 1)
+    doors.turn_deaf()
+    return doors, Settings(url=SecretStr(doors.url.replace("127.0.0.1:", f"127.0.0.1:{unused_port()},127.0.0.1:", 1)))
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_an_attempt_that_nobody_waits_for_any_more_leaves_no_socket(mesh_storage_url: str) -> None:
+    before = sockets()
+    doors, where = refusing_and_deaf(mesh_storage_url)
+    with MeshStorage(where, open_server(where)) as storage:
+        with suppress(StorageTimeoutError), storage.begin(timeout=0.2):
+            pass
+        assert eventually(lambda: not [each for each in threading.enumerate() if each.name == "mesh_storage connect"])
+    doors.close()
+    assert sockets() == before
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_an_attempt_that_nobody_waits_for_any_more_leaves_no_socket_on_the_asyncio_side(mesh_storage_url: str) -> None:
+    async def main() -> None:
+        async with AsyncMeshStorage(where, open_server(where)) as storage:
+            with suppress(StorageTimeoutError):
+                async with storage.begin(timeout=0.2):
+                    pass
+
+    before = sockets()
+    doors, where = refusing_and_deaf(mesh_storage_url)
+    asyncio.run(main())
+    doors.close()
+    assert sockets() == before
 
 
 def test_the_same_for_asyncio(doors: Doors) -> None:

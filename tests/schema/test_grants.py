@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -14,6 +15,8 @@ import sqlalchemy
 from alembic import command
 
 from mesh_storage import ConfigurationError, ConflictError, MeshStorage, Settings, backup, schema
+from mesh_storage.aio import AsyncMeshStorage
+from mesh_storage.cli import Exit, main
 from mesh_storage.postgres.server import open_server
 from mesh_storage.testing import (
     ConfigEntryFactory,
@@ -121,6 +124,51 @@ def test_each_role_has_what_it_needs_and_keeps_it(
     use(log_in("service"))
     made = backup.backup(open_server(Settings(url=log_in("reader"))), tmp_path / "second", verify=True)
     assert "mesh_consensus_log_stale" in made.rows
+
+
+def test_health_tells_which_privileges_a_role_lacks(
+    admin: psycopg.Connection[tuple[object, ...]], log_in: As, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema.upgrade(log_in("migrator"))
+    admin.execute(adapted(AFTER, admin.info.dbname))
+    service = f"mesh_service_{os.getpid()}"
+    with MeshStorage.open(log_in("service")) as storage, MeshStorage.open(log_in("reader")) as reader:
+        assert (storage.health().ok, storage.health().missing_privileges) == (True, ())
+        health = reader.health()
+        assert health.ok
+        assert len(health.missing_privileges) == 9
+        assert {"INSERT, UPDATE, DELETE ON nodes", "INSERT, DELETE ON mesh_messages"} < {*health.missing_privileges}
+        admin.execute(f"REVOKE INSERT, UPDATE ON nodes FROM {service}".encode())
+        admin.execute(f"GRANT UPDATE (port) ON nodes TO {service}".encode())
+        assert (storage.health().ok, storage.health().missing_privileges) == (True, ("INSERT ON nodes",))
+        admin.execute(f"REVOKE SELECT ON nodes, mesh_state FROM {service}".encode())
+        lacking = ("SELECT, INSERT ON nodes", "SELECT ON mesh_state")
+        assert (storage.health().ok, storage.health().missing_privileges) == (False, lacking)
+    assert asyncio.run(health_of(log_in("service"))) == (False, lacking)
+    monkeypatch.setenv("MESH_STORAGE_URL", log_in("service"))
+    assert main(["health"]) == Exit.CONFIGURATION
+
+
+async def health_of(url: str) -> tuple[bool, tuple[str, ...]]:
+    async with AsyncMeshStorage.open(url) as storage:
+        health = await storage.health()
+    return health.ok, health.missing_privileges
+
+
+def test_health_tells_that_a_downgrade_has_dropped_the_grants(
+    admin: psycopg.Connection[tuple[object, ...]], log_in: As
+) -> None:
+    """Those that ALTER DEFAULT PRIVILEGES does not restore."""
+    migrator = f"mesh_migrator_{os.getpid()}"
+    schema.upgrade(log_in("migrator"))
+    tables = f"DEFAULT PRIVILEGES FOR ROLE {migrator} IN SCHEMA public REVOKE ALL ON TABLES FROM"
+    admin.execute(f"ALTER {tables} mesh_service_{os.getpid()}".encode())
+    with MeshStorage.open(log_in("service")) as storage:
+        assert storage.health().ok
+        command.downgrade(schema.alembic_config(open_server(Settings(url=log_in("migrator"))).connect), "base")
+        schema.upgrade(log_in("migrator"))
+        health = storage.health()
+    assert (health.ok, len(health.missing_privileges), health.error) == (False, 9, None)
 
 
 def test_no_role_has_more(admin: psycopg.Connection[tuple[object, ...]], log_in: As) -> None:

@@ -11,6 +11,7 @@ import sqlalchemy
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from mesh_storage.postgres.liveness import GRACE_S
 from mesh_storage.postgres.ownership import Ownership
 from mesh_storage.postgres.session import Joinable, UnitOfWorkSession
 
@@ -32,7 +33,7 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 async def uninterrupted(
     owner: Ownership, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    """Run a coroutine to completion even if this task is cancelled.
+    """Run a coroutine to completion even if this task is cancelled, which leaves it a grace period.
 
     `finished` waits for the coroutines of an owner that are still running after such a cancellation.
     """
@@ -40,7 +41,11 @@ async def uninterrupted(
     unfinished = _unfinished.setdefault(owner, set())
     unfinished.add(task)
     task.add_done_callback(unfinished.discard)
-    return await asyncio.shield(task)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        asyncio.get_running_loop().call_later(GRACE_S, task.cancel)
+        raise
 
 
 async def finished(owner: Ownership) -> None:

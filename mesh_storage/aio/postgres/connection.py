@@ -216,16 +216,26 @@ class AsyncUnitOfWorkConnection:
 
     async def close(self) -> None:
         """Roll back uncommitted changes; afterwards the connection is reusable, or discarded."""
-        try:
-            if not self.owner.closed and not self.owner.in_use and (self.joined.is_used or not self.settled()):
-                await self.joined.leave()
-                await self._rollback()
-        finally:
-            self.owner.closed = True
-            self._deadline.lift()
-            await self.joined.close()
-        if self.joined.exposed and not self._pooled and self.reusable():
-            await self._reset()
+        with self._deadline.extended():
+            try:
+                if not self.owner.closed and not self.owner.in_use and (self.joined.is_used or not self.settled()):
+                    await self.joined.leave()
+                    await self._rollback()
+            finally:
+                self.owner.closed = True
+                await self.joined.close()
+            if self.joined.exposed and not self._pooled and self.reusable():
+                await self._reset()
+        self._deadline.lift()
+
+    async def hurry(self) -> None:
+        """Limit what is left to do to the grace period, since the caller has been interrupted.
+
+        If a statement was interrupted, the connection is not used again, so the server may as well roll back by itself.
+        """
+        self._deadline.hurry()
+        if self.driver.connection.cancelled and not self.owner.in_use:
+            await self.driver.cut()
 
     def settled(self) -> bool:
         """Whether there is nothing to roll back: no transaction is open, nor is a session or savepoint."""

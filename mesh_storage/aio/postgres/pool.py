@@ -23,7 +23,7 @@ from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.aio.postgres.timed import AsyncTimedConnection
 from mesh_storage.errors import MeshStorageError
 from mesh_storage.postgres.characteristics import Characteristics
-from mesh_storage.postgres.engine import connect_before, engine_arguments, share_time
+from mesh_storage.postgres.engine import closing_half_open, connect_before, engine_arguments, share_time
 from mesh_storage.postgres.events import Events
 from mesh_storage.postgres.pool import (
     check_open,
@@ -228,7 +228,8 @@ async def _connect(*_conninfo: str, **parameters: Any) -> AsyncTimedConnection:
     end = None if seconds is None else time.monotonic() + seconds
     try:
         async with asyncio.timeout(seconds):
-            made = await AsyncTimedConnection.connect(**parameters)
+            with closing_half_open():
+                made = await AsyncTimedConnection.connect(**parameters)
     except TimeoutError:
         raise psycopg.errors.ConnectionTimeout(f"no server responded within {seconds:g} s") from None
     made.deadline = end

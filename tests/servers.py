@@ -1,0 +1,153 @@
+"""A PostgreSQL server of the tests' own, which can be killed, frozen, restarted, copied and promoted."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+PASSWORD = "p@ss word'\\"  # noqa: S105 - of servers that live for a test
+RAM = Path("/dev/shm")  # noqa: S108 - a directory of its own is made in it
+
+
+class PostgresServer:
+    """A server with a directory of its own, which asks for a password."""
+
+    def __init__(self, programs: Path, home: Path, *options: str, port: int = 5432) -> None:
+        self.port = port
+        self._programs = programs
+        self._home = home
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        self._account: dict[str, Any] = {}
+        if os.geteuid() == 0:  # PostgreSQL refuses it
+            known = {entry.pw_name: entry for entry in pwd.getpwall()}
+            entry = known.get("postgres") or known["nobody"]
+            os.chown(home, entry.pw_uid, entry.pw_gid)
+            self._account = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+
+    @property
+    def data(self) -> Path:
+        """The directory of its data."""
+        return self._home / "data"
+
+    @property
+    def connect(self) -> dict[str, Any]:
+        """How a superuser connects to its socket."""
+        here = {"host": str(self._home), "port": self.port}
+        return {**here, "user": "postgres", "password": PASSWORD, "dbname": "postgres"}
+
+    def create(self) -> None:
+        """Make new data."""
+        secret = self._home / "password"
+        secret.write_text(PASSWORD)
+        secret.chmod(0o644)
+        login = ["--username=postgres", "--auth=scram-sha-256", f"--pwfile={secret}"]
+        self._run("initdb", "-D", self.data, *login, "--encoding=UTF8", "--no-locale", "--no-sync")
+
+    def copy(self, primary: PostgresServer, name: str) -> None:
+        """Make the data of a standby, which follows another server under a name."""
+        source = f"host={primary.connect['host']} port={primary.port} user=postgres application_name={name}"
+        arguments = ["-D", self.data, "-d", source, "-R", "--checkpoint=fast", "--no-sync"]
+        self._run("pg_basebackup", *arguments, env={"PGPASSWORD": PASSWORD})
+
+    def start(self, *options: str) -> None:
+        """Start it and wait until it answers."""
+        arguments = ["-D", self.data, "-k", self._home, "-p", str(self.port), "-c", "fsync=off"]
+        with (self._home / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._programs / "postgres", *arguments, *self._options, *options],
+                cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                **self._account,
+            )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while self._status() not in ("ready", "standby"):
+            assert self._process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.01)
+
+    def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
+        """Stop it by a signal to its postmaster (PostgreSQL manual, 18.5), or kill all of it at once by SIGKILL."""
+        if how == signal.SIGKILL:
+            self.freeze()  # nothing is forked any more
+        for pid in self.processes() if how == signal.SIGKILL else self.processes()[:1]:
+            send(pid, how)
+        self._process.wait(60)
+
+    def end(self) -> None:
+        """Kill it, unless it has ended."""
+        if self._process is not None and self._process.poll() is None:
+            self.stop(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Let all of it stand still, as a paused machine does."""
+        send(self.processes()[0], signal.SIGSTOP)
+        for pid in self.processes():
+            send(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let all of it go on."""
+        for pid in reversed(self.processes()):
+            send(pid, signal.SIGCONT)
+
+    def processes(self) -> list[int]:
+        """Return the process ids, the postmaster's first."""
+        assert self._process is not None, "it has been started"
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [pid, *map(int, children.split())]
+
+    def log(self) -> str:
+        """Return what it has logged."""
+        return (self._home / "log").read_text(errors="replace")
+
+    def _status(self) -> str:
+        """Return its status by postmaster.pid (PostgreSQL's source, utils/pidfile.h)."""
+        with suppress(OSError):
+            lines = (self.data / "postmaster.pid").read_text().split("\n")
+            if self._process is not None and lines[0] == str(self._process.pid):
+                return "".join(lines[7:8]).strip()
+        return ""
+
+    def _run(self, program: str, *arguments: object, env: dict[str, str] | None = None) -> None:
+        subprocess.run(
+            [self._programs / program, *map(str, arguments)], check=True, cwd="/", stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, env={**os.environ, **(env or {})}, **self._account,
+        )  # fmt: skip
+
+
+@contextmanager
+def new_server(programs: Path, *options: str, port: int = 5432) -> Generator[PostgresServer]:
+    """Yield a server in RAM without data, which is to be started in the block and ends with it."""
+    home = Path(tempfile.mkdtemp(prefix="mesh_storage-test-", dir=RAM if os.access(RAM, os.W_OK) else None))
+    try:
+        home.chmod(0o711)
+        server = PostgresServer(programs, home, *options, port=port)
+        try:
+            yield server
+        finally:
+            server.end()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def unused_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def send(pid: int, what: signal.Signals) -> None:
+    """Send a signal to a process that may have ended."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, what)
