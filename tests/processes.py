@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psycopg
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,3 +35,9 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def has_ended(url: str, backend: int) -> bool:
+    """Return whether a session has ended, by the process id of its backend."""
+    with psycopg.connect(url) as connection:
+        return connection.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [backend]).fetchone() is None

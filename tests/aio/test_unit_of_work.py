@@ -23,6 +23,7 @@ from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
 from mesh_storage.aio.postgres import concurrency
 from tests.aio.conftest import Run, Watch, opened, storage_at_rest
 from tests.conftest import FROZEN_S, frozen
+from tests.processes import eventually, has_ended
 
 
 async def backend(uow: AsyncUnitOfWork) -> int:
@@ -224,5 +225,8 @@ def test_a_connection_in_doubt_is_never_lent_again(run: Run, mesh_storage_url: s
                     await uow.session.execute(text("SELECT pg_sleep(30)"))
             async with storage.begin() as uow:
                 assert await backend(uow) != pid
+            assert await asyncio.to_thread(eventually, lambda: has_ended(mesh_storage_url, pid)), (
+                "it is kept for nobody"
+            )
 
     run(main())

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -66,6 +68,43 @@ def test_memory_is_gone_however_its_process_ends(ending: signal.Signals | None) 
         if ending is not None:
             process.send_signal(ending)
     assert eventually(lambda: not home.exists() and not sockets.exists() and not processes_that_name(home))
+
+
+def open_in_memory() -> None:
+    MeshStorage.open("memory:").close()
+
+
+def open_in_memory_by_asyncio() -> None:
+    async def main() -> None:
+        await (await AsyncMeshStorage.open("memory:")).close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "step", ["importlib.util.find_spec", "mesh_storage.postgres.engine.connect", "mesh_storage.schema.ensure"]
+)
+@pytest.mark.parametrize("opens", [open_in_memory, open_in_memory_by_asyncio])
+def test_memory_that_cannot_be_opened_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, opens: Callable[[], None], step: str
+) -> None:
+    made: list[Path] = []
+    real = tempfile.mkdtemp
+
+    def note(*arguments: Any, **more: Any) -> str:
+        made.append(Path(real(*arguments, **more)))
+        return str(made[-1])
+
+    def fails(*_arguments: Any, **_more: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(tempfile, "mkdtemp", note)
+    monkeypatch.setattr(step, fails)
+    with pytest.raises(ZeroDivisionError) as error:
+        opens()
+    assert made
+    assert eventually(lambda: not any(path.exists() or processes_that_name(path) for path in made))
+    del error  # Held until here, it would keep alive what nobody closed.
 
 
 def test_an_opener_that_is_killed_at_any_moment_leaves_what_the_next_one_can_use(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from psycopg import pq
@@ -21,6 +22,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from mesh_storage import MeshStorage, UnavailableError
 from mesh_storage.aio import AsyncMeshStorage
+from mesh_storage.embedded.server import EmbeddedServer
 from mesh_storage.testing import databases
 from tests.processes import eventually
 
@@ -224,6 +226,20 @@ def test_where_no_disk_has_room_it_is_said_before_anything_is_made(tmp_path: Pat
     assert done.stdout.startswith("UnavailableError not enough space for a temporary PostgreSQL server"), (
         done.stdout + done.stderr
     )
+
+
+@pytest.mark.parametrize(("free", "in_ram"), [(0.5, False), (2, True)])
+def test_a_temporary_server_is_in_ram_only_where_what_it_will_hold_fits(
+    monkeypatch: pytest.MonkeyPatch, free: float, *, in_ram: bool
+) -> None:
+    space = 1 << 40
+
+    def disk_usage(place: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=space * (free if str(place) == "/dev/shm" else 2))  # noqa: S108 - only compared
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    with closing(EmbeddedServer.throw_away(space=space)) as server:
+        assert Path(server.connect_arguments["host"]).is_relative_to("/dev/shm") is in_ram  # noqa: S108 - only compared
 
 
 @pytest.mark.parametrize("name", ["with a space", "with, a comma", 'with "quotes"', "%41+ü", "x" * 120])
