@@ -86,6 +86,7 @@ def test_what_the_database_refuses_says_why(
     with pytest.raises(kind) as error:
         act(uow)
     assert (error.value.sqlstate, error.value.constraint, error.value.retryable) == (sqlstate, constraint, False)
+    assert f"(SQLSTATE {sqlstate}, constraint {constraint})" in str(error.value)
     assert isinstance(error.value.__cause__, psycopg.Error)
     assert vars(pickle.loads(pickle.dumps(error.value))) == vars(error.value)  # noqa: S301 - our own bytes
     if isinstance(error.value, InvalidInputError):

@@ -19,10 +19,11 @@ from types import SimpleNamespace
 import pytest
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
+from pydantic import SecretStr
 
-from mesh_storage import MeshStorage, UnavailableError
+from mesh_storage import MeshStorage, Settings, UnavailableError
 from mesh_storage.aio import AsyncMeshStorage
-from mesh_storage.embedded.server import EmbeddedServer
+from mesh_storage.postgres.server import open_server
 from mesh_storage.testing import databases
 from tests.processes import eventually
 
@@ -238,8 +239,8 @@ def test_a_temporary_server_is_in_ram_only_where_what_it_will_hold_fits(
         return SimpleNamespace(free=space * (free if str(place) == "/dev/shm" else 2))  # noqa: S108 - only compared
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    with closing(EmbeddedServer.throw_away(space=space)) as server:
-        assert Path(server.connect_arguments["host"]).is_relative_to("/dev/shm") is in_ram  # noqa: S108 - only compared
+    with closing(open_server(Settings(url=SecretStr("memory:")), space=space)) as server:
+        assert Path(server.connect["host"]).is_relative_to("/dev/shm") is in_ram  # noqa: S108 - only compared
 
 
 @pytest.mark.parametrize("name", ["with a space", "with, a comma", 'with "quotes"', "%41+ü", "x" * 120])
