@@ -74,8 +74,8 @@ class Verdict:
     """What the tests said."""
 
     mutant: Mutant
-    outcome: str
     tests: int
+    killer: str | None
     difference: str
 
 
@@ -235,35 +235,38 @@ def judge(mutant: Mutant, copy: Path, limit: float) -> Verdict:
                 n=1,
             )
         )
-        return Verdict(mutant, outcome(tests, copy, limit), len(tests), difference)
+        return Verdict(mutant, len(tests), failure(tests, copy, limit), difference)
     finally:
         for path in touched:
             shutil.copy2(ROOT / path, copy / path)
 
 
-def outcome(tests: Sequence[str], copy: Path, limit: float) -> str:
-    """Return "killed" if a test fails, "survived" if all pass or none failed within the limit."""
-    given = copy / "tests.txt"
+def failure(tests: Sequence[str], copy: Path, limit: float) -> str | None:
+    """Run tests in a copy until one fails; return its name, or None if all passed or the limit was reached."""
+    given, output = copy / "tests.txt", copy / "output.txt"
     given.write_text("\n".join(tests))
     process = subprocess.Popen(
-        [*PYTEST, "-x", "--timeout=60", "-W", "ignore::pytest.PytestConfigWarning", f"@{given}"],
+        [*PYTEST, "-x", "-rfE", "--tb=line", f"--timeout={limit / 2:g}", f"@{given}"],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=(copy / "output.txt").open("w"),
+        stdout=output.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
+        status = 0
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return "survived for the limit"
-    return "survived" if status == 0 else f"killed ({status})"
+    if status == 0:
+        return None
+    said = [line for line in output.read_text().splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return said[0] if said else f"pytest, which ended with {status}"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -294,12 +297,9 @@ def main(arguments: Sequence[str]) -> int:
     with ThreadPoolExecutor(given.jobs) as workers:
         for number, verdict in enumerate(workers.map(judged, mutants), 1):
             mutant = verdict.mutant
-            print(
-                f"{number}/{len(mutants)} {mutant.path}:{mutant.line} {mutant.operator}: "
-                f"{verdict.outcome}, of {verdict.tests} tests",
-                flush=True,
-            )
-            if verdict.outcome.startswith("survived"):
+            said = f"killed by {verdict.killer}" if verdict.killer else f"SURVIVED {verdict.tests} tests"
+            print(f"{number}/{len(mutants)} {mutant.path}:{mutant.line} {mutant.operator}: {said}", flush=True)
+            if verdict.killer is None:
                 survivors += 1
                 print(verdict.difference, flush=True)
     killed = len(mutants) - survivors
