@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-matrix lint format types schema docs sync bench check migrate revision lock clean
+.PHONY: help install demo test test-matrix mutants lint format types schema docs sync bench check migrate revision lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ test: install ## Run all tests against a real PostgreSQL, or only some: make tes
 
 test-matrix: install ## Run all tests on each of PostgreSQL 15, 16 and 18 that is found
 	$(BIN)/python tools/test_matrix.py $(MATRIX) -- -n 2 --dist worksteal $(T)
+
+mutants: install ## Make small faults and report those that no test finds: make mutants ARGS="--sample 50"
+	$(BIN)/python tools/mutants.py $(ARGS)
 
 lint: install ## Check format, style and generated code
 	$(BIN)/unasyncd --force --quiet  # rewrites stale files, and then fails

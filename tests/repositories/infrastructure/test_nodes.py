@@ -247,6 +247,14 @@ def test_update_stores_the_default_for_none_where_there_is_one(storage: MeshStor
         assert values(uow.nodes.get(node.id)) == values(node)
 
 
+def test_update_gives_an_object_that_was_made_anew_its_defaults(uow: UnitOfWork) -> None:
+    there = NodeFactory.create(uow=uow, port=1, description="d")
+    node = uow.nodes.update(Node(id=there.id, name="renamed", ip_address="::1"))
+    assert (node.description, node.port) == ("", 8443)
+    found = uow.nodes.get(there.id)
+    assert (found.name, found.description, found.port) == ("renamed", "", 8443)
+
+
 def test_update_of_a_deleted_node_is_not_found_and_does_not_bring_it_back(uow: UnitOfWork) -> None:
     node = NodeFactory.create(uow=uow)
     uow.nodes.delete(node.id)

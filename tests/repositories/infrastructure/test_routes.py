@@ -154,12 +154,15 @@ def test_ends_that_are_no_ids_are_refused_by_name(uow: UnitOfWork) -> None:
     for call, arguments, field in (
         (uow.routes.between, ("a\0", a), "a"),
         (uow.routes.between, (a, ""), "b"),
+        (uow.routes.between, ("x" * 256, a), "a"),
+        (uow.routes.between, (a, "x" * 256), "b"),
+        (uow.routes.for_node, ("x" * 256,), "node_id"),
         (uow.routes.for_node, (None,), "node_id"),
     ):
         with pytest.raises(InvalidInputError) as error:
             call(*arguments)
         assert error.value.field == field
-    assert uow.routes.between("no id", a) == uow.routes.for_node("no id") == []
+    assert uow.routes.between("no id", "x" * 255) == uow.routes.for_node("x" * 255) == []
 
 
 def test_update_stores_what_was_changed(storage: MeshStorage) -> None:
