@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -179,29 +180,35 @@ def changed_lines(path: str, copy: Path) -> set[int]:
     }
 
 
-def tests_of(lines: dict[str, set[int]]) -> list[str]:
-    """Return the tests that run one of these lines, those that run the least of the package first."""
-    data = CoverageData(str(MEASURED))
-    data.read()
-    data.set_query_contexts(None)
-    found: set[str] = set()
-    for path, numbers in lines.items():
-        by_line = data.contexts_by_lineno(str(ROOT / path))
-        found |= {context.rpartition("|")[0] for number in numbers for context in by_line.get(number, ()) if context}
-    return sorted(found, key=lambda test: (WEIGHTS.get(test, 0), test))
+class Runs:
+    """Which tests run which lines, as measured, of the tests that there still are."""
 
+    def __init__(self) -> None:
+        there = subprocess.run(
+            [*PYTEST, "--collect-only", "--no-header"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        tests = {*there.stdout.splitlines()}
+        data = CoverageData(str(MEASURED))
+        data.read()
+        self._tests = {
+            path: {
+                line: {test for context in contexts if (test := context.rpartition("|")[0]) in tests}
+                for line, contexts in data.contexts_by_lineno(str(ROOT / path)).items()
+            }
+            for path in (str(Path(name).relative_to(ROOT)) for name in data.measured_files())
+        }
+        lines = [tests for by_line in self._tests.values() for tests in by_line.values()]
+        self._weights = Counter(test for tests in lines for test in tests)
 
-WEIGHTS: dict[str, int] = {}
-
-
-def weigh() -> None:
-    """Count the lines that each test runs: the fewer, the shorter it takes and the closer it looks."""
-    data = CoverageData(str(MEASURED))
-    data.read()
-    for path in data.measured_files():
-        for contexts in data.contexts_by_lineno(path).values():
-            for context in {each.rpartition("|")[0] for each in contexts if each}:
-                WEIGHTS[context] = WEIGHTS.get(context, 0) + 1
+    def tests_of(self, lines: dict[str, set[int]]) -> list[str]:
+        """Return the tests that run one of these lines: those first that run little, for they are short and close."""
+        found = {
+            test
+            for path, numbers in lines.items()
+            for number in numbers
+            for test in self._tests.get(path, {}).get(number, ())
+        }
+        return sorted(found, key=lambda test: (self._weights[test], test))
 
 
 def nearest_tests(path: str) -> list[str]:
@@ -211,7 +218,7 @@ def nearest_tests(path: str) -> list[str]:
     return [str(mirror.relative_to(ROOT)) for mirror in mirrors if mirror.exists()]
 
 
-def judge(mutant: Mutant, copy: Path, limit: float) -> Verdict:
+def judge(mutant: Mutant, runs: Runs, copy: Path, limit: float) -> Verdict:
     """Run the tests of a mutant; it survives if none of them fails within the limit."""
     touched = [mutant.path]
     try:
@@ -225,7 +232,7 @@ def judge(mutant: Mutant, copy: Path, limit: float) -> Verdict:
                 check=False,
             )
         lines = {path: changed_lines(path, copy) for path in touched}
-        tests = tests_of(lines) or nearest_tests(mutant.path)
+        tests = runs.tests_of(lines) or nearest_tests(mutant.path)
         difference = "".join(
             difflib.unified_diff(
                 (ROOT / mutant.path).read_text().splitlines(keepends=True),
@@ -280,7 +287,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if given.measure or not MEASURED.exists():
         measure()
-    weigh()
+    runs = Runs()
     mutants = list(sampled(given.paths, given.sample, given.seed))
     copies: Queue[Path] = Queue()
     for number in range(given.jobs):
@@ -289,7 +296,7 @@ def main(arguments: Sequence[str]) -> int:
     def judged(mutant: Mutant) -> Verdict:
         copy = copies.get()
         try:
-            return judge(mutant, copy, given.limit)
+            return judge(mutant, runs, copy, given.limit)
         finally:
             copies.put(copy)
 
