@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from queue import Queue
 
@@ -169,15 +170,24 @@ def copy_of_the_checkout(number: int) -> Path:
 
 
 def changed_lines(path: str, copy: Path) -> set[int]:
-    """Return the lines of a file of the checkout that differ in the copy."""
-    before, after = ((where / path).read_text().splitlines() for where in (ROOT, copy))
+    """Return the lines of the statements of a file of the checkout that differ in the copy."""
+    text = (ROOT / path).read_text()
+    before, after = text.splitlines(), (copy / path).read_text().splitlines()
     matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-    return {
+    changed = {
         line
         for tag, start, end, _, _ in matcher.get_opcodes()
         if tag != "equal"
         for line in range(start + 1, max(end, start + 1) + 1)
     }
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            last = body[0].lineno - 1 if body else node.end_lineno
+            statement = range(node.lineno, (last or node.lineno) + 1)
+            if changed.intersection(statement):
+                changed.update(statement)
+    return changed
 
 
 class Runs:
@@ -212,10 +222,21 @@ class Runs:
 
 
 def nearest_tests(path: str) -> list[str]:
-    """Return the folder or file of tests that mirrors a file of the package, and then all."""
-    part = Path(path).relative_to("mesh_storage").parts[0].removesuffix(".py")
-    mirrors = [ROOT / "tests" / part, ROOT / "tests" / f"test_{part}.py", ROOT / "tests" / "contract"]
-    return [str(mirror.relative_to(ROOT)) for mirror in mirrors if mirror.exists()]
+    """Return the tests that are named as a file of the package, those of the contract, and those of its folders."""
+    own = Path(path).relative_to("mesh_storage")
+    folders = [ROOT / "tests" / name for name in ("contract", *reversed(own.parts[:-1]))]
+    nearest = [*sorted((ROOT / "tests").rglob(f"test_{own.stem}.py")), *filter(Path.exists, folders)]
+    return [str(place.relative_to(ROOT)) for place in nearest]
+
+
+def runs_on_import(path: str, lines: set[int]) -> bool:
+    """Return whether lines of a file are in no function, so that it is chance which test runs them."""
+    functions = (
+        range(node.body[0].lineno, (node.end_lineno or 0) + 1)
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    return not lines.intersection(chain.from_iterable(functions))
 
 
 def judge(mutant: Mutant, runs: Runs, copy: Path, limit: float) -> Verdict:
@@ -232,7 +253,8 @@ def judge(mutant: Mutant, runs: Runs, copy: Path, limit: float) -> Verdict:
                 check=False,
             )
         lines = {path: changed_lines(path, copy) for path in touched}
-        tests = runs.tests_of(lines) or nearest_tests(mutant.path)
+        tests = [] if runs_on_import(mutant.path, lines[mutant.path]) else runs.tests_of(lines)
+        tests = tests or nearest_tests(mutant.path)
         difference = "".join(
             difflib.unified_diff(
                 (ROOT / mutant.path).read_text().splitlines(keepends=True),
