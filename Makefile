@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-matrix chaos lint format types schema docs sync bench check migrate revision lock clean
+.PHONY: help install demo test test-slow test-matrix chaos mutants lint format types schema docs sync bench check migrate revision lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ test-matrix: install ## Run all tests on each of PostgreSQL 15, 16 and 18 that i
 
 chaos: install ## Disturb servers and sessions under load, ten minutes or as long as said: make chaos SECONDS=3600
 	CHAOS_SECONDS=$(or $(SECONDS),600) CHAOS_SEED=$(SEED) $(BIN)/python -m pytest --capture=no --show-capture=no tests/chaos
+
+mutants: install ## Make small faults and report those that no test finds: make mutants ARGS="--sample 50"
+	$(BIN)/python tools/mutants.py $(ARGS)
 
 lint: install ## Check format, style and generated code
 	$(BIN)/unasyncd --force --quiet  # rewrites stale files, and then fails

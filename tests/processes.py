@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psycopg
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -43,3 +45,9 @@ def sockets() -> int:
         with suppress(FileNotFoundError):  # that of the listing itself, or of another thread
             links.append(str(each.readlink()))
     return sum(link.startswith("socket:") for link in links)
+
+
+def has_ended(url: str, backend: int) -> bool:
+    """Return whether a session has ended, by the process id of its backend."""
+    with psycopg.connect(url) as connection:
+        return connection.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [backend]).fetchone() is None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import psycopg
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import text
 
 import mesh_storage
@@ -22,6 +23,7 @@ from mesh_storage import (
     Route,
     SchemaMismatchError,
     SerializationError,
+    Settings,
     StorageTimeoutError,
     UnavailableError,
     UnitOfWork,
@@ -86,6 +88,7 @@ def test_what_the_database_refuses_says_why(
     with pytest.raises(kind) as error:
         act(uow)
     assert (error.value.sqlstate, error.value.constraint, error.value.retryable) == (sqlstate, constraint, False)
+    assert f"(SQLSTATE {sqlstate}, constraint {constraint})" in str(error.value)
     assert isinstance(error.value.__cause__, psycopg.Error)
     assert vars(pickle.loads(pickle.dumps(error.value))) == vars(error.value)  # noqa: S301 - our own bytes
     if isinstance(error.value, InvalidInputError):
@@ -123,6 +126,21 @@ def test_an_error_is_told_by_its_sqlstate(
         uow.session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '{sqlstate}'; END $$"))
     translated = translate(raised.value)
     assert (type(translated), translated.sqlstate, translated.retryable) == (kind, sqlstate, retryable)
+
+
+@pytest.mark.parametrize(("sqlstate", "stays"), [("53200", True), ("23514", True), ("26000", False), ("42P05", False)])
+def test_an_error_costs_the_connection_only_where_that_is_the_cause(
+    mesh_storage_url: str, sqlstate: str, *, stays: bool
+) -> None:
+    """Memory may be free again at once; a prepared statement that a session has not, it has not next time either."""
+    backend = text("SELECT pg_backend_pid()")
+    settings = Settings(url=SecretStr(mesh_storage_url), pool_size=1)
+    with MeshStorage.open(settings=settings) as storage:
+        with pytest.raises(MeshStorageError), storage.begin() as uow:
+            before = uow.session.scalars(backend).one()
+            uow.session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '{sqlstate}'; END $$"))
+        with storage.begin() as uow:
+            assert (uow.session.scalars(backend).one() == before) is stays
 
 
 def test_a_terminated_connection_is_unavailable_and_the_next_unit_of_work_has_another(storage: MeshStorage) -> None:

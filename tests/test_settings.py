@@ -121,6 +121,7 @@ def test_a_port_that_is_none_is_refused_by_name(port: object) -> None:
     "rest",
     [
         f"me:{CANARY}@127.0.0.1:99999/mesh",
+        f"me:{CANARY}@127.0.0.1:0/mesh",
         f"me:{CANARY}@127.0.0.1/mesh?port=1,2",
         f"me:{CANARY}@127.0.0.1:1/mesh?sslmode=maybe",
         f"me:{CANARY}@127.0.0.1:1/mesh?connect_timeout=soon",

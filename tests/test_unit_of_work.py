@@ -30,6 +30,7 @@ from mesh_storage import (
     UnitOfWork,
 )
 from tests.conftest import FROZEN_S, frozen
+from tests.processes import eventually, has_ended
 
 TOO_LONG = "x" * 256
 
@@ -459,6 +460,19 @@ def test_the_pauses_of_run_grow_from_20_ms_with_jitter(storage: MeshStorage, cap
     assert took >= sum(pauses) - 0.01
 
 
+def test_the_pauses_of_run_end_at_2_s(storage: MeshStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: UnitOfWork) -> None:
+        raise UnavailableError
+
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with pytest.raises(UnavailableError):
+        storage.run(fails, attempts=1100)  # more than a float has powers of two
+    assert len(pauses) == 1099
+    assert all(1 <= pause <= 2 for pause in pauses[7:])
+    assert all(pause < 1.3 for pause in pauses[:7])
+
+
 def test_a_connection_in_doubt_is_never_lent_again(mesh_storage_url: str) -> None:
     """A request to cancel may come late, and hit the statement of another."""
     with opened(mesh_storage_url, pool_size=1) as storage:
@@ -467,6 +481,7 @@ def test_a_connection_in_doubt_is_never_lent_again(mesh_storage_url: str) -> Non
             uow.session.execute(text("SELECT pg_sleep(30)"))
         with storage.begin() as uow:
             assert backend(uow) != pid
+        assert eventually(lambda: has_ended(mesh_storage_url, pid)), "it is kept for nobody"
 
 
 def test_a_connection_as_old_as_one_that_was_lost_is_never_lent_again(mesh_storage_url: str) -> None:

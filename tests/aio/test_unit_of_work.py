@@ -23,6 +23,7 @@ from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
 from mesh_storage.aio.postgres import concurrency
 from tests.aio.conftest import Run, Watch, opened, storage_at_rest
 from tests.conftest import FROZEN_S, frozen
+from tests.processes import eventually, has_ended
 
 
 async def backend(uow: AsyncUnitOfWork) -> int:
@@ -242,6 +243,29 @@ def test_what_ran_in_the_background_is_forgotten_when_it_is_done(run: Run, mesh_
     run(main())
 
 
+def test_an_ordinary_unit_of_work_takes_no_task_of_its_own(run: Run, mesh_storage_url: str) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        made = list[asyncio.Task[Any]]()
+
+        def note(loop: asyncio.AbstractEventLoop, work: Any, **more: Any) -> asyncio.Task[Any]:
+            made.append(asyncio.Task(work, loop=loop, **more))
+            return made[-1]
+
+        async with AsyncMeshStorage.open(mesh_storage_url) as storage:
+            async with storage.begin() as uow:  # It connects, which is a task.
+                await uow.state.put("k", b"v")
+            loop.set_task_factory(note)
+            async with storage.begin() as uow:
+                await uow.state.put("k", b"v")
+            async with storage.unit_of_work(read_only=True) as uow:
+                assert (await uow.state.get("k")).value == b"v"
+            loop.set_task_factory(None)
+        assert made == []
+
+    run(main())
+
+
 def test_a_connection_in_doubt_is_never_lent_again(run: Run, mesh_storage_url: str) -> None:
     async def main() -> None:
         async with opened(mesh_storage_url, pool_size=1) as storage:
@@ -251,5 +275,8 @@ def test_a_connection_in_doubt_is_never_lent_again(run: Run, mesh_storage_url: s
                     await uow.session.execute(text("SELECT pg_sleep(30)"))
             async with storage.begin() as uow:
                 assert await backend(uow) != pid
+            assert await asyncio.to_thread(eventually, lambda: has_ended(mesh_storage_url, pid)), (
+                "it is kept for nobody"
+            )
 
     run(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable
 from datetime import timedelta
@@ -70,6 +71,22 @@ def test_this_file_calls_every_method_of_every_repository() -> None:
     }
     assert len(methods) > 80
     assert methods == called & methods
+
+
+DEFAULTS = {
+    "page": ("limit", 100),
+    "stale": ("limit", 1000),
+    "stream": ("batch_size", 1000),
+    "with_state": ("batch_size", 1000),
+}
+
+
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_pages_and_batches_have_their_sizes_where_none_is_given(name: str) -> None:
+    repository = REPOSITORIES[name]
+    for method, (parameter, default) in DEFAULTS.items():
+        if hasattr(repository, method):
+            assert inspect.signature(getattr(repository, method)).parameters[parameter].default == default
 
 
 def test_meshes(uow: UnitOfWork) -> None:

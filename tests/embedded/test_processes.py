@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -66,6 +68,43 @@ def test_memory_is_gone_however_its_process_ends(ending: signal.Signals | None) 
         if ending is not None:
             process.send_signal(ending)
     assert eventually(lambda: not home.exists() and not sockets.exists() and not processes_that_name(home))
+
+
+def open_in_memory() -> None:
+    MeshStorage.open("memory:").close()
+
+
+def open_in_memory_by_asyncio() -> None:
+    async def main() -> None:
+        await (await AsyncMeshStorage.open("memory:")).close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "step", ["importlib.util.find_spec", "mesh_storage.postgres.engine.connect", "mesh_storage.schema.ensure"]
+)
+@pytest.mark.parametrize("opens", [open_in_memory, open_in_memory_by_asyncio])
+def test_memory_that_cannot_be_opened_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, opens: Callable[[], None], step: str
+) -> None:
+    made: list[Path] = []
+    real = tempfile.mkdtemp
+
+    def note(*arguments: Any, **more: Any) -> str:
+        made.append(Path(real(*arguments, **more)))
+        return str(made[-1])
+
+    def fails(*_arguments: Any, **_more: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(tempfile, "mkdtemp", note)
+    monkeypatch.setattr(step, fails)
+    with pytest.raises(ZeroDivisionError) as error:
+        opens()
+    assert made
+    assert eventually(lambda: not any(path.exists() or processes_that_name(path) for path in made))
+    del error  # Held until here, it would keep alive what nobody closed.
 
 
 def test_an_opener_that_is_killed_at_any_moment_leaves_what_the_next_one_can_use(tmp_path: Path) -> None:
@@ -210,8 +249,8 @@ def test_a_child_of_asyncio_works_and_leaves_the_connections_of_its_parent_alone
     assert eventually(lambda: not processes_that_name(tmp_path / "mesh"))
 
 
-def test_a_child_outlives_its_parents_close(tmp_path: Path) -> None:
-    storage = MeshStorage.open(f"embedded:{tmp_path / 'mesh'}")
+def said_after(close: Callable[[], object], work: Callable[[], object]) -> bytes:
+    """Let a forked child work after its parent has closed the storage, and return what the child says."""
     go_read, go_write = os.pipe()
     done_read, done_write = os.pipe()
     child = os.fork()
@@ -221,9 +260,7 @@ def test_a_child_outlives_its_parents_close(tmp_path: Path) -> None:
             os.close(go_write)
             os.write(done_write, b"here")
             os.read(go_read, 1)
-            with storage.begin() as uow:
-                uow.state.put("child", b"")
-            storage.close()
+            work()
             said = b"done"
         except BaseException as error:  # noqa: BLE001 - the parent shows it
             said = repr(error).encode()
@@ -231,11 +268,79 @@ def test_a_child_outlives_its_parents_close(tmp_path: Path) -> None:
             os.write(done_write, said)
             os._exit(0)
     assert os.read(done_read, 100) == b"here"
-    storage.close()
+    close()
     os.write(go_write, b"g")
-    assert os.read(done_read, 1000) == b"done"
+    said = os.read(done_read, 1000)
     os.waitpid(child, 0)
+    return said
+
+
+def test_a_child_outlives_its_parents_close(tmp_path: Path) -> None:
+    storage = MeshStorage.open(f"embedded:{tmp_path / 'mesh'}")
+
+    def work() -> None:
+        with storage.begin() as uow:
+            uow.state.put("child", b"")
+        storage.close()
+
+    assert said_after(storage.close, work) == b"done"
     assert eventually(lambda: not processes_that_name(tmp_path / "mesh"))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 and later
+def test_a_child_of_asyncio_outlives_its_parents_close(tmp_path: Path) -> None:
+    async def opened() -> AsyncMeshStorage:
+        return await AsyncMeshStorage.open(f"embedded:{tmp_path / 'mesh'}")
+
+    async def work() -> None:
+        async with storage.begin() as uow:
+            await uow.state.put("child", b"")
+        await storage.close()
+
+    with asyncio.Runner() as runner:
+        storage = runner.run(opened())
+        assert said_after(lambda: runner.run(storage.close()), lambda: asyncio.run(work())) == b"done"
+    assert eventually(lambda: not processes_that_name(tmp_path / "mesh"))
+
+
+def two_backends(storage: MeshStorage) -> set[int]:
+    """Return the server's processes for two units of work, whose connections then lie in the pool."""
+    with storage.begin() as one, storage.begin() as two:
+        return {uow.session.scalars(text("SELECT pg_backend_pid()")).one() for uow in (one, two)}
+
+
+async def two_backends_of_asyncio(storage: AsyncMeshStorage) -> set[int]:
+    async with storage.begin() as one, storage.begin() as two:
+        return {(await uow.session.scalars(text("SELECT pg_backend_pid()"))).one() for uow in (one, two)}
+
+
+def test_a_child_leaves_the_idle_connections_of_its_parent_alone(storage: MeshStorage) -> None:
+    of_parent = two_backends(storage)
+
+    def child() -> bytes:
+        of_child = two_backends(storage)
+        storage.close()
+        return b"shared" if of_child & of_parent else b"its own"
+
+    assert in_child(child) == b"its own"
+    assert two_backends(storage) == of_parent
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 and later
+def test_a_child_of_asyncio_leaves_the_idle_connections_of_its_parent_alone(mesh_storage_url: str) -> None:
+    async def parent() -> None:
+        async with AsyncMeshStorage.open(mesh_storage_url) as storage:
+            of_parent = await two_backends_of_asyncio(storage)
+
+            async def child() -> bytes:
+                of_child = await two_backends_of_asyncio(storage)
+                await storage.close()
+                return b"shared" if of_child & of_parent else b"its own"
+
+            assert in_child(lambda: asyncio.run(child())) == b"its own"
+            assert await two_backends_of_asyncio(storage) == of_parent
+
+    asyncio.run(parent())
 
 
 def test_every_connection_of_the_pool_is_replaced_after_a_crash(tmp_path: Path) -> None:

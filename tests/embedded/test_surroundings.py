@@ -12,15 +12,18 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
+from pydantic import SecretStr
 
-from mesh_storage import MeshStorage, UnavailableError
+from mesh_storage import MeshStorage, Settings, UnavailableError
 from mesh_storage.aio import AsyncMeshStorage
+from mesh_storage.postgres.server import open_server
 from mesh_storage.testing import databases
 from tests.processes import eventually
 
@@ -224,6 +227,20 @@ def test_where_no_disk_has_room_it_is_said_before_anything_is_made(tmp_path: Pat
     assert done.stdout.startswith("UnavailableError not enough space for a temporary PostgreSQL server"), (
         done.stdout + done.stderr
     )
+
+
+@pytest.mark.parametrize(("free", "in_ram"), [(0.5, False), (2, True)])
+def test_a_temporary_server_is_in_ram_only_where_what_it_will_hold_fits(
+    monkeypatch: pytest.MonkeyPatch, free: float, *, in_ram: bool
+) -> None:
+    space = 1 << 40
+
+    def disk_usage(place: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=space * (free if str(place) == "/dev/shm" else 2))  # noqa: S108 - only compared
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    with closing(open_server(Settings(url=SecretStr("memory:")), space=space)) as server:
+        assert Path(server.connect["host"]).is_relative_to("/dev/shm") is in_ram  # noqa: S108 - only compared
 
 
 @pytest.mark.parametrize("name", ["with a space", "with, a comma", 'with "quotes"', "%41+ü", "x" * 120])

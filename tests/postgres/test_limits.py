@@ -44,6 +44,8 @@ def test_an_exhausted_pool_is_unavailable_after_its_timeout_and_works_again(mesh
                 pass
             assert time.monotonic() - begun >= 0.2
             assert error.value.retryable
+            with pytest.raises(UnavailableError, match="pool_size"), storage.begin(timeout=60):
+                pass
             with pytest.raises(StorageTimeoutError), storage.begin(timeout=0.05):
                 pass
             health = storage.health()

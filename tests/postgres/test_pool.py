@@ -217,6 +217,32 @@ def test_one_dead_connection_condemns_those_that_are_as_old(
     assert not set(warm(storage, 5)) & old
 
 
+def test_a_connection_that_is_older_than_half_an_hour_is_replaced(mesh_storage_url: str) -> None:
+    with opened(mesh_storage_url, pool_size=1) as storage:
+        backends = []
+        for age in (0, 1790, 1801):
+            with storage.begin() as uow:
+                backends.append(backend(uow))
+                uow._connection.driver.liveness.born = time.monotonic() - age  # when it is taken next
+        with storage.begin() as uow:
+            backends.append(backend(uow))
+    assert backends[0] == backends[1] == backends[2] != backends[3]
+
+
+def test_the_same_of_asyncio(mesh_storage_url: str) -> None:
+    async def main() -> None:
+        settings = Settings(url=SecretStr(mesh_storage_url), pool_size=1)
+        async with AsyncMeshStorage.open(settings=settings) as storage:
+            backends = []
+            for age in (0, 1790, 1801, 0):
+                async with storage.begin() as uow:
+                    backends.append((await uow.session.execute(text("SELECT pg_backend_pid()"))).scalar_one())
+                    uow._connection.driver.liveness.born = time.monotonic() - age  # when it is taken next
+        assert backends[0] == backends[1] == backends[2] != backends[3]
+
+    asyncio.run(main())
+
+
 def test_a_demotion_is_learnt_once(storage: MeshStorage, observer: psycopg.Connection[tuple[Any, ...]]) -> None:
     """The connections that were idle then are not lent again, so the next unit of work has a fresh one."""
     old = set(warm(storage, 5))
@@ -300,7 +326,11 @@ def test_no_attempt_outlasts_the_time_of_run(storage: MeshStorage) -> None:
     assert time.monotonic() - begun < 3
 
 
-@pytest.mark.parametrize("within", [0, -1, "3", True, float("nan"), float("inf")])
+def test_the_time_of_run_is_at_most_a_year(storage: MeshStorage) -> None:
+    assert storage.run(lambda _: "done", within=365 * 86_400) == "done"
+
+
+@pytest.mark.parametrize("within", [0, -1, "3", True, float("nan"), float("inf"), 365 * 86_400 + 1])
 def test_run_refuses_a_time_that_is_none(storage: MeshStorage, within: Any) -> None:
     with pytest.raises(ValueError, match="within"):
         storage.run(lambda _: None, within=within)

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import psycopg
 import pytest
+from sqlalchemy import Engine, event
 
 from mesh_storage import (
     AlreadyExistsError,
@@ -423,6 +424,49 @@ def test_an_append_that_is_rolled_back_leaves_its_index_to_the_other(storage: Me
     )
     with storage.unit_of_work() as uow:
         assert uow.consensus_log.get(2).entry == "second"
+
+
+def test_an_append_of_which_another_took_a_part_can_only_roll_back(storage: MeshStorage, second: Second) -> None:
+    with storage.begin() as uow:
+        uow.consensus_log.append_many(log(1, 1))
+
+    def append_and_go_on(uow: UnitOfWork) -> None:
+        with pytest.raises(ConflictError, match="another transaction appended to the log concurrently") as lost:
+            uow.consensus_log.append_many(log(1, 2, 3))
+        assert lost.value.retryable
+        uow.state.put("k", b"v")
+
+    with pytest.raises(MeshStorageError, match="an earlier call"):
+        second.against(lambda uow: uow.consensus_log.append_many(log(1, 2)), append_and_go_on)
+    with storage.unit_of_work() as uow:
+        assert stored(uow) == [(1, 1), (1, 2)]
+
+
+def test_an_append_that_others_are_always_ahead_of_gives_up_and_may_be_done_again(
+    storage: MeshStorage, watcher: psycopg.Connection[Any]
+) -> None:
+    """Each time the last index was read, another appends the next of the same entries."""
+    taken = itertools.count(3)
+
+    def append(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("SELECT") and "DESC" in statement:
+            watcher.execute(
+                "INSERT INTO mesh_consensus_log (term, index, entry) VALUES (1, %s, '{\"term\": 1}')", [next(taken)]
+            )
+
+    with storage.begin() as uow:
+        uow.consensus_log.append_many(log(1, 1, 2))
+    event.listen(Engine, "after_cursor_execute", append)
+    try:
+        with pytest.raises(ConflictError, match="other transactions keep appending to the log") as lost:
+            storage.run(lambda uow: uow.consensus_log.append_many(log(1, *range(2, 10))), attempts=1)
+    finally:
+        event.remove(Engine, "after_cursor_execute", append)
+    assert lost.value.retryable
+    assert next(taken) == 6, "it was tried three times"
+    with storage.begin() as uow:
+        uow.consensus_log.append_many(log(1, *range(2, 10)))
+        assert uow.consensus_log.last_index() == 9
 
 
 def test_leaders_that_append_at_once_leave_one_log_of_whole_batches(

@@ -230,6 +230,31 @@ def test_update_stores_what_was_changed_in_a_node_that_was_read(storage: MeshSto
         assert found.updated > created.updated
 
 
+def test_update_stores_the_default_for_none_where_there_is_one(storage: MeshStorage) -> None:
+    def values(node: Node) -> tuple[Any, ...]:
+        return node.description, node.platform, node.public_key, node.port, node.region_id, node.status
+
+    with storage.begin() as uow:
+        node = NodeFactory.create(uow=uow, region_id=NORTH, port=1, description="d", public_key="key", platform="os")
+    for name in ("description", "platform", "public_key", "port", "region_id"):
+        setattr(node, name, None)
+    with storage.begin() as uow:
+        uow.nodes.update(node)
+        assert values(node) == ("", "linux-amd64", "", 8443, None, node.status)
+        uow.session.add(node)
+        assert not uow.session.is_modified(node)
+    with storage.unit_of_work() as uow:
+        assert values(uow.nodes.get(node.id)) == values(node)
+
+
+def test_update_gives_an_object_that_was_made_anew_its_defaults(uow: UnitOfWork) -> None:
+    there = NodeFactory.create(uow=uow, port=1, description="d")
+    node = uow.nodes.update(Node(id=there.id, name="renamed", ip_address="::1"))
+    assert (node.description, node.port) == ("", 8443)
+    found = uow.nodes.get(there.id)
+    assert (found.name, found.description, found.port) == ("renamed", "", 8443)
+
+
 def test_update_of_a_deleted_node_is_not_found_and_does_not_bring_it_back(uow: UnitOfWork) -> None:
     node = NodeFactory.create(uow=uow)
     uow.nodes.delete(node.id)

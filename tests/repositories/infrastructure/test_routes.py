@@ -109,6 +109,14 @@ def test_a_route_that_cannot_be_stored_is_refused_by_name(uow: UnitOfWork, given
     assert uow.routes.count() == 0
 
 
+@pytest.mark.parametrize("name", ["latency_ms", "bandwidth_mbps"])
+def test_a_metric_below_zero_is_refused_before_it_is_sent(uow: UnitOfWork, name: str) -> None:
+    a, b = nodes(uow, 2)
+    with pytest.raises(InvalidInputError, match="0 or more"):
+        uow.routes.add(Route(source_node_id=a, target_node_id=b, **{name: -0.5}))
+    assert uow.routes.count() == 0
+
+
 def test_a_route_from_a_node_to_itself_is_refused(uow: UnitOfWork) -> None:
     (a,) = nodes(uow, 1)
     with pytest.raises(InvalidInputError) as error, uow.savepoint():
@@ -154,12 +162,15 @@ def test_ends_that_are_no_ids_are_refused_by_name(uow: UnitOfWork) -> None:
     for call, arguments, field in (
         (uow.routes.between, ("a\0", a), "a"),
         (uow.routes.between, (a, ""), "b"),
+        (uow.routes.between, ("x" * 256, a), "a"),
+        (uow.routes.between, (a, "x" * 256), "b"),
+        (uow.routes.for_node, ("x" * 256,), "node_id"),
         (uow.routes.for_node, (None,), "node_id"),
     ):
         with pytest.raises(InvalidInputError) as error:
             call(*arguments)
         assert error.value.field == field
-    assert uow.routes.between("no id", a) == uow.routes.for_node("no id") == []
+    assert uow.routes.between("no id", "x" * 255) == uow.routes.for_node("x" * 255) == []
 
 
 def test_update_stores_what_was_changed(storage: MeshStorage) -> None:

@@ -152,6 +152,8 @@ def test_append_many_appends_behind_those_that_are_there_already(uow: UnitOfWork
         [(2, 3), (2, 3)],
         [(3, 3), (2, 4)],
         [(1, 3)],
+        [(1, 3), (2, 4)],
+        [(1, 3), (3, 4)],
         [(2, 4)],
         [(1, 2), (1, 3)],
         [(1, 1), (2, 2), (1, 3)],

@@ -82,6 +82,7 @@ def test_a_cursor_of_another_prefix_never_leaves_the_one_that_is_asked_for(fille
 @pytest.mark.parametrize(
     ("keys", "prefix"),
     [
+        (["\ud7fe", "\ud7fez", "\ud7ff"], "\ud7fe"),
         (["\ud7ff", "\ud7ffz", "\ue000"], "\ud7ff"),
         (["\U0010ffff" * 255, "\U0010ffff", "\U0010fffe"], "\U0010ffff"),
         (["a\U0010ffff", "a\U0010ffff\U0010ffff", "b"], "a\U0010ffff"),
