@@ -26,6 +26,8 @@ from tests.chaos.worker import CONNECT_TIMEOUT_S, LOCK_TIMEOUT_S, POOL_TIMEOUT_S
 from tests.processes import eventually, sockets
 from tools.test_matrix import find
 
+pytestmark = pytest.mark.slow
+
 SECONDS = float(os.environ.get("CHAOS_SECONDS") or 60)
 SEED = os.environ.get("CHAOS_SEED") or str(random.randrange(10**6))
 THREADS, THREADS_POOL = 6, 4
