@@ -98,12 +98,12 @@ def wrong_clock() -> None:
 def main(url: str, path: str, ttl: str, seconds: str = "") -> None:
     wrong_clock()
     chance = random.Random()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    storage = MeshStorage.open(url)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # this one is ready
 
     def seen(sight: Sight) -> None:
         os.write(file, f"{sight.token} {sight.before!r} {sight.after!r}\n".encode())
 
-    storage = MeshStorage.open(url)
     while True:
         try:
             stand(storage, timedelta(seconds=float(ttl)), seen, chance, float(seconds) if seconds else None)

@@ -23,7 +23,7 @@ from mesh_storage import (
     RoutingEntry,
     StateEntry,
 )
-from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+from mesh_storage.aio import AsyncLease, AsyncMeshStorage, AsyncUnitOfWork
 from mesh_storage.testing import LogEntryFactory, MeshFactory, NodeFactory, RouteFactory
 
 
@@ -38,6 +38,9 @@ async def of_the_storage(storage: AsyncMeshStorage) -> None:
     unit: AbstractAsyncContextManager[AsyncUnitOfWork] = storage.unit_of_work(read_only=True)
     async with storage.begin(timeout=1.0) as uow, unit, uow.savepoint():
         assert_type(uow, AsyncUnitOfWork)
+    async with storage.lease("leader", b"node-a", ttl=timedelta(seconds=10), wait=30) as lease:
+        assert_type(lease, AsyncLease)
+        assert_type((lease.held, lease.token), tuple[bool, int])
 
 
 async def of_the_unit_of_work(uow: AsyncUnitOfWork) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column, relationship
 from mesh_storage import (
     ConfigEntry,
     Health,
+    Lease,
     LogEntry,
     Mesh,
     MeshStorage,
@@ -42,6 +43,9 @@ def of_the_storage(storage: MeshStorage) -> None:
     unit: AbstractContextManager[UnitOfWork] = storage.unit_of_work(read_only=True)
     with storage.begin(timeout=1.0) as uow, unit, uow.savepoint():
         assert_type(uow, UnitOfWork)
+    with storage.lease("leader", b"node-a", ttl=timedelta(seconds=10), wait=30) as lease:
+        assert_type(lease, Lease)
+        assert_type((lease.held, lease.token), tuple[bool, int])
 
 
 def of_the_unit_of_work(uow: UnitOfWork) -> None:
