@@ -79,9 +79,13 @@ class PostgresServer:
         """Stop it by a signal to its postmaster (PostgreSQL manual, 18.5), or kill all of it at once by SIGKILL."""
         if how == signal.SIGKILL:
             self.freeze()  # nothing is forked any more
-        for pid in self.processes() if how == signal.SIGKILL else self.processes()[:1]:
+        pids = self.processes() if how == signal.SIGKILL else self.processes()[:1]
+        for pid in pids:
             send(pid, how)
+        assert self._process is not None, "it has been started"
         self._process.wait(60)
+        while any(map(_runs, pids)):  # its shared memory is in use until all have ended
+            time.sleep(0.01)
 
     def end(self) -> None:
         """Kill it, unless it has ended."""
@@ -107,8 +111,8 @@ class PostgresServer:
         return [pid, *map(int, children.split())]
 
     def log(self) -> str:
-        """Return what it has logged."""
-        return (self._home / "log").read_text(errors="replace")
+        """Return what it has logged last."""
+        return (self._home / "log").read_text(errors="replace")[-4000:]
 
     def _status(self) -> str:
         """Return its status by postmaster.pid (PostgreSQL's source, utils/pidfile.h)."""
@@ -145,6 +149,14 @@ def unused_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
+
+
+def _runs(pid: int) -> bool:
+    """Return whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def send(pid: int, what: signal.Signals) -> None:
