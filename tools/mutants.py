@@ -248,7 +248,7 @@ def judge(mutant: Mutant, runs: Runs, copy: Path, limit: float) -> Verdict:
         (copy / mutant.path).write_text(mutant.code)
         if len(touched) > 1:
             unasyncd = Path(sys.executable).with_name("unasyncd")
-            command = [unasyncd, "--force", "--quiet", ":".join(touched)]
+            command = [str(unasyncd), "--force", "--quiet", ":".join(touched)]
             subprocess.run(command, cwd=copy, capture_output=True, check=False)  # it fails where it writes
         lines = {path: changed_lines(path, copy) for path in touched}
         tests = [] if runs_on_import(mutant.path, lines[mutant.path]) else runs.tests_of(lines)
