@@ -14,6 +14,7 @@ import ast
 import difflib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -240,38 +241,35 @@ def runs_on_import(path: str, lines: set[int]) -> bool:
 
 
 def judge(mutant: Mutant, runs: Runs, copy: Path, limit: float) -> Verdict:
-    """Run the tests of a mutant; it survives if none of them fails within the limit."""
-    touched = [mutant.path]
+    """Run the tests of a mutant; it is killed by one that fails with the fault and passes without it."""
+    before = (ROOT / mutant.path).read_text()
+    touched = [mutant.path, *filter(None, [derived().get(mutant.path)])]
     try:
         (copy / mutant.path).write_text(mutant.code)
-        if target := derived().get(mutant.path):
-            touched.append(target)
-            subprocess.run(
-                [Path(sys.executable).with_name("unasyncd"), "--force", "--quiet", f"{mutant.path}:{target}"],
-                cwd=copy,
-                capture_output=True,
-                check=False,
-            )
+        if len(touched) > 1:
+            unasyncd = Path(sys.executable).with_name("unasyncd")
+            command = [str(unasyncd), "--force", "--quiet", ":".join(touched)]
+            subprocess.run(command, cwd=copy, capture_output=True, check=False)  # it fails where it writes
         lines = {path: changed_lines(path, copy) for path in touched}
         tests = [] if runs_on_import(mutant.path, lines[mutant.path]) else runs.tests_of(lines)
         tests = tests or nearest_tests(mutant.path)
-        difference = "".join(
-            difflib.unified_diff(
-                (ROOT / mutant.path).read_text().splitlines(keepends=True),
-                mutant.code.splitlines(keepends=True),
-                mutant.path,
-                mutant.operator,
-                n=1,
-            )
-        )
-        return Verdict(mutant, len(tests), failure(tests, copy, limit), difference)
+        killer = failing(tests, copy, limit)
     finally:
         for path in touched:
             shutil.copy2(ROOT / path, copy / path)
+    if killer is not None and failing([killer or tests[0]], copy, limit) is not None:
+        print(f"{killer or tests[0]} fails without a fault too", flush=True)
+        killer = None
+    old, new = before.splitlines(keepends=True), mutant.code.splitlines(keepends=True)
+    difference = difflib.unified_diff(old, new, mutant.path, mutant.operator, n=1)
+    return Verdict(mutant, len(tests), killer, "".join(difference))
 
 
-def failure(tests: Sequence[str], copy: Path, limit: float) -> str | None:
-    """Run tests in a copy until one fails; return its name, or None if all passed or the limit was reached."""
+def failing(tests: Sequence[str], copy: Path, limit: float) -> str | None:
+    """Run tests in a copy until one fails; return its name, or an empty one if none can be loaded.
+
+    None is for tests that all pass, or of which none fails within the limit.
+    """
     given, output = copy / "tests.txt", copy / "output.txt"
     given.write_text("\n".join(tests))
     process = subprocess.Popen(
@@ -294,8 +292,8 @@ def failure(tests: Sequence[str], copy: Path, limit: float) -> str | None:
             process.wait()
     if status == 0:
         return None
-    said = [line for line in output.read_text().splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return said[0] if said else f"pytest, which ended with {status}"
+    said = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output.read_text(), re.MULTILINE)
+    return said[0] if said and "::" in said[0] else ""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -326,9 +324,10 @@ def main(arguments: Sequence[str]) -> int:
     with ThreadPoolExecutor(given.jobs) as workers:
         for number, verdict in enumerate(workers.map(judged, mutants), 1):
             mutant = verdict.mutant
-            said = f"killed by {verdict.killer}" if verdict.killer else f"SURVIVED {verdict.tests} tests"
+            killer = verdict.killer
+            said = f"SURVIVED {verdict.tests} tests" if killer is None else f"killed by {killer or 'all tests'}"
             print(f"{number}/{len(mutants)} {mutant.path}:{mutant.line} {mutant.operator}: {said}", flush=True)
-            if verdict.killer is None:
+            if killer is None:
                 survivors += 1
                 print(verdict.difference, flush=True)
     killed = len(mutants) - survivors
