@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from types import TracebackType
@@ -27,8 +27,10 @@ from mesh_storage.postgres.pool import Pool, check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.repositories.removal import KEPT, Maintained, check_age
+from mesh_storage.repositories.changelog import Batch
 from mesh_storage.settings import Settings, settings_of
 from mesh_storage.unit_of_work import Scope, UnitOfWork
+from mesh_storage.watch import Watch
 
 if TYPE_CHECKING:  # not imported at run time, so that only a backup pays for it
     from mesh_storage.backup import Report
@@ -178,6 +180,32 @@ class MeshStorage:
             ClosedError: The storage was closed.
         """
         return Lease(self, self._pool, name, holder, ttl=ttl, wait=wait)
+    def watch(
+        self, *aggregates: str, prefix: str = "", after: str | None = None, poll: float = 0.25
+    ) -> Generator[Batch, None, None]:
+        """Yield what changes in some repositories, in batches, until the storage is closed or the caller stops.
+
+        A batch holds the last change of every key that changed since the one before, as of one moment: whole
+        transactions, nothing lost, nothing twice, whoever wrote; a transaction that stays open delays no other. The
+        first one holds all that is there, unless there is a cursor to go on from. One of more than 1,000 changes comes
+        in parts, of which all but the last have `more` and the cursor of before. Without a change, an empty batch
+        brings a new cursor every 5 minutes. Outages of the server are waited out.
+
+        Args:
+            aggregates: `meshes`, `nodes`, `routes`, `state`, `runtime_config` or `routing_table`, one or more.
+            prefix: Only keys that start with it.
+            after: The cursor of a batch, also of another process, to go on after it.
+            poll: Seconds between two looks, at most 60; a connection of the pool is in use only during one.
+
+        Raises:
+            CompactedError: The changes since the cursor are no longer kept, or it is from before a restore, a TRUNCATE
+                or a failover; begin anew without it.
+            ConfigurationError: The server is a standby.
+            InvalidInputError: An argument is invalid.
+            ClosedError: The storage was closed before.
+        """
+        check_open(closed=self._pool.closed)
+        return Watch(self, self._pool, aggregates, prefix, after, poll).batches()
 
     def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.

@@ -22,6 +22,7 @@ from mesh_storage.postgres.failure import DRIVER_ERRORS
 from mesh_storage.postgres.pool import Pool
 from mesh_storage.postgres.retry import log_if_slow
 from mesh_storage.repositories import (
+    ChangeRepository,
     ConsensusLogRepository,
     MeshRepository,
     MessageRepository,
@@ -93,6 +94,11 @@ class UnitOfWork:
     def runtime_config(self) -> RuntimeConfigRepository:
         """The repository of the runtime configuration."""
         return RuntimeConfigRepository(self._connection)
+
+    @ro_memoized_property
+    def changes(self) -> ChangeRepository:
+        """What changed since a cursor, whoever wrote."""
+        return ChangeRepository(self._connection)
 
     @property
     def session(self) -> Session:

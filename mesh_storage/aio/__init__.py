@@ -7,6 +7,7 @@ if find_spec("greenlet") is None:
 
 from mesh_storage.aio.lease import AsyncLease
 from mesh_storage.aio.repositories import (
+    AsyncChangeRepository,
     AsyncConsensusLogRepository,
     AsyncMeshRepository,
     AsyncMessageRepository,
@@ -21,6 +22,7 @@ from mesh_storage.aio.storage import AsyncMeshStorage
 from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
 
 __all__ = [
+    "AsyncChangeRepository",
     "AsyncConsensusLogRepository",
     "AsyncLease",
     "AsyncMeshRepository",

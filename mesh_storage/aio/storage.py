@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from types import TracebackType
@@ -20,6 +20,7 @@ from mesh_storage.aio.lease import AsyncLease
 from mesh_storage.aio.postgres.concurrency import in_background, in_greenlet, sync_connection
 from mesh_storage.aio.postgres.pool import AsyncPool
 from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
+from mesh_storage.aio.watch import AsyncWatch
 from mesh_storage.aio.worker import in_thread
 from mesh_storage.errors import (
     ClosedError,
@@ -32,6 +33,7 @@ from mesh_storage.postgres.pool import check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.repositories.removal import KEPT, Maintained, check_age
+from mesh_storage.repositories.changelog import Batch
 from mesh_storage.settings import Settings
 from mesh_storage.storage import choose_settings, describe
 
@@ -179,6 +181,15 @@ class AsyncMeshStorage:
         The arguments and errors are those of `MeshStorage.lease`.
         """
         return AsyncLease(self, self._pool, name, holder, ttl=ttl, wait=wait)
+    def watch(
+        self, *aggregates: str, prefix: str = "", after: str | None = None, poll: float = 0.25
+    ) -> AsyncGenerator[Batch, None]:
+        """Yield what changes in some repositories, in batches, until the storage is closed or the caller stops.
+
+        The batches, arguments and errors are those of `MeshStorage.watch`.
+        """
+        check_open(closed=self._pool.closed)
+        return AsyncWatch(self, self._pool, aggregates, prefix, after, poll).batches()
 
     async def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.

@@ -15,6 +15,7 @@ from mesh_storage.aio.postgres.concurrency import open_async_session, uninterrup
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.postgres.pool import AsyncPool
 from mesh_storage.aio.repositories import (
+    AsyncChangeRepository,
     AsyncConsensusLogRepository,
     AsyncMeshRepository,
     AsyncMessageRepository,
@@ -90,6 +91,11 @@ class AsyncUnitOfWork:
     def runtime_config(self) -> AsyncRuntimeConfigRepository:
         """The repository of the runtime configuration."""
         return AsyncRuntimeConfigRepository(self._connection)
+
+    @ro_memoized_property
+    def changes(self) -> AsyncChangeRepository:
+        """What changed since a cursor, whoever wrote."""
+        return AsyncChangeRepository(self._connection)
 
     @property
     def session(self) -> AsyncSession:

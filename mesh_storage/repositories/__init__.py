@@ -1,5 +1,7 @@
 """One repository per aggregate; all SQL is in this package."""
 
+from mesh_storage.repositories.changelog import Batch, Change
+from mesh_storage.repositories.changes import ChangeRepository
 from mesh_storage.repositories.infrastructure.meshes import MeshRepository
 from mesh_storage.repositories.infrastructure.nodes import NodeRepository
 from mesh_storage.repositories.infrastructure.routes import RouteRepository
@@ -12,6 +14,9 @@ from mesh_storage.repositories.runtime.runtime_config import RuntimeConfigReposi
 from mesh_storage.repositories.runtime.state import StateRepository
 
 __all__ = [
+    "Batch",
+    "Change",
+    "ChangeRepository",
     "ConsensusLogRepository",
     "MeshRepository",
     "MessageRepository",

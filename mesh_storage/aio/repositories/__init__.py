@@ -1,5 +1,6 @@
 """One repository per aggregate, for asyncio; those of `mesh_storage.repositories` are generated from these."""
 
+from mesh_storage.aio.repositories.changes import AsyncChangeRepository
 from mesh_storage.aio.repositories.infrastructure.meshes import AsyncMeshRepository
 from mesh_storage.aio.repositories.infrastructure.nodes import AsyncNodeRepository
 from mesh_storage.aio.repositories.infrastructure.routes import AsyncRouteRepository
@@ -11,6 +12,7 @@ from mesh_storage.aio.repositories.runtime.runtime_config import AsyncRuntimeCon
 from mesh_storage.aio.repositories.runtime.state import AsyncStateRepository
 
 __all__ = [
+    "AsyncChangeRepository",
     "AsyncConsensusLogRepository",
     "AsyncMeshRepository",
     "AsyncMessageRepository",

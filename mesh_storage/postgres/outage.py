@@ -1,0 +1,53 @@
+"""Outages of the server that are waited out: how long to pause, and one log record at the beginning and the end."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+
+from mesh_storage.errors import MeshStorageError
+
+logger = logging.getLogger("mesh_storage")
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+
+
+class Outage:
+    """The outages seen by one loop that goes on for as long as the storage is open."""
+
+    def __init__(self) -> None:
+        self._attempts = 0
+        self._begun = 0.0
+
+    def pause(self, error: MeshStorageError) -> float:
+        """Return the seconds to wait after a failed attempt; log the first one.
+
+        Raises:
+            MeshStorageError: The error, if it is not retryable.
+        """
+        if not error.retryable:
+            raise error
+        if not self._attempts:
+            self._begun = time.monotonic()
+            logger.warning(
+                "watch interrupted; it goes on by itself",
+                extra={"event": "watch", "error": type(error).__name__, "sqlstate": error.sqlstate},
+            )
+        self._attempts += 1
+        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._attempts - 1, 10))
+        return longest * (0.5 + random.random() / 2)  # noqa: S311 - not used for security
+
+    def over(self) -> None:
+        """Note that an attempt succeeded; log the end of an outage."""
+        if self._attempts:
+            logger.info(
+                "watch goes on",
+                extra={
+                    "event": "watch",
+                    "attempts": self._attempts,
+                    "duration_s": round(time.monotonic() - self._begun, 3),
+                },
+            )
+            self._attempts = 0

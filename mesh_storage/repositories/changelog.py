@@ -1,0 +1,316 @@
+"""The log of changes: what a batch is, the cursors, and the statements that read what changed since one.
+
+A cursor is a snapshot of PostgreSQL (manual, 9.27, "Transaction ID and Snapshot Information"). What it did not see and
+the snapshot of a statement sees, is the batch of that statement: the transactions that began after the cursor, by the
+index on `xid`, and those that were running then, one by one by the same index. So nothing is lost, nothing comes twice,
+and a transaction that stays open delays no other. See schema/changes.py for how the log is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
+
+from sqlalchemy import text
+
+from mesh_storage.errors import CompactedError, ConfigurationError, InvalidInputError
+from mesh_storage.models import ConfigEntry, Mesh, Node, Route, RoutingEntry, StateEntry
+from mesh_storage.postgres.statement import Row, Statement
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.aggregates import Aggregate
+
+Entry: TypeAlias = Mesh | Node | Route | StateEntry | ConfigEntry | RoutingEntry
+
+AGGREGATES: dict[str, Aggregate[Any]] = {
+    "meshes": Aggregate(Mesh),
+    "nodes": Aggregate(Node),
+    "routes": Aggregate(Route),
+    "state": Aggregate(StateEntry),
+    "runtime_config": Aggregate(ConfigEntry),
+    "routing_table": Aggregate(RoutingEntry),
+}
+"""What can be watched, by the names of the repositories."""
+BEGINNING = "0"
+"""The cursor from before everything, the same as none."""
+
+_CURSOR = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([0-9A-F]{8})\.(\d{1,20}):(\d{1,20}):([\d,]*)")
+_XID_LIMIT = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The last change of a key in a batch."""
+
+    aggregate: str
+    """The name of the repository, such as `state`."""
+    key: str
+    """The key of the aggregate: its id, key or destination."""
+    version: int
+    """The version of the row, or the number of its deletion, which is larger."""
+    entry: Entry | None
+    """The aggregate at the moment of the batch; None if it was deleted or had expired."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All keys that changed since a cursor, each with its last change, as of one moment."""
+
+    changes: list[Change]
+    """In the order in which the keys changed last."""
+    cursor: str
+    """Where to go on after this batch. Its format is opaque."""
+    more: bool = False
+    """Whether further parts of the same batch follow, as `watch` splits a large one; `cursor` is then still the one
+    before all of it."""
+
+
+class Cursor(NamedTuple):
+    """A moment in the history of one database."""
+
+    epoch: str
+    timeline: str
+    """That of the write-ahead log: after a failover, transaction ids may mean other transactions."""
+    xmin: int
+    xmax: int
+    running: tuple[int, ...]
+
+    @property
+    def snapshot(self) -> str:
+        """The text of the `pg_snapshot`."""
+        return f"{self.xmin}:{self.xmax}:{','.join(map(str, self.running))}"
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.timeline}.{self.snapshot}"
+
+
+def decode(field: str, cursor: object) -> Cursor | None:
+    """Return the position of a cursor; None is before everything.
+
+    Raises:
+        InvalidInputError: It is not a cursor.
+    """
+    if cursor is None or cursor == BEGINNING:
+        return None
+    found = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) and cursor.isascii() else None
+    read = found and _read(found[1], found[2], f"{found[3]}:{found[4]}:{found[5]}")
+    if not read or not 0 < read.xmin <= read.xmax < _XID_LIMIT or str(read) != cursor or not _in_order(read):
+        raise InvalidInputError(f"{field} must be None or the cursor of a batch", field=field)
+    return read
+
+
+def parameters(since: Cursor | None, prefix: dict[str, str], limit: int | None) -> dict[str, object]:
+    """Return the parameters of the statements of a `Selection`; without a limit, all is read."""
+    return {**prefix, "limit": limit, "snapshot": None if since is None else since.snapshot}
+
+
+def _in_order(cursor: Cursor) -> bool:
+    ids = [cursor.xmin, *cursor.running]
+    return ids == sorted(ids) and len(set(cursor.running)) == len(cursor.running) and ids[-1] <= cursor.xmax
+
+
+def _read(epoch: str, timeline: str, snapshot: str) -> Cursor:
+    xmin, xmax, running = snapshot.split(":")
+    return Cursor(epoch, timeline, int(xmin), int(xmax), tuple(int(xid) for xid in running.split(",") if xid))
+
+
+def position(row: Row, since: Cursor | None = None) -> Cursor:
+    """Return the cursor of a row of `MOMENT`, if it can follow an earlier one.
+
+    Raises:
+        CompactedError: The changes since the earlier cursor are no longer kept, or it is from another history.
+        ConfigurationError: The server is a standby.
+    """
+    epoch, timeline, compacted, snapshot, own, _ = row
+    if timeline is None:
+        raise ConfigurationError(
+            "a standby does not know which transactions are running: watch the primary, "
+            "with target_session_attrs=read-write in the URL if it names several hosts"
+        )
+    now = _read(epoch, timeline, snapshot)
+    if since is not None and (
+        (since.epoch, since.timeline) != (epoch, timeline) or since.xmin < int(compacted) or since.xmax > now.xmax
+    ):
+        raise CompactedError
+    if own is not None and int(own) < now.xmax:
+        # A snapshot counts its own transaction as finished, but what that writes from now on comes later.
+        now = now._replace(running=tuple(sorted({*now.running, int(own)})))
+    return now
+
+
+def check_unwritten(row: Row) -> None:
+    """Raise if the transaction itself changed something that is watched: others do not see it yet, and may never.
+
+    Raises:
+        InvalidInputError: It did.
+    """
+    if row[5]:
+        raise InvalidInputError(
+            "since() must come before the changes of its own unit of work, which are in no batch before they are "
+            "committed",
+            field="cursor",
+        )
+
+
+_MOMENT = """
+    SELECT CAST(epoch AS text) AS epoch,
+        CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)
+        END AS timeline,
+        CAST(compacted AS text) AS compacted,
+        CAST(pg_current_snapshot() AS text) AS snapshot,
+        CAST(pg_current_xact_id_if_assigned() AS text) AS own,
+        EXISTS (SELECT FROM mesh_changes WHERE xid = pg_current_xact_id_if_assigned()) AS written
+    FROM mesh_changes_epoch
+"""
+_COLUMNS_OF_MOMENT = 6
+MOMENT = Statement(lambda: text(_MOMENT), writes=False)
+"""Returns the row from which `position` makes a cursor."""
+FETCH = Statement(lambda: text("FETCH FORWARD 1000 FROM mesh_batch"), writes=False)
+"""Returns the next part of a batch that was declared."""
+PART = 1000
+"""The number of changes from which on a batch is read in parts."""
+
+
+class Selection:
+    """Some aggregates, and the statements that read their changes."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._columns: dict[str, slice] = {}
+        """Where the columns of each aggregate are in a row of changes, after its name, key and version."""
+        end = 3
+        for name in names:
+            self._columns[name] = slice(end, end + len(AGGREGATES[name].table.columns))
+            end = self._columns[name].stop
+        self._changed = Statement(lambda: text(self._whole(self._log(limited=True))), writes=False)
+        self._present = Statement(lambda: text(self._whole(self._tables(limited=True))), writes=False)
+        self._declare_changed = Statement(lambda: text(self._declare(self._log(limited=False))), writes=False)
+        self._declare_present = Statement(lambda: text(self._declare(self._tables(limited=False))), writes=False)
+
+    def whole(self, since: Cursor | None) -> Statement:
+        """Return the statement that reads a whole batch, or only its moment if there are `limit` changes or more."""
+        return self._present if since is None else self._changed
+
+    def declare(self, since: Cursor | None) -> Statement:
+        """Return the statement that declares a batch for `FETCH`."""
+        return self._declare_present if since is None else self._declare_changed
+
+    def read(self, rows: Sequence[Row], since: Cursor | None) -> tuple[Cursor, int, list[Row]]:
+        """Return the cursor, the number of changes in the log, and the rows of `changes`, from those of `whole`."""
+        first = rows[0]
+        now, start = position(first[:_COLUMNS_OF_MOMENT], since), _COLUMNS_OF_MOMENT + 1
+        return now, first[_COLUMNS_OF_MOMENT], [row[start:] for row in rows] if first[start] is not None else []
+
+    def changes(self, rows: Sequence[Row]) -> list[Change]:
+        """Return the changes of the rows of `FETCH`."""
+        entries: list[Entry | None] = [None] * len(rows)
+        for name, columns in self._columns.items():
+            # The key comes first, and is NULL where there is no entry.
+            there = [n for n, row in enumerate(rows) if row[0] == name and row[columns.start] is not None]
+            for n, entry in zip(there, AGGREGATES[name].load.many([rows[n][columns] for n in there]), strict=True):
+                entries[n] = entry
+        return [Change(row[0], row[1], row[2], entry) for row, entry in zip(rows, entries, strict=True)]
+
+    def _whole(self, log: str) -> str:
+        """Return the SQL of a batch with its moment, which costs little if there is nothing, however full the tables.
+
+        So every plan is nested loops that begin with the log, also a generic one, which knows no numbers: entries come
+        by subqueries that the planner does not unfold.
+        """
+        entries = "".join(
+            f" LEFT JOIN LATERAL (SELECT {_list(name)} FROM {_table(name)} WHERE {_matches(name)} OFFSET 0) AS {name}"
+            " ON true"
+            for name in self._columns
+        )
+        return f"""
+            WITH moment AS MATERIALIZED ({_MOMENT}), clock AS MATERIALIZED (SELECT clock_timestamp() AS now),
+            log AS MATERIALIZED ({log})
+            SELECT moment.*, (SELECT count(*) FROM log), batch.* FROM moment LEFT JOIN LATERAL (
+                SELECT {self._selected()} FROM ({_LAST}) AS changed {entries}
+                WHERE coalesce((SELECT count(*) FROM log) < CAST(:limit AS bigint), true) OFFSET 0
+            ) AS batch ON true ORDER BY batch.number
+        """  # noqa: S608 - our own names
+
+    def _declare(self, log: str) -> str:
+        """Return the SQL that declares a batch of any size, by whatever joins are best for it."""
+        entries = "".join(f" LEFT JOIN {_table(name)} ON {_matches(name)}" for name in self._columns)
+        return f"""
+            DECLARE mesh_batch NO SCROLL CURSOR FOR
+            WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), log AS MATERIALIZED ({log})
+            SELECT {self._selected()} FROM ({_LAST}) AS changed {entries}
+            ORDER BY changed.number
+        """  # noqa: S608 - our own names
+
+    def _selected(self) -> str:
+        return ", ".join(["changed.aggregate, changed.key, changed.number", *map(_list, self._columns)])
+
+    def _log(self, *, limited: bool) -> str:
+        """Return the SQL of the changes that a snapshot did not see: later ones, and those of running transactions."""
+        names = ", ".join(f"'{name}'" for name in self._columns)
+        wanted = f"""aggregate IN ({names}) AND key COLLATE "C" >= :start AND key COLLATE "C" < :stop"""
+        limit = " ORDER BY xid, number LIMIT CAST(:limit AS bigint)" if limited else ""
+        return f"""
+            (SELECT aggregate, key, number FROM mesh_changes
+                WHERE xid >= pg_snapshot_xmax(CAST(:snapshot AS pg_snapshot)) AND {wanted}{limit})
+            UNION ALL
+            SELECT finished.* FROM pg_snapshot_xip(CAST(:snapshot AS pg_snapshot)) AS running (xid), LATERAL (
+                SELECT aggregate, key, number FROM mesh_changes WHERE xid = running.xid AND {wanted}{limit}
+            ) AS finished
+        """  # noqa: S608 - our own names
+
+    def _tables(self, *, limited: bool) -> str:
+        """Return the SQL of all that is there, as if it had just been logged."""
+        present = " UNION ALL ".join(
+            f"SELECT '{name}' AS aggregate, CAST({_key(name)} AS text) AS key, {name}.version AS number "
+            f'FROM {_table(name)} WHERE {_key(name)} COLLATE "C" >= :start '
+            f'AND {_key(name)} COLLATE "C" < :stop AND {_live(name)}'
+            for name in self._columns
+        )
+        return present + (" LIMIT CAST(:limit AS bigint)" if limited else "")
+
+
+_LAST = """
+    SELECT DISTINCT ON (aggregate, key) aggregate, key, number FROM log ORDER BY aggregate, key, number DESC
+"""
+
+
+def _table(name: str) -> str:
+    return f"{AGGREGATES[name].table.name} AS {name}"
+
+
+def _key(name: str) -> str:
+    return f"{name}.{AGGREGATES[name].table.primary_key.columns[0].name}"
+
+
+def _list(name: str) -> str:
+    return ", ".join(f"{name}.{column.name}" for column in AGGREGATES[name].table.columns)
+
+
+def _matches(name: str) -> str:
+    return f"changed.aggregate = '{name}' AND {_key(name)} = changed.key AND {_live(name)}"
+
+
+def _live(name: str) -> str:
+    if "expires_at" not in AGGREGATES[name].table.c:
+        return "true"
+    return f"({name}.expires_at IS NULL OR {name}.expires_at > (SELECT now FROM clock))"
+
+
+@cache
+def _selection(names: tuple[str, ...]) -> Selection:
+    return Selection(names)
+
+
+def select(aggregates: Iterable[str]) -> Selection:
+    """Return the statements for some aggregates, by the names of their repositories.
+
+    Raises:
+        InvalidInputError: There is none, or one cannot be watched.
+    """
+    given = checks.many("aggregates", aggregates)
+    unknown = [name for name in given if not isinstance(name, str) or name not in AGGREGATES]
+    if unknown or not given:
+        names = ", ".join(AGGREGATES)
+        raise InvalidInputError(f"aggregates must be one or more of {names}; not {unknown}", field="aggregates")
+    return _selection(tuple(name for name in AGGREGATES if name in given))
