@@ -40,8 +40,7 @@ _CURSOR = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([0-9A-F]{
 _XID_LIMIT = 2**64
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """The last change of a key in a batch."""
 
     aggregate: str
@@ -183,10 +182,10 @@ class Selection:
         for name in names:
             self._columns[name] = slice(end, end + len(AGGREGATES[name].table.columns))
             end = self._columns[name].stop
-        self._changed = Statement(lambda: text(self._whole(self._log(limited=True))), writes=False)
-        self._present = Statement(lambda: text(self._whole(self._tables(limited=True))), writes=False)
-        self._declare_changed = Statement(lambda: text(self._declare(self._log(limited=False))), writes=False)
-        self._declare_present = Statement(lambda: text(self._declare(self._tables(limited=False))), writes=False)
+        self._changed = Statement(lambda: text(self._whole(self._log(limited=True), _LAST)), writes=False)
+        self._present = Statement(lambda: text(self._whole(self._tables(limited=True), _ALL)), writes=False)
+        self._declare_changed = Statement(lambda: text(self._declare(self._log(limited=False), _LAST)), writes=False)
+        self._declare_present = Statement(lambda: text(self._declare(self._tables(limited=False), _ALL)), writes=False)
 
     def whole(self, since: Cursor | None) -> Statement:
         """Return the statement that reads a whole batch, or only its moment if there are `limit` changes or more."""
@@ -210,69 +209,83 @@ class Selection:
             there = [n for n, row in enumerate(rows) if row[0] == name and row[columns.start] is not None]
             for n, entry in zip(there, AGGREGATES[name].load.many([rows[n][columns] for n in there]), strict=True):
                 entries[n] = entry
-        return [Change(row[0], row[1], row[2], entry) for row, entry in zip(rows, entries, strict=True)]
+        return [Change(*row[:3], entry) for row, entry in zip(rows, entries, strict=True)]
 
-    def _whole(self, log: str) -> str:
+    def _whole(self, log: str, changed: str) -> str:
         """Return the SQL of a batch with its moment, which costs little if there is nothing, however full the tables.
 
-        So every plan is nested loops that begin with the log, also a generic one, which knows no numbers: entries come
-        by subqueries that the planner does not unfold.
+        It is planned once, since the parameters behind `given` tell the planner nothing.
         """
+        return f"""
+            WITH moment AS MATERIALIZED ({_MOMENT}), clock AS MATERIALIZED (SELECT clock_timestamp() AS now),
+            given AS MATERIALIZED ({_GIVEN}), log AS MATERIALIZED ({log})
+            SELECT moment.*, (SELECT count(*) FROM log), batch.* FROM moment LEFT JOIN LATERAL (
+                {self._batch(changed)}
+                WHERE coalesce((SELECT count(*) FROM log) < (SELECT most FROM given), true) OFFSET 0
+            ) AS batch ON true ORDER BY batch.number
+        """  # noqa: S608 - our own names
+
+    def _declare(self, log: str, changed: str) -> str:
+        """Return the SQL that declares a batch of any size; only numbers and keys are sorted, so parts come soon."""
+        return f"""
+            DECLARE mesh_batch NO SCROLL CURSOR FOR
+            WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), log AS NOT MATERIALIZED ({log})
+            {self._batch(changed)} ORDER BY changed.number
+        """
+
+    def _batch(self, changed: str) -> str:
+        """Return the SQL of the changes, each with its entry, found by its key: the planner unfolds no OFFSET."""
+        lists = ", ".join(["changed.aggregate, changed.key, changed.number", *map(_list, self._columns)])
         entries = "".join(
             f" LEFT JOIN LATERAL (SELECT {_list(name)} FROM {_table(name)} WHERE {_matches(name)} OFFSET 0) AS {name}"
             " ON true"
             for name in self._columns
         )
-        return f"""
-            WITH moment AS MATERIALIZED ({_MOMENT}), clock AS MATERIALIZED (SELECT clock_timestamp() AS now),
-            log AS MATERIALIZED ({log})
-            SELECT moment.*, (SELECT count(*) FROM log), batch.* FROM moment LEFT JOIN LATERAL (
-                SELECT {self._selected()} FROM ({_LAST}) AS changed {entries}
-                WHERE coalesce((SELECT count(*) FROM log) < CAST(:limit AS bigint), true) OFFSET 0
-            ) AS batch ON true ORDER BY batch.number
-        """  # noqa: S608 - our own names
-
-    def _declare(self, log: str) -> str:
-        """Return the SQL that declares a batch of any size, by whatever joins are best for it."""
-        entries = "".join(f" LEFT JOIN {_table(name)} ON {_matches(name)}" for name in self._columns)
-        return f"""
-            DECLARE mesh_batch NO SCROLL CURSOR FOR
-            WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), log AS MATERIALIZED ({log})
-            SELECT {self._selected()} FROM ({_LAST}) AS changed {entries}
-            ORDER BY changed.number
-        """  # noqa: S608 - our own names
-
-    def _selected(self) -> str:
-        return ", ".join(["changed.aggregate, changed.key, changed.number", *map(_list, self._columns)])
+        return f"SELECT {lists} FROM ({changed} ORDER BY number OFFSET 0) AS changed {entries}"  # noqa: S608 - our own names
 
     def _log(self, *, limited: bool) -> str:
         """Return the SQL of the changes that a snapshot did not see: later ones, and those of running transactions."""
+        snapshot, start, stop, limit = _parameters(limited=limited)
         names = ", ".join(f"'{name}'" for name in self._columns)
-        wanted = f"""aggregate IN ({names}) AND key COLLATE "C" >= :start AND key COLLATE "C" < :stop"""
-        limit = " ORDER BY xid, number LIMIT CAST(:limit AS bigint)" if limited else ""
+        wanted = f"""aggregate IN ({names}) AND key COLLATE "C" >= {start} AND key COLLATE "C" < {stop}"""
+        ordered = f"ORDER BY xid, number {limit}" if limited else ""
         return f"""
             (SELECT aggregate, key, number FROM mesh_changes
-                WHERE xid >= pg_snapshot_xmax(CAST(:snapshot AS pg_snapshot)) AND {wanted}{limit})
+                WHERE xid >= pg_snapshot_xmax({snapshot}) AND {wanted} {ordered})
             UNION ALL
-            SELECT finished.* FROM pg_snapshot_xip(CAST(:snapshot AS pg_snapshot)) AS running (xid), LATERAL (
-                SELECT aggregate, key, number FROM mesh_changes WHERE xid = running.xid AND {wanted}{limit}
-            ) AS finished
+            SELECT finished.* FROM pg_snapshot_xip({snapshot}) AS running (xid), LATERAL (
+                SELECT aggregate, key, number FROM mesh_changes WHERE xid = running.xid AND {wanted} {ordered}
+            ) AS finished {limit}
         """  # noqa: S608 - our own names
 
     def _tables(self, *, limited: bool) -> str:
         """Return the SQL of all that is there, as if it had just been logged."""
+        _, start, stop, limit = _parameters(limited=limited)
         present = " UNION ALL ".join(
             f"SELECT '{name}' AS aggregate, CAST({_key(name)} AS text) AS key, {name}.version AS number "
-            f'FROM {_table(name)} WHERE {_key(name)} COLLATE "C" >= :start '
-            f'AND {_key(name)} COLLATE "C" < :stop AND {_live(name)}'
+            f'FROM {_table(name)} WHERE {_key(name)} COLLATE "C" >= {start} AND {_key(name)} COLLATE "C" < {stop} '
+            f"AND {_live(name)}"
             for name in self._columns
         )
-        return present + (" LIMIT CAST(:limit AS bigint)" if limited else "")
+        return f"{present} {limit}"
 
 
-_LAST = """
-    SELECT DISTINCT ON (aggregate, key) aggregate, key, number FROM log ORDER BY aggregate, key, number DESC
+_GIVEN = """
+    SELECT CAST(:snapshot AS pg_snapshot) AS snapshot, CAST(:start AS text) AS start, CAST(:stop AS text) AS stop,
+        CAST(:limit AS bigint) AS most
 """
+_LAST = "SELECT aggregate, key, max(number) AS number FROM log GROUP BY aggregate, key"
+_ALL = "SELECT aggregate, key, number FROM log"
+
+
+def _parameters(*, limited: bool) -> tuple[str, str, str, str]:
+    """Return the snapshot, the bounds of the keys and the limit; without a limit the planner may know them."""
+    if limited:
+        return (
+            *(f"(SELECT {name} FROM given)" for name in ("snapshot", "start", "stop")),
+            "LIMIT (SELECT most FROM given)",
+        )
+    return "CAST(:snapshot AS pg_snapshot)", ":start", ":stop", ""
 
 
 def _table(name: str) -> str:
