@@ -205,7 +205,7 @@ class MeshStorage:
             ClosedError: The storage was closed before.
         """
         check_open(closed=self._pool.closed)
-        return Watch(self, self._pool, aggregates, prefix, after, poll).batches()
+        return Watch(self, self._pool, aggregates, prefix=prefix, after=after, poll=poll).batches()
 
     def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.

@@ -39,7 +39,14 @@ class Watch:
     """A watch of some aggregates of one storage."""
 
     def __init__(
-        self, storage: object, pool: Pool, aggregates: tuple[str, ...], prefix: str, after: str | None, poll: float
+        self,
+        storage: object,
+        pool: Pool,
+        aggregates: tuple[str, ...],
+        *,
+        prefix: str,
+        after: str | None,
+        poll: float,
     ) -> None:
         """Validate the arguments of `watch`.
 
@@ -115,5 +122,7 @@ class Watch:
         return parameters(self._cursor, self._prefix, limit)
 
     def _sleep_until(self, due: float) -> None:
-        while not self._pool.closed and (left := due - time.monotonic()) > 0:
+        while (left := due - time.monotonic()) > 0:
             time.sleep(min(left, _NOTICE_CLOSING_S))
+            if self._pool.closed:
+                return

@@ -189,7 +189,7 @@ class AsyncMeshStorage:
         The batches, arguments and errors are those of `MeshStorage.watch`.
         """
         check_open(closed=self._pool.closed)
-        return AsyncWatch(self, self._pool, aggregates, prefix, after, poll).batches()
+        return AsyncWatch(self, self._pool, aggregates, prefix=prefix, after=after, poll=poll).batches()
 
     async def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.

@@ -38,7 +38,14 @@ class AsyncWatch:
     """A watch of some aggregates of one storage."""
 
     def __init__(
-        self, storage: object, pool: AsyncPool, aggregates: tuple[str, ...], prefix: str, after: str | None, poll: float
+        self,
+        storage: object,
+        pool: AsyncPool,
+        aggregates: tuple[str, ...],
+        *,
+        prefix: str,
+        after: str | None,
+        poll: float,
     ) -> None:
         """Validate the arguments of `watch`.
 
@@ -114,5 +121,7 @@ class AsyncWatch:
         return parameters(self._cursor, self._prefix, limit)
 
     async def _sleep_until(self, due: float) -> None:
-        while not self._pool.closed and (left := due - time.monotonic()) > 0:
+        while (left := due - time.monotonic()) > 0:
             await asyncio.sleep(min(left, _NOTICE_CLOSING_S))
+            if self._pool.closed:
+                return

@@ -36,8 +36,10 @@ AGGREGATES: dict[str, Aggregate[Any]] = {
 BEGINNING = "0"
 """The cursor from before everything, the same as none."""
 
-_CURSOR = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([0-9A-F]{8})\.(\d{1,20}):(\d{1,20}):([\d,]*)")
-_XID_LIMIT = 2**64
+_CURSOR = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([0-9A-F]{8})\.(\d{1,20}:\d{1,20}:[\d,]*)")
+_XID_LIMIT = 2**63
+_XIDS = 2**32
+"""The number of transaction ids before they begin anew, with a zero that is none."""
 
 
 class Change(NamedTuple):
@@ -94,8 +96,8 @@ def decode(field: str, cursor: object) -> Cursor | None:
     if cursor is None or cursor == BEGINNING:
         return None
     found = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) and cursor.isascii() else None
-    read = found and _read(found[1], found[2], f"{found[3]}:{found[4]}:{found[5]}")
-    if not read or not 0 < read.xmin <= read.xmax < _XID_LIMIT or str(read) != cursor or not _in_order(read):
+    read = _read(*found.groups()) if found else None
+    if read is None or str(read) != cursor or not _is_snapshot(read):
         raise InvalidInputError(f"{field} must be None or the cursor of a batch", field=field)
     return read
 
@@ -105,9 +107,14 @@ def parameters(since: Cursor | None, prefix: dict[str, str], limit: int | None) 
     return {**prefix, "limit": limit, "snapshot": None if since is None else since.snapshot}
 
 
-def _in_order(cursor: Cursor) -> bool:
-    ids = [cursor.xmin, *cursor.running]
-    return ids == sorted(ids) and len(set(cursor.running)) == len(cursor.running) and ids[-1] <= cursor.xmax
+def _is_snapshot(cursor: Cursor) -> bool:
+    """Return whether PostgreSQL accepts the snapshot, of which it checks the same."""
+    if not 0 < cursor.xmin <= cursor.xmax < _XID_LIMIT or not cursor.xmin % _XIDS or not cursor.xmax % _XIDS:
+        return False
+    running = cursor.running
+    return not running or (
+        list(running) == sorted(set(running)) and running[0] >= cursor.xmin and running[-1] < cursor.xmax
+    )
 
 
 def _read(epoch: str, timeline: str, snapshot: str) -> Cursor:
@@ -236,11 +243,7 @@ class Selection:
     def _batch(self, changed: str) -> str:
         """Return the SQL of the changes, each with its entry, found by its key: the planner unfolds no OFFSET."""
         lists = ", ".join(["changed.aggregate, changed.key, changed.number", *map(_list, self._columns)])
-        entries = "".join(
-            f" LEFT JOIN LATERAL (SELECT {_list(name)} FROM {_table(name)} WHERE {_matches(name)} OFFSET 0) AS {name}"
-            " ON true"
-            for name in self._columns
-        )
+        entries = " ".join(map(_entry, self._columns))
         return f"SELECT {lists} FROM ({changed} ORDER BY number OFFSET 0) AS changed {entries}"  # noqa: S608 - our own names
 
     def _log(self, *, limited: bool) -> str:
@@ -262,9 +265,11 @@ class Selection:
         """Return the SQL of all that is there, as if it had just been logged."""
         _, start, stop, limit = _parameters(limited=limited)
         present = " UNION ALL ".join(
-            f"SELECT '{name}' AS aggregate, CAST({_key(name)} AS text) AS key, {name}.version AS number "
-            f'FROM {_table(name)} WHERE {_key(name)} COLLATE "C" >= {start} AND {_key(name)} COLLATE "C" < {stop} '
-            f"AND {_live(name)}"
+            f"""
+            SELECT '{name}' AS aggregate, CAST({_key(name)} AS text) AS key, {name}.version AS number
+            FROM {_table(name)}
+            WHERE {_key(name)} COLLATE "C" >= {start} AND {_key(name)} COLLATE "C" < {stop} AND {_live(name)}
+            """  # noqa: S608 - our own names
             for name in self._columns
         )
         return f"{present} {limit}"
@@ -282,7 +287,9 @@ def _parameters(*, limited: bool) -> tuple[str, str, str, str]:
     """Return the snapshot, the bounds of the keys and the limit; without a limit the planner may know them."""
     if limited:
         return (
-            *(f"(SELECT {name} FROM given)" for name in ("snapshot", "start", "stop")),
+            "(SELECT snapshot FROM given)",
+            "(SELECT start FROM given)",
+            "(SELECT stop FROM given)",
             "LIMIT (SELECT most FROM given)",
         )
     return "CAST(:snapshot AS pg_snapshot)", ":start", ":stop", ""
@@ -300,14 +307,19 @@ def _list(name: str) -> str:
     return ", ".join(f"{name}.{column.name}" for column in AGGREGATES[name].table.columns)
 
 
-def _matches(name: str) -> str:
-    return f"changed.aggregate = '{name}' AND {_key(name)} = changed.key AND {_live(name)}"
+def _entry(name: str) -> str:
+    return f"""
+        LEFT JOIN LATERAL (
+            SELECT {_list(name)} FROM {_table(name)}
+            WHERE changed.aggregate = '{name}' AND {_key(name)} = changed.key AND {_live(name)} OFFSET 0
+        ) AS {name} ON true
+    """  # noqa: S608 - our own names
 
 
 def _live(name: str) -> str:
     if "expires_at" not in AGGREGATES[name].table.c:
         return "true"
-    return f"({name}.expires_at IS NULL OR {name}.expires_at > (SELECT now FROM clock))"
+    return f"({name}.expires_at IS NULL OR {name}.expires_at > (SELECT now FROM clock))"  # noqa: S608 - our own name
 
 
 @cache

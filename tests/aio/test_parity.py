@@ -17,6 +17,7 @@ from sqlalchemy.util import ro_memoized_property
 
 from mesh_storage import Lease, MeshStorage, UnitOfWork, aio, repositories
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+from mesh_storage.repositories import ChangeRepository
 from mesh_storage.repositories.base import Repository
 
 pytestmark = pytest.mark.slow
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 REPOSITORIES = [
-    value for value in vars(repositories).values() if isinstance(value, type) and issubclass(value, Repository)
+    value
+    for value in vars(repositories).values()
+    if isinstance(value, type) and issubclass(value, (Repository, ChangeRepository))
 ]
 
 
@@ -67,6 +70,8 @@ def test_every_repository_has_a_twin_that_is_exported() -> None:
     assert len(REPOSITORIES) == 9
     expected = {f"Async{each.__name__}" for each in REPOSITORIES}
     expected |= {"AsyncLease", "AsyncMeshStorage", "AsyncUnitOfWork"}
+    assert len(REPOSITORIES) == 10
+    expected = {f"Async{each.__name__}" for each in REPOSITORIES} | {"AsyncMeshStorage", "AsyncUnitOfWork"}
     assert set(aio.__all__) == expected
 
 
