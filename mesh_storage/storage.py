@@ -26,8 +26,8 @@ from mesh_storage.postgres.characteristics import Characteristics, Durability, I
 from mesh_storage.postgres.pool import Pool, check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.repositories.removal import KEPT, Maintained, check_age
 from mesh_storage.repositories.changelog import Batch
+from mesh_storage.repositories.removal import KEPT, Maintained, check_age
 from mesh_storage.settings import Settings, settings_of
 from mesh_storage.unit_of_work import Scope, UnitOfWork
 from mesh_storage.watch import Watch

@@ -32,8 +32,8 @@ from mesh_storage.postgres.characteristics import Characteristics, Durability, I
 from mesh_storage.postgres.pool import check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.repositories.removal import KEPT, Maintained, check_age
 from mesh_storage.repositories.changelog import Batch
+from mesh_storage.repositories.removal import KEPT, Maintained, check_age
 from mesh_storage.settings import Settings
 from mesh_storage.storage import choose_settings, describe
 

@@ -4,6 +4,9 @@ A cursor is a snapshot of PostgreSQL (manual, 9.27, "Transaction ID and Snapshot
 the snapshot of a statement sees, is the batch of that statement: the transactions that began after the cursor, by the
 index on `xid`, and those that were running then, one by one by the same index. So nothing is lost, nothing comes twice,
 and a transaction that stays open delays no other. See schema/changes.py for how the log is written.
+
+A server that crashes forgets the ids of transactions that it had not written to disk, for example of one that was just
+rolled back, and gives them to others. So a cursor sees only ids below the latest one that is known to be on disk.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ BEGINNING = "0"
 """The cursor from before everything, the same as none."""
 
 _CURSOR = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([0-9A-F]{8})\.(\d{1,20}:\d{1,20}:[\d,]*)")
+_FIRST_XID = 3
 _XID_LIMIT = 2**63
 _XIDS = 2**32
 """The number of transaction ids before they begin anew, with a zero that is none."""
@@ -77,6 +81,8 @@ class Cursor(NamedTuple):
     xmin: int
     xmax: int
     running: tuple[int, ...]
+    ahead: tuple[int, int] | None = None
+    """Where `xmax` may go as soon as the write-ahead log is on disk up to a position; not part of the text."""
 
     @property
     def snapshot(self) -> str:
@@ -129,49 +135,92 @@ def position(row: Row, since: Cursor | None = None) -> Cursor:
         CompactedError: The changes since the earlier cursor are no longer kept, or it is from another history.
         ConfigurationError: The server is a standby.
     """
-    epoch, timeline, compacted, snapshot, own, _ = row
-    if timeline is None:
+    moment = _Moment(*row)
+    if moment.timeline is None:
         raise ConfigurationError(
             "a standby does not know which transactions are running: watch the primary, "
             "with target_session_attrs=read-write in the URL if it names several hosts"
         )
-    now = _read(epoch, timeline, snapshot)
+    now = _read(moment.epoch, moment.timeline, moment.snapshot)
     if since is not None and (
-        (since.epoch, since.timeline) != (epoch, timeline) or since.xmin < int(compacted) or since.xmax > now.xmax
+        (since.epoch, since.timeline) != (now.epoch, now.timeline)
+        or since.xmin < moment.compacted
+        or since.xmax > now.xmax
     ):
         raise CompactedError
-    if own is not None and int(own) < now.xmax:
+    running = set(now.running)
+    if moment.own is not None:
         # A snapshot counts its own transaction as finished, but what that writes from now on comes later.
-        now = now._replace(running=tuple(sorted({*now.running, int(own)})))
-    return now
+        running.add(moment.own)
+    xmax = min(now.xmax, _on_disk(moment, now, since))
+    return now._replace(
+        xmin=min(now.xmin, xmax),
+        xmax=xmax,
+        running=tuple(sorted(xid for xid in running if xid < xmax)),
+        ahead=(now.xmax, moment.inserted),
+    )
 
 
-def check_unwritten(row: Row) -> None:
-    """Raise if the transaction itself changed something that is watched: others do not see it yet, and may never.
+def _on_disk(moment: _Moment, now: Cursor, since: Cursor | None) -> int:
+    """Return an id that is above all that the cursor must have seen, and below which none is ever used anew.
 
-    Raises:
-        InvalidInputError: It did.
+    The latest change is on disk, since others see a transaction only when its commit is (unless it is asynchronous).
     """
-    if row[5]:
-        raise InvalidInputError(
-            "since() must come before the changes of its own unit of work, which are in no batch before they are "
-            "committed",
-            field="cursor",
-        )
+    if moment.flushed >= moment.inserted:
+        return now.xmax
+    known = [_FIRST_XID, moment.compacted]
+    if moment.latest is not None:
+        known.append(moment.latest + 1)
+    if since is not None:
+        known.append(since.xmax)
+        if since.ahead is not None and moment.flushed >= since.ahead[1]:
+            known.append(since.ahead[0])
+    return max(known)
 
 
-_MOMENT = """
-    SELECT CAST(epoch AS text) AS epoch,
-        CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)
-        END AS timeline,
-        CAST(compacted AS text) AS compacted,
-        CAST(pg_current_snapshot() AS text) AS snapshot,
-        CAST(pg_current_xact_id_if_assigned() AS text) AS own,
-        EXISTS (SELECT FROM mesh_changes WHERE xid = pg_current_xact_id_if_assigned()) AS written
-    FROM mesh_changes_epoch
-"""
-_COLUMNS_OF_MOMENT = 6
-MOMENT = Statement(lambda: text(_MOMENT), writes=False)
+class _Moment(NamedTuple):
+    """The row from which `position` makes a cursor."""
+
+    epoch: str
+    timeline: str | None
+    compacted: int
+    snapshot: str
+    own: int | None
+    written: bool
+    inserted: int
+    flushed: int
+    latest: int | None
+
+
+def _moment(latest: str) -> str:
+    """Return the SQL of a `_Moment`, with the expression for the id of the latest change."""
+    return f"""
+        SELECT CAST(epoch AS text) AS epoch,
+            CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)
+            END AS timeline,
+            compacted,
+            CAST(pg_current_snapshot() AS text) AS snapshot,
+            {_number("pg_current_xact_id_if_assigned()")} AS own,
+            EXISTS (SELECT FROM mesh_changes WHERE xid = {_number("pg_current_xact_id_if_assigned()")}) AS written,
+            CASE WHEN NOT pg_is_in_recovery() THEN {_lsn("insert")} END AS inserted,
+            CASE WHEN NOT pg_is_in_recovery() THEN {_lsn("flush")} END AS flushed,
+            {latest} AS latest
+        FROM mesh_changes_epoch
+    """  # noqa: S608 - our own names
+
+
+def _number(xid: str) -> str:
+    return f"CAST(CAST({xid} AS text) AS bigint)"
+
+
+def _lsn(kind: str) -> str:
+    return f"CAST(pg_wal_lsn_diff(pg_current_wal_{kind}_lsn(), '0/0') AS bigint)"
+
+
+_LATEST = "(SELECT xid FROM mesh_changes ORDER BY xid DESC LIMIT 1)"
+_LATEST_READ = "(SELECT max(xid) FROM log)"
+_COLUMNS_OF_MOMENT = len(_Moment._fields)
+MOMENT = Statement(lambda: text(_moment(_LATEST)), writes=False)
 """Returns the row from which `position` makes a cursor."""
 FETCH = Statement(lambda: text("FETCH FORWARD 1000 FROM mesh_batch"), writes=False)
 """Returns the next part of a batch that was declared."""
@@ -189,8 +238,8 @@ class Selection:
         for name in names:
             self._columns[name] = slice(end, end + len(AGGREGATES[name].table.columns))
             end = self._columns[name].stop
-        self._changed = Statement(lambda: text(self._whole(self._log(limited=True), _LAST)), writes=False)
-        self._present = Statement(lambda: text(self._whole(self._tables(limited=True), _ALL)), writes=False)
+        self._changed = Statement(lambda: text(self._whole(self._log(limited=True), _LAST, _LATEST_READ)), writes=False)
+        self._present = Statement(lambda: text(self._whole(self._tables(limited=True), _ALL, _LATEST)), writes=False)
         self._declare_changed = Statement(lambda: text(self._declare(self._log(limited=False), _LAST)), writes=False)
         self._declare_present = Statement(lambda: text(self._declare(self._tables(limited=False), _ALL)), writes=False)
 
@@ -203,10 +252,22 @@ class Selection:
         return self._declare_present if since is None else self._declare_changed
 
     def read(self, rows: Sequence[Row], since: Cursor | None) -> tuple[Cursor, int, list[Row]]:
-        """Return the cursor, the number of changes in the log, and the rows of `changes`, from those of `whole`."""
-        first = rows[0]
-        now, start = position(first[:_COLUMNS_OF_MOMENT], since), _COLUMNS_OF_MOMENT + 1
-        return now, first[_COLUMNS_OF_MOMENT], [row[start:] for row in rows] if first[start] is not None else []
+        """Return the cursor, the number of changes in the log, and the rows of `changes`, from those of `whole`.
+
+        Raises:
+            CompactedError: As `position`; ConfigurationError likewise.
+            InvalidInputError: The transaction itself changed what can be watched, which others may never see.
+        """
+        end = _COLUMNS_OF_MOMENT
+        moment, number, first = rows[0][:end], rows[0][end], rows[0][end + 1]
+        now = position(moment, since)
+        if _Moment(*moment).written:
+            raise InvalidInputError(
+                "since() must come before the changes of its own unit of work, which are in no batch before they are "
+                "committed",
+                field="cursor",
+            )
+        return now, number, [] if first is None else [row[end + 1 :] for row in rows]
 
     def changes(self, rows: Sequence[Row]) -> list[Change]:
         """Return the changes of the rows of `FETCH`."""
@@ -218,14 +279,14 @@ class Selection:
                 entries[n] = entry
         return [Change(*row[:3], entry) for row, entry in zip(rows, entries, strict=True)]
 
-    def _whole(self, log: str, changed: str) -> str:
+    def _whole(self, log: str, changed: str, latest: str) -> str:
         """Return the SQL of a batch with its moment, which costs little if there is nothing, however full the tables.
 
         It is planned once, since the parameters behind `given` tell the planner nothing.
         """
         return f"""
-            WITH moment AS MATERIALIZED ({_MOMENT}), clock AS MATERIALIZED (SELECT clock_timestamp() AS now),
-            given AS MATERIALIZED ({_GIVEN}), log AS MATERIALIZED ({log})
+            WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), given AS MATERIALIZED ({_GIVEN}),
+            log AS MATERIALIZED ({log}), moment AS MATERIALIZED ({_moment(latest)})
             SELECT moment.*, (SELECT count(*) FROM log), batch.* FROM moment LEFT JOIN LATERAL (
                 {self._batch(changed)}
                 WHERE coalesce((SELECT count(*) FROM log) < (SELECT most FROM given), true) OFFSET 0
@@ -252,13 +313,15 @@ class Selection:
         names = ", ".join(f"'{name}'" for name in self._columns)
         wanted = f"""aggregate IN ({names}) AND key COLLATE "C" >= {start} AND key COLLATE "C" < {stop}"""
         ordered = f"ORDER BY xid, number {limit}" if limited else ""
+        # Of transactions that are still running, nothing is even looked for: it may be much.
         return f"""
-            (SELECT aggregate, key, number FROM mesh_changes
-                WHERE xid >= pg_snapshot_xmax({snapshot}) AND {wanted} {ordered})
+            (SELECT xid, aggregate, key, number FROM mesh_changes
+                WHERE xid >= {_number(f"pg_snapshot_xmax({snapshot})")} AND {wanted} {ordered})
             UNION ALL
             SELECT finished.* FROM pg_snapshot_xip({snapshot}) AS running (xid), LATERAL (
-                SELECT aggregate, key, number FROM mesh_changes WHERE xid = running.xid AND {wanted} {ordered}
-            ) AS finished {limit}
+                SELECT xid, aggregate, key, number FROM mesh_changes
+                WHERE xid = {_number("running.xid")} AND {wanted} {ordered}
+            ) AS finished WHERE pg_visible_in_snapshot(running.xid, pg_current_snapshot()) {limit}
         """  # noqa: S608 - our own names
 
     def _tables(self, *, limited: bool) -> str:

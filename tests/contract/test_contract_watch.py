@@ -131,15 +131,14 @@ def test_a_batch_may_go_to_another_process(storage: MeshStorage) -> None:
         uow.state.put("a", b"1")
         uow.state.put("b", b"1")
         uow.state.delete("b")
-        batch = since(storage, None)
+    batch = since(storage, None)
     there = pickle.loads(pickle.dumps(batch))  # noqa: S301 - our own
     assert isinstance(there, Batch)
     assert there.cursor == batch.cursor
     assert values(there) == {"a": b"1"}
-    with pytest.raises(AttributeError):
-        batch.changes[0].key = "other"  # type: ignore[misc]
-    with pytest.raises(AttributeError):
-        batch.cursor = "other"  # type: ignore[misc]
+    for what, name in ((batch, "cursor"), (batch.changes[0], "key")):
+        with pytest.raises(AttributeError):
+            setattr(what, name, "other")
 
 
 def test_only_the_keys_with_a_prefix_by_code_point(storage: MeshStorage) -> None:
@@ -284,7 +283,6 @@ def test_a_cursor_and_a_listing_of_one_snapshot(storage: MeshStorage, isolation:
             other.state.put("a", b"")
         assert uow.state.count() == 0
         assert uow.changes.since(start, ["state"]).changes == []
-        assert uow.changes.cursor() == start
     assert keys(since(storage, start)) == [("state", "a")]
 
 
@@ -356,9 +354,9 @@ def test_two_watches_see_the_same(storage: MeshStorage) -> None:
 
 def compact(raw: psycopg.Connection[Any]) -> None:
     with raw.transaction():
-        row = raw.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text").fetchone()
-        raw.execute("DELETE FROM mesh_changes WHERE xid < %s::text::xid8", row)
-        raw.execute("UPDATE mesh_changes_epoch SET compacted = %s::text::xid8", row)
+        row = raw.execute("SELECT max(xid) + 1 FROM mesh_changes").fetchone()
+        raw.execute("DELETE FROM mesh_changes")
+        raw.execute("UPDATE mesh_changes_epoch SET compacted = %s", row)
 
 
 def lose(statement: str) -> Callable[[psycopg.Connection[Any]], object]:
@@ -511,7 +509,9 @@ def test_it_uses_a_connection_only_while_it_looks(open_storage: Open, mesh_stora
         for watch in watches:
             next(watch)
         with storage.begin() as uow:
-            uow.session.execute(text("INSERT INTO mesh_state (key, value) SELECT n, '' FROM generate_series(1, 1500) n"))
+            uow.session.execute(
+                text("INSERT INTO mesh_state (key, value) SELECT n, '' FROM generate_series(1, 1500) n")
+            )
         for watch in watches:
             assert next(watch).more
         with storage.begin(timeout=5) as uow:  # in the middle of a batch, the connection is free

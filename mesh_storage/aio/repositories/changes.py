@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
-from mesh_storage.repositories.changelog import MOMENT, Batch, check_unwritten, decode, parameters, position, select
+from mesh_storage.repositories.changelog import MOMENT, Batch, decode, parameters, position, select
 from mesh_storage.repositories.prefixes import key_range
 
 
@@ -35,7 +35,6 @@ class AsyncChangeRepository:
         selection, since = select(aggregates), decode("cursor", cursor)
         rows = await self._connection.fetch_all(selection.whole(since), parameters(since, key_range(prefix), None))
         now, _, changed = selection.read(rows, since)
-        check_unwritten(rows[0])
         return Batch(selection.changes(changed), str(now))
 
     async def cursor(self) -> str:
