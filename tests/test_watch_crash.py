@@ -1,4 +1,4 @@
-"""A server that is killed while it is watched: it gives ids of transactions that it forgot to others, and nothing is lost."""
+"""A server that is killed while it is watched: ids of transactions that it forgot are used anew, nothing is lost."""
 
 from __future__ import annotations
 

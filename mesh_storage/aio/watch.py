@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 
 from mesh_storage.aio.postgres.pool import AsyncPool
-from mesh_storage.errors import InvalidInputError, MeshStorageError
+from mesh_storage.errors import ClosedError, InvalidInputError, MeshStorageError
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.outage import Outage
 from mesh_storage.postgres.spool import Spool
@@ -67,14 +67,14 @@ class AsyncWatch:
         """Yield batches until the storage is closed."""
         outage = Outage()
         bookmark = time.monotonic() + _BOOKMARK_S
-        while not self._pool.closed:
+        while True:
             due = time.monotonic() + self._poll
             with Spool() as spool:
                 try:
                     now = await self._read(spool)
+                except ClosedError:
+                    return
                 except MeshStorageError as error:
-                    if self._pool.closed:
-                        return
                     due = time.monotonic() + outage.pause(error)
                 else:
                     outage.over()

@@ -218,7 +218,12 @@ def _lsn(kind: str) -> str:
 
 
 _LATEST = "(SELECT xid FROM mesh_changes ORDER BY xid DESC LIMIT 1)"
-_LATEST_READ = "(SELECT max(xid) FROM log)"
+# Not the end of the index, where the many changes of a transaction that is still running may be.
+_LATEST_READ = f"""greatest(
+    (SELECT max(xid) FROM log),
+    (SELECT xid FROM mesh_changes WHERE xid < {_number("pg_snapshot_xmin(pg_current_snapshot())")}
+        ORDER BY xid DESC LIMIT 1)
+)"""  # noqa: S608 - our own names
 _COLUMNS_OF_MOMENT = len(_Moment._fields)
 MOMENT = Statement(lambda: text(_moment(_LATEST)), writes=False)
 """Returns the row from which `position` makes a cursor."""
@@ -277,7 +282,7 @@ class Selection:
             there = [n for n, row in enumerate(rows) if row[0] == name and row[columns.start] is not None]
             for n, entry in zip(there, AGGREGATES[name].load.many([rows[n][columns] for n in there]), strict=True):
                 entries[n] = entry
-        return [Change(*row[:3], entry) for row, entry in zip(rows, entries, strict=True)]
+        return [Change(row[0], row[1], row[2], entry) for row, entry in zip(rows, entries, strict=True)]
 
     def _whole(self, log: str, changed: str, latest: str) -> str:
         """Return the SQL of a batch with its moment, which costs little if there is nothing, however full the tables.
@@ -303,7 +308,8 @@ class Selection:
 
     def _batch(self, changed: str) -> str:
         """Return the SQL of the changes, each with its entry, found by its key: the planner unfolds no OFFSET."""
-        lists = ", ".join(["changed.aggregate, changed.key, changed.number", *map(_list, self._columns)])
+        version = f"coalesce({', '.join(f'{name}.version' for name in self._columns)}, changed.number) AS version"
+        lists = ", ".join(["changed.aggregate, changed.key", version, *map(_list, self._columns), "changed.number"])
         entries = " ".join(map(_entry, self._columns))
         return f"SELECT {lists} FROM ({changed} ORDER BY number OFFSET 0) AS changed {entries}"  # noqa: S608 - our own names
 
