@@ -195,7 +195,7 @@ class _Moment(NamedTuple):
 def _moment(latest: str) -> str:
     """Return the SQL of a `_Moment`, with the expression for the id of the latest change."""
     return f"""
-        SELECT CAST(epoch AS text) AS epoch,
+        SELECT CAST(CAST(md5(concat(epoch, {_DATABASE})) AS uuid) AS text) AS epoch,
             CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)
             END AS timeline,
             compacted,
@@ -207,6 +207,13 @@ def _moment(latest: str) -> str:
             {latest} AS latest
         FROM mesh_changes_epoch
     """  # noqa: S608 - our own names
+
+
+# A copy of the database has the epoch of the original, but transaction ids of its own.
+_DATABASE = """
+    (SELECT system_identifier FROM pg_control_system()), '/',
+    (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
 
 
 def _number(xid: str) -> str:
