@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
@@ -19,7 +19,19 @@ from network import LinkFailure, Network, read_network
 from picture import draw, save
 from report import Facts, arguments, in_short, print_report, step
 
-from mesh_storage import AlreadyExistsError, LogEntry, Mesh, MeshStorage, Message, Node, Route, UnitOfWork, schema
+from mesh_storage import (
+    AlreadyExistsError,
+    Batch,
+    Lease,
+    LogEntry,
+    Mesh,
+    MeshStorage,
+    Message,
+    Node,
+    Route,
+    UnitOfWork,
+    schema,
+)
 
 JOIN_KEY = "an example, not a secret"
 BATCH = 1000
@@ -61,9 +73,14 @@ def run(storage: MeshStorage, network: Network) -> LinkFailure | None:
         with storage.begin() as uow:  # Not `run`: behind a last index that is read anew, the entries would go twice.
             grow_log(uow, network)
 
-        with storage.begin() as uow:
-            uow.routing_table.replace_all(network.routing_table())
-        failure = fail_link(storage, network, nodes)
+        # One node at a time computes the best routes, anew after each change of the configured ones.
+        with storage.lease("routing", network.cities[0].encode(), ttl=timedelta(seconds=10)) as lease:
+            changes = storage.watch("routes")
+            compute_routes(storage, network, nodes, lease, changes)
+            failure = fail_link(
+                storage, network, nodes, lambda: compute_routes(storage, network, nodes, lease, changes)
+            )
+            changes.close()
         undone = fail_half_way(storage, nodes)
     print_report(network, collect_facts(storage, mesh.id, undone=undone), failure)
     return failure
@@ -163,19 +180,38 @@ def grow_log(uow: UnitOfWork, network: Network) -> None:
     )
 
 
-def fail_link(storage: MeshStorage, network: Network, nodes: dict[str, Node]) -> LinkFailure | None:
-    """Let a link fail, if there is one: mark its route as disconnected and swap the whole routing table at once."""
+def compute_routes(
+    storage: MeshStorage, network: Network, nodes: dict[str, Node], lease: Lease, changes: Iterator[Batch]
+) -> None:
+    """Await a change of the configured routes, and swap the whole routing table at once."""
+    cities = {node.id: city for city, node in nodes.items()}
+    for batch in changes:
+        for change in batch.changes:
+            route = change.entry
+            if isinstance(route, Route) and route.source_node_id in cities:  # not of another network
+                link = frozenset((cities[route.source_node_id], cities[route.target_node_id]))
+                (network.down.add if route.status == "STATUS_DISCONNECTED" else network.down.discard)(link)
+        if not batch.more:
+            break
+    with storage.begin() as uow:
+        uow.state.check("routing", version=lease.token)  # refused if another has the lease by now
+        uow.routing_table.replace_all(network.routing_table())
+
+
+def fail_link(
+    storage: MeshStorage, network: Network, nodes: dict[str, Node], follow: Callable[[], None]
+) -> LinkFailure | None:
+    """Let a link fail, if there is one: mark its route as disconnected, and let the routes follow."""
     link = network.link_to_fail()
     if link is None:
         return None
     with storage.begin(read_only=True) as uow:
         before = uow.routing_table.all()
-    network.down.add(frozenset((link.a, link.b)))
     with storage.begin() as uow:
         for route in uow.routes.between(nodes[link.a].id, nodes[link.b].id):
             route.status = "STATUS_DISCONNECTED"
             uow.routes.update(route)
-        uow.routing_table.replace_all(network.routing_table())
+    follow()
     with storage.begin(read_only=True) as uow:
         return LinkFailure(network.cities, link, before, uow.routing_table.all())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
@@ -19,8 +20,8 @@ from network import LinkFailure, Network, read_network
 from picture import draw, save
 from report import Facts, arguments, in_short, print_report, step
 
-from mesh_storage import AlreadyExistsError, LogEntry, Mesh, Message, Node, Route, schema
-from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+from mesh_storage import AlreadyExistsError, Batch, LogEntry, Mesh, Message, Node, Route, schema
+from mesh_storage.aio import AsyncLease, AsyncMeshStorage, AsyncUnitOfWork
 
 
 async def main() -> None:
@@ -59,9 +60,14 @@ async def run(storage: AsyncMeshStorage, network: Network) -> LinkFailure | None
             for batch in batches(all_pairs(network), BATCH):
                 group.create_task(storage.run(partial(store, batch)))
 
-        async with storage.begin() as uow:
-            await uow.routing_table.replace_all(network.routing_table())
-        failure = await fail_link(storage, network, nodes)
+        # One node at a time computes the best routes, anew after each change of the configured ones.
+        async with storage.lease("routing", network.cities[0].encode(), ttl=timedelta(seconds=10)) as lease:
+            changes = storage.watch("routes")
+            await compute_routes(storage, network, nodes, lease, changes)
+            failure = await fail_link(
+                storage, network, nodes, lambda: compute_routes(storage, network, nodes, lease, changes)
+            )
+            await changes.aclose()
         undone = await fail_half_way(storage, nodes)
     print_report(network, await collect_facts(storage, mesh.id, undone=undone), failure)
     return failure
@@ -144,19 +150,42 @@ async def grow_log(network: Network, uow: AsyncUnitOfWork) -> None:
     )
 
 
-async def fail_link(storage: AsyncMeshStorage, network: Network, nodes: dict[str, Node]) -> LinkFailure | None:
-    """Let a link fail, if there is one: mark its route as disconnected and swap the whole routing table at once."""
+async def compute_routes(
+    storage: AsyncMeshStorage,
+    network: Network,
+    nodes: dict[str, Node],
+    lease: AsyncLease,
+    changes: AsyncIterator[Batch],
+) -> None:
+    """Await a change of the configured routes, and swap the whole routing table at once."""
+    cities = {node.id: city for city, node in nodes.items()}
+    async for batch in changes:
+        for change in batch.changes:
+            route = change.entry
+            if isinstance(route, Route) and route.source_node_id in cities:  # not of another network
+                link = frozenset((cities[route.source_node_id], cities[route.target_node_id]))
+                (network.down.add if route.status == "STATUS_DISCONNECTED" else network.down.discard)(link)
+        if not batch.more:
+            break
+    async with storage.begin() as uow:
+        await uow.state.check("routing", version=lease.token)  # refused if another has the lease by now
+        await uow.routing_table.replace_all(network.routing_table())
+
+
+async def fail_link(
+    storage: AsyncMeshStorage, network: Network, nodes: dict[str, Node], follow: Callable[[], Awaitable[None]]
+) -> LinkFailure | None:
+    """Let a link fail, if there is one: mark its route as disconnected, and let the routes follow."""
     link = network.link_to_fail()
     if link is None:
         return None
     async with storage.begin(read_only=True) as uow:
         before = await uow.routing_table.all()
-    network.down.add(frozenset((link.a, link.b)))
     async with storage.begin() as uow:
         for route in await uow.routes.between(nodes[link.a].id, nodes[link.b].id):
             route.status = "STATUS_DISCONNECTED"
             await uow.routes.update(route)
-        await uow.routing_table.replace_all(network.routing_table())
+    await follow()
     async with storage.begin(read_only=True) as uow:
         return LinkFailure(network.cities, link, before, await uow.routing_table.all())
 
