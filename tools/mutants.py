@@ -19,15 +19,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from queue import Queue
 
+import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
@@ -240,9 +243,9 @@ def runs_on_import(path: str, lines: set[int]) -> bool:
     return not lines.intersection(chain.from_iterable(functions))
 
 
-def judge(mutant: Mutant, runs: Runs, copy: Path, limit: float) -> Verdict:
-    """Run the tests of a mutant; it is killed by one that fails with the fault and passes without it."""
-    before = (ROOT / mutant.path).read_text()
+@contextmanager
+def faulty(mutant: Mutant, copy: Path) -> Generator[dict[str, set[int]]]:
+    """Make the fault in a copy for a block, and yield the lines that it changes, by file."""
     touched = [mutant.path, *filter(None, [derived().get(mutant.path)])]
     try:
         (copy / mutant.path).write_text(mutant.code)
@@ -250,50 +253,74 @@ def judge(mutant: Mutant, runs: Runs, copy: Path, limit: float) -> Verdict:
             unasyncd = Path(sys.executable).with_name("unasyncd")
             command = [str(unasyncd), "--force", "--quiet", ":".join(touched)]
             subprocess.run(command, cwd=copy, capture_output=True, check=False)  # it fails where it writes
-        lines = {path: changed_lines(path, copy) for path in touched}
-        tests = [] if runs_on_import(mutant.path, lines[mutant.path]) else runs.tests_of(lines)
-        tests = tests or nearest_tests(mutant.path)
-        killer = failing(tests, copy, limit)
+        yield {path: changed_lines(path, copy) for path in touched}
     finally:
         for path in touched:
             shutil.copy2(ROOT / path, copy / path)
-    if killer is not None and failing([killer or tests[0]], copy, limit) is not None:
-        print(f"{killer or tests[0]} fails without a fault too", flush=True)
-        killer = None
-    old, new = before.splitlines(keepends=True), mutant.code.splitlines(keepends=True)
-    difference = difflib.unified_diff(old, new, mutant.path, mutant.operator, n=1)
-    return Verdict(mutant, len(tests), killer, "".join(difference))
 
 
-def failing(tests: Sequence[str], copy: Path, limit: float) -> str | None:
-    """Run tests in a copy until one fails; return its name, or an empty one if none can be loaded.
+class Judge:
+    """Puts mutants to the tests; one is killed by a test that fails with the fault and passes without it."""
 
-    None is for tests that all pass, or of which none fails within the limit.
-    """
-    given, output = copy / "tests.txt", copy / "output.txt"
-    given.write_text("\n".join(tests))
-    process = subprocess.Popen(
-        [*PYTEST, "-x", "-rfE", "--tb=line", f"--timeout={limit / 2:g}", f"@{given}"],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=output.open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        status = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        status = 0
-        os.killpg(process.pid, signal.SIGTERM)
+    def __init__(self, runs: Runs, limit: float) -> None:
+        self._runs = runs
+        self._limit = limit
+        self._passing = set[str]()
+        self._unfit = set[str]()
+        """Tests that fail without a fault too, here and now."""
+
+    def verdict(self, mutant: Mutant, copy: Path) -> Verdict:
+        """Run the tests of a mutant until one fails that passes without it."""
+        while True:
+            with faulty(mutant, copy) as lines:
+                tests = [] if runs_on_import(mutant.path, lines[mutant.path]) else self._runs.tests_of(lines)
+                tests = tests or nearest_tests(mutant.path)
+                killer = self._failing(tests, copy)
+            if killer is None or killer in self._passing:
+                break
+            tried = killer or tests[0]
+            if self._failing([tried], copy) is None:
+                self._passing.update({killer} - {""})
+                break
+            print(f"{tried} fails without a fault too", flush=True)
+            self._unfit.add(tried)
+        old, new = (text.splitlines(keepends=True) for text in ((ROOT / mutant.path).read_text(), mutant.code))
+        difference = difflib.unified_diff(old, new, mutant.path, mutant.operator, n=1)
+        return Verdict(mutant, len(tests), killer, "".join(difference))
+
+    def _failing(self, tests: Sequence[str], copy: Path) -> str | None:
+        """Run tests in a copy until one fails; return its name, or an empty one if none can be loaded.
+
+        None is for tests that all pass, or of which none fails within the limit.
+        """
+        given, output = copy / "tests.txt", copy / "output.txt"
+        # A root of its own: each run of pytest closes that of all others to other accounts, and thus to servers.
+        temporary = Path(tempfile.gettempdir(), f"mesh_storage-mutants-{copy.name}")
+        temporary.mkdir(exist_ok=True)
+        given.write_text("\n".join([*tests, *(f"--deselect={test}" for test in self._unfit)]))
+        process = subprocess.Popen(
+            [*PYTEST, "-x", "-rfE", "--tb=line", f"--timeout={self._limit / 2:g}", f"@{given}"],
+            cwd=copy,
+            env=os.environ
+            | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DEBUG_TEMPROOT": str(temporary)},
+            stdout=output.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            process.wait(10)
+            status = process.wait(self._limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if status == 0:
-        return None
-    said = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output.read_text(), re.MULTILINE)
-    return said[0] if said and "::" in said[0] else ""
+            status = 0
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if status in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return None
+        said = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output.read_text(), re.MULTILINE)
+        return said[0] if said and "::" in said[0] else ""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -305,9 +332,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--measure", action="store_true", help="measure anew which tests run which lines")
     parser.add_argument("paths", nargs="*", default=CORE, metavar="FILE", help="what to change instead of the core")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would tests
     if given.measure or not MEASURED.exists():
         measure()
-    runs = Runs()
+    judge = Judge(Runs(), given.limit)
     mutants = list(sampled(given.paths, given.sample, given.seed))
     copies: Queue[Path] = Queue()
     for number in range(given.jobs):
@@ -316,7 +344,7 @@ def main(arguments: Sequence[str]) -> int:
     def judged(mutant: Mutant) -> Verdict:
         copy = copies.get()
         try:
-            return judge(mutant, runs, copy, given.limit)
+            return judge.verdict(mutant, copy)
         finally:
             copies.put(copy)
 
