@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import NamedTuple
 
-from mesh_storage import Lease, MeshStorage, MeshStorageError
+from mesh_storage import Lease, MeshStorage, MeshStorageError, UnavailableError
 
 NAME = "leader"
 PAUSE_S = 0.002
@@ -95,10 +95,19 @@ def wrong_clock() -> None:
     time.time = lambda: right() + random.choice((-1e6, -1, 0, 1, 1e6))
 
 
+def opened(url: str) -> MeshStorage:
+    """Open the storage, as soon as its server is there."""
+    while True:
+        try:
+            return MeshStorage.open(url)
+        except UnavailableError:
+            time.sleep(0.05)
+
+
 def main(url: str, path: str, ttl: str, seconds: str = "") -> None:
     wrong_clock()
     chance = random.Random()
-    storage = MeshStorage.open(url)
+    storage = opened(url)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # this one is ready
 
     def seen(sight: Sight) -> None:
@@ -107,11 +116,11 @@ def main(url: str, path: str, ttl: str, seconds: str = "") -> None:
     while True:
         try:
             stand(storage, timedelta(seconds=float(ttl)), seen, chance, float(seconds) if seconds else None)
-        except AssertionError as error:
-            os.write(file, f"{error}\n".encode())
-            raise
         except MeshStorageError:
             time.sleep(0.05)
+        except BaseException as error:
+            os.write(file, f"{error!r}\n".encode())
+            raise
 
 
 if __name__ == "__main__":

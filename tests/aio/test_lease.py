@@ -97,7 +97,7 @@ def test_the_task_ends_with_the_block_or_the_lease(run: Run, mesh_storage_url: s
             gc.collect()
             async with storage.lease("leader", b"b", ttl=LONG, wait=TTL.total_seconds() + 1) as lease:
                 assert lease.held
-                assert len(renewing()) == 1
+                await eventually(lambda: len(renewing()) == 1)
 
     run(main())
 
