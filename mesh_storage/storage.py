@@ -180,6 +180,7 @@ class MeshStorage:
             ClosedError: The storage was closed.
         """
         return Lease(self, self._pool, name, holder, ttl=ttl, wait=wait)
+
     def watch(
         self, *aggregates: str, prefix: str = "", after: str | None = None, poll: float = 0.25
     ) -> Generator[Batch, None, None]:

@@ -181,6 +181,7 @@ class AsyncMeshStorage:
         The arguments and errors are those of `MeshStorage.lease`.
         """
         return AsyncLease(self, self._pool, name, holder, ttl=ttl, wait=wait)
+
     def watch(
         self, *aggregates: str, prefix: str = "", after: str | None = None, poll: float = 0.25
     ) -> AsyncGenerator[Batch, None]:

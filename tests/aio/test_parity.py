@@ -67,7 +67,7 @@ def twin(class_: type) -> type:
 
 
 def test_every_repository_has_a_twin_that_is_exported() -> None:
-    assert len(REPOSITORIES) == 9
+    assert len(REPOSITORIES) == 10
     expected = {f"Async{each.__name__}" for each in REPOSITORIES}
     expected |= {"AsyncLease", "AsyncMeshStorage", "AsyncUnitOfWork"}
     assert len(REPOSITORIES) == 10

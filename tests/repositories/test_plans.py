@@ -318,7 +318,8 @@ def test_changes_since_a_cursor_are_found_by_indexes(
     with psycopg.connect(url) as connection:
         plan = plan_of(connection, mode, sql, parameters)
     described = json.dumps(plan, indent=1)
-    assert {step["Relation Name"] for step in steps(plan) if step["Node Type"] == "Seq Scan"} == {"mesh_changes_epoch"}
+    whole = {step["Relation Name"] for step in steps(plan) if step["Node Type"] == "Seq Scan"}
+    assert whole <= {"mesh_changes_epoch", "pg_database"}, described  # a single row, and a few
     assert not [step for step in steps(plan) if "Hash" in step["Node Type"] and "Join" in step["Node Type"]], described
     assert plan["Total Cost"] < 100_000, described  # from there on, a server compiles it at first
 
