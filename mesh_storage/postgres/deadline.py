@@ -28,6 +28,7 @@ class Timed(Protocol):
     """A connection whose waits end at a deadline."""
 
     deadline: float | None
+    tidying: bool
 
 
 class Deadline:
@@ -36,7 +37,6 @@ class Deadline:
     def __init__(self, connection: Timed, moment: float | None) -> None:
         self._connection = connection
         self._moment = moment
-        self._is_extended = False
         connection.deadline = moment
 
     @property
@@ -80,15 +80,15 @@ class Deadline:
         A block inside of another has no grace period of its own.
         """
         before = self._moment
-        if before is None or self._is_extended:
+        if before is None or self._connection.tidying:
             yield
             return
-        self._is_extended = True
+        self._connection.tidying = True
         self._moment = self._connection.deadline = max(before, time.monotonic()) + GRACE_S
         try:
             yield
         finally:
-            self._is_extended = False
+            self._connection.tidying = False
             self._moment = self._connection.deadline = before
 
     def hurry(self) -> None:

@@ -35,6 +35,8 @@ class TimedConnection(Connection):
     """The time, by `time.monotonic()`, at which every wait ends."""
     response_timeout: float | None = None
     """Maximum duration of one wait in seconds."""
+    tidying = False
+    """Whether a deadline that passes closes the connection at once, since there is no statement worth cancelling."""
     cancelled = False
     """Whether a cancel request was sent, which may arrive late and cancel a later statement of this connection."""
     silent = False
@@ -52,10 +54,12 @@ class TimedConnection(Connection):
         interrupt: BaseException | None = None
         try:
             return psycopg.waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=limit)
-        except psycopg.OperationalError:
+        except psycopg.OperationalError as error:
             expired = limit is not None and limit != timeout and time.monotonic() - begun >= limit
             if not expired or self.pgconn.transaction_status != TransactionStatus.ACTIVE:
                 raise
+            if self.tidying:
+                raise self._given_up() from error
         except Exception:
             raise
         except BaseException as error:
@@ -74,6 +78,11 @@ class TimedConnection(Connection):
         else:  # before libpq 17, the request blocks until the server responds
             request = self.pgconn.get_cancel()
             threading.Thread(target=request.cancel, name="mesh_storage cancel", daemon=True).start()
+
+    def _given_up(self) -> psycopg.OperationalError:
+        self.pgconn.finish()
+        self.silent = True
+        return psycopg.OperationalError("the server did not respond in time")
 
     def _limit(self, now: float, timeout: float | None) -> float | None:
         limit = self.response_timeout
@@ -95,10 +104,9 @@ class TimedConnection(Connection):
             if interrupt is None:
                 raise
         except psycopg.OperationalError as error:
-            self.pgconn.finish()
             if interrupt is None:
-                self.silent = True
-                raise psycopg.OperationalError("the server did not respond in time") from error
+                raise self._given_up() from error
+            self.pgconn.finish()
         except psycopg.Error:
             if interrupt is None:
                 raise
