@@ -70,8 +70,6 @@ def test_every_repository_has_a_twin_that_is_exported() -> None:
     assert len(REPOSITORIES) == 10
     expected = {f"Async{each.__name__}" for each in REPOSITORIES}
     expected |= {"AsyncLease", "AsyncMeshStorage", "AsyncUnitOfWork"}
-    assert len(REPOSITORIES) == 10
-    expected = {f"Async{each.__name__}" for each in REPOSITORIES} | {"AsyncMeshStorage", "AsyncUnitOfWork"}
     assert set(aio.__all__) == expected
 
 
