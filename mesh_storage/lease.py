@@ -144,6 +144,10 @@ class Lease:
                 asked = now()
                 entry = uow.state.put(self._name, self._holder, if_version=0, ttl=self._ttl)
                 token = entry.version
+                # An insert draws its version before it waits for the key, so a holder of meanwhile may have a larger
+                # one. An update draws it with the row locked.
+                entry = uow.state.put(self._name, self._holder, if_version=token, ttl=self._ttl)
+                token = entry.version
             assert token is not None, "it is stored"
             self._hold(Tenure(owner, token, self._ttl.total_seconds(), asked))
         except BaseException:

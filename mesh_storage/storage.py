@@ -256,7 +256,7 @@ class MeshStorage:
             check_age("messages_older_than", messages_older_than)
         made = Maintained()
         while True:
-            with self.begin(durability="relaxed") as uow:
+            with self.begin() as uow:
                 removed = uow.maintenance.step(changes_older_than, messages_older_than)
             made += removed
             if not removed:

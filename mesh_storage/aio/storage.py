@@ -238,7 +238,7 @@ class AsyncMeshStorage:
             check_age("messages_older_than", messages_older_than)
         made = Maintained()
         while True:
-            async with self.begin(durability="relaxed") as uow:
+            async with self.begin() as uow:
                 removed = await uow.maintenance.step(changes_older_than, messages_older_than)
             made += removed
             if not removed:

@@ -84,7 +84,8 @@ class Infrastructure(Aggregate[M]):
         """Build the statements; `prefix` starts new ids, and updates skip deferred attributes."""
         super().__init__(model)
         self.prefix = prefix
-        self.generated = table_version = self.table.c.version
+        table_version: Column[Any] = self.table.c.version
+        self.generated = table_version
         self.version_name = self.names[list(self.table.columns).index(table_version)]
         """The attribute with the version of the row, which the database gives."""
         self.columns: dict[str, Column[Any]] = {
@@ -116,14 +117,14 @@ class Infrastructure(Aggregate[M]):
         }
         values |= {name: func.coalesce(values[name], func.now()) for name in TIMES}
         added = insert(self.table).values({self.columns[name]: value for name, value in values.items()})
-        return added.returning(*(self.columns[name] for name in TIMES), self.generated)
+        return added.returning(*[self.columns[name] for name in TIMES] + [self.generated])
 
     def _update(self) -> ReturningUpdate[Any]:
         values: dict[Column[Any], ColumnElement[Any]] = {self.columns[name]: bindparam(name) for name in self.changed}
         values[self.columns["updated"]] = func.now()
         unchanged = self.generated == bindparam("expected_version", type_=BigInteger)
         changed = update(self.table).where(self.columns["id"] == bindparam("id"), unchanged).values(values)
-        return changed.returning(self.columns["updated"], self.generated)
+        return changed.returning(*[self.columns["updated"], self.generated])
 
     def _versions(self) -> Rows:
         ids = Batch({"id": Text()}).table()
@@ -172,7 +173,7 @@ class Entries(Aggregate[M]):
         self._check_bytes = None if self.is_json else checks.of_column(self._field, self.value)
         self.batch = Batch({"key": Text(), "value": Text() if self.is_json else self.value.type})
         self.put = Statement(lambda: self.replacing(self._insert()).returning(*self.given))
-        self.put_many = Statement(lambda: self.replacing(self.insert_many()).returning(self.key, *self.given))
+        self.put_many = Statement(lambda: self.replacing(self.insert_many()).returning(*[self.key, *self.given]))
 
     def _insert(self) -> Insert:
         return insert(self.table).values(

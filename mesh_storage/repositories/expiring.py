@@ -116,7 +116,7 @@ class ExpiringEntries(Entries[M]):
         value = cast(rows.c.value, self.value.type) if self.is_json else rows.c.value
         columns = [self.key, self.value, self.created_at, self.updated_at, self._expires_at]
         new = insert(self.table).from_select(columns, select(rows.c.key, value, _MOMENT, _MOMENT, _EXPIRY))
-        return self.replacing(new).returning(self.key, *self.given)
+        return self.replacing(new).returning(*[self.key, *self.given])
 
     def _touch(self) -> TextClause:
         """Set nothing but the expiry, which gives no new version (see schema/changes.py); as text, without onupdate."""

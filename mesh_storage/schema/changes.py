@@ -26,7 +26,7 @@ SINCE = "0010"
 """The revision that creates the log and the triggers."""
 
 # A new expiry alone is not a change of the row: the renewal of a lease keeps its version.
-_CHANGED = dict.fromkeys(EXPIRING, " OF key, value, created_at, updated_at, version")
+_CHANGED: Mapping[str, str] = dict.fromkeys(EXPIRING, " OF key, value, created_at, updated_at, version")
 
 RENEW_VERSIONS = f"""
     SELECT setval('{SEQUENCE}', greatest(last_value, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint))
