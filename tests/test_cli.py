@@ -14,6 +14,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mesh_storage.testing import Databases
 
 SECRET = "hush-hush"  # noqa: S105 - what must not be printed
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("health", "schema", "upgrade", "backup", "psql", "restore", "verify", "completion")
+COMMANDS = ("health", "schema", "upgrade", "maintain", "backup", "psql", "restore", "verify", "completion")
 NOWHERE = f"postgresql://somebody:{SECRET}@127.0.0.1:1/nowhere"
 
 
@@ -394,6 +395,39 @@ def test_sigterm_leaves_nothing_behind(
             process.wait(5)
     assert process.returncode == Exit.TERMINATED == 143
     assert list(tmp_path.iterdir()) == []
+
+
+def test_maintain_removes_what_is_over(url: str, call: Call) -> None:
+    with MeshStorage.open(url) as storage, storage.begin() as uow:
+        uow.state.put("k", b"", ttl=timedelta(microseconds=1))
+        uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"", timestamp=1))
+    assert call("maintain") == (Exit.OK, "removed: 1 expired, 0 changes, 0 messages\n", "")
+    status, out, _ = call("maintain", "--json", "--changes-older-than", 0, "--messages-older-than", 1)
+    assert (status, json.loads(out)) == (Exit.OK, {"expired": 0, "changes": 2, "messages": 1})
+    for arguments in (["--every", "-1"], ["--changes-older-than", "soon"]):
+        with pytest.raises(SystemExit) as error:
+            call("maintain", *arguments)
+        assert error.value.code == Exit.USAGE
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_maintain_stays_and_outlives_an_outage(url: str) -> None:
+    command = [sys.executable, "-m", "mesh_storage", "maintain", "--every", "0.05"]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+        engine.connect(open_server(Settings(url=url)).connect) as connection,
+    ):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "removed: 0 expired" in process.stdout.readline()
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        connection.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}".encode())
+        with MeshStorage.open(url) as storage, storage.begin() as uow:
+            uow.state.put("k", b"", ttl=timedelta(microseconds=1))
+        while "1 expired" not in process.stdout.readline():
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(10) == Exit.TERMINATED
 
 
 @contextmanager
