@@ -124,7 +124,7 @@ class Infrastructure(Aggregate[M]):
         values[self.columns["updated"]] = func.now()
         unchanged = self.generated == bindparam("expected_version", type_=BigInteger)
         changed = update(self.table).where(self.columns["id"] == bindparam("id"), unchanged).values(values)
-        return changed.returning(*[self.columns["updated"], self.generated])
+        return changed.returning(*[self.columns[name] for name in TIMES] + [self.generated])
 
     def _versions(self) -> Rows:
         ids = Batch({"id": Text()}).table()

@@ -130,6 +130,14 @@ def test_of_two_administrators_the_second_is_told(storage: MeshStorage) -> None:
             uow.nodes.update(found)
 
 
+def test_an_object_made_anew_is_whole_after_an_update(uow: UnitOfWork) -> None:
+    made = uow.nodes.add(Node(name="n", ip_address="10.0.0.1", port=1))
+    anew = uow.nodes.update(Node(id=made.id, name="m", ip_address="10.0.0.2", row_version=made.row_version))
+    found = uow.nodes.get(made.id)
+    names = ("name", "description", "region_id", "port", "status", "created", "updated", "row_version")
+    assert [getattr(anew, name) for name in names] == [getattr(found, name) for name in names]
+
+
 def test_the_session_compares_versions_too(storage: MeshStorage, open_storage: Open, mesh_storage_url: str) -> None:
     with storage.begin() as uow:
         made = uow.meshes.add(Mesh(name="m"))

@@ -25,7 +25,7 @@ from tests.contract.conftest import Open, opener
 Work: TypeAlias = Callable[[UnitOfWork], Any]
 REPOSITORIES = (
     *("meshes", "nodes", "routes"),
-    *("messages", "state", "node_states", "consensus_log", "routing_table", "runtime_config"),
+    *("messages", "state", "node_states", "consensus_log", "routing_table", "runtime_config", "changes"),
 )
 ANSWER = rb"\tB\t\d+\t(?:ReadyForQuery|CopyInResponse)\b"
 STATEMENT = rb"\tF\t\d+\t(?:Query|Execute)\b"
@@ -182,6 +182,9 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "node_states.put_many": (lambda uow: uow.node_states.put_many({str(n): n for n in range(400)}), ONE),
     "node_states.stale": (lambda uow: uow.node_states.stale(timedelta(days=1)), ONE),
     "node_states.stream": (lambda uow: list(uow.node_states.stream()), ONE),
+    "changes.cursor": (lambda uow: uow.changes.cursor(), ONE),
+    "changes.since": (lambda uow: uow.changes.since(None, ["nodes", "state"]), ONE),
+    "changes.since a cursor": (lambda uow: uow.changes.since(uow.changes.cursor(), ["state"], "a"), TWO),
     "consensus_log.append": (lambda uow: uow.consensus_log.append(1, 4, "x"), ONE),
     "consensus_log.append again": (lambda uow: uow.consensus_log.append(1, 3, "x"), Cost(4, 4)),
     "consensus_log.append_many": (
@@ -389,7 +392,7 @@ def test_a_unit_of_work_costs_this_much(opened: Opener, wire: Wire) -> None:
 def test_run_and_health_cost_this_much(opened: Opener, wire: Wire) -> None:
     with opened.storage() as storage:
         assert wire.cost_of(partial(storage.run, put)) == Cost(3, 3)
-        assert wire.cost_of(storage.health) == (Cost(5, 5) if opened.pooled else Cost(3, 3))
+        assert wire.cost_of(storage.health) == (Cost(6, 6) if opened.pooled else Cost(4, 4))
 
 
 def test_to_prepare_a_statement_costs_one_round_trip_once(opened: Opener, wire: Wire) -> None:

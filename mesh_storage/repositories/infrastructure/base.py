@@ -117,9 +117,9 @@ class InfrastructureRepository(KeyedRepository[M]):
         history = inspect(entity).committed_state
         for name in kind.changed:
             given = getattr(entity, name)
-            if name in history or (given is None and values[name] is not None):
+            if name in history or name not in vars(entity) or (given is None and values[name] is not None):
                 set_committed_value(entity, name, values[name] if given is None else given)
-        for name, value in zip(("updated", kind.version_name), row, strict=True):
+        for name, value in zip((*TIMES, kind.version_name), row, strict=True):
             set_committed_value(entity, name, value)
         mark_written(entity, self._connection.writes)
         return entity

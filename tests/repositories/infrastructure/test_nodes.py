@@ -249,7 +249,7 @@ def test_update_stores_the_default_for_none_where_there_is_one(storage: MeshStor
 
 def test_update_gives_an_object_that_was_made_anew_its_defaults(uow: UnitOfWork) -> None:
     there = NodeFactory.create(uow=uow, port=1, description="d")
-    node = uow.nodes.update(Node(id=there.id, name="renamed", ip_address="::1"))
+    node = uow.nodes.update(Node(id=there.id, name="renamed", ip_address="::1", row_version=there.row_version))
     assert (node.description, node.port) == ("", 8443)
     found = uow.nodes.get(there.id)
     assert (found.name, found.description, found.port) == ("renamed", "", 8443)
