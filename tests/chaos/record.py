@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -33,15 +34,24 @@ class Starvation:
 
     def __init__(self) -> None:
         self._late: list[tuple[float, float]] = []
+        self._begun = math.inf
 
-    def woken(self, begun: float) -> None:
-        """Measure, at the end of a nap that begun at a moment."""
-        now = time.monotonic()
-        self._late.append((now, now - begun - self.NAP_S))
+    def asleep(self) -> None:
+        """Begin a nap."""
+        self._begun = time.monotonic()
+
+    def woken(self) -> None:
+        """End it, and measure."""
+        self._late.append((time.monotonic(), self._late_by_now()))
+        self._begun = math.inf
 
     def since(self, moment: float) -> float:
         """Return the seconds by which it has been late since a moment."""
-        return sum(late for _, late in takewhile(lambda nap: nap[0] > moment, reversed(self._late)))
+        naps = takewhile(lambda nap: nap[0] > moment, reversed(self._late))
+        return self._late_by_now() + sum(late for _, late in naps)
+
+    def _late_by_now(self) -> float:
+        return max(0.0, time.monotonic() - self._begun - self.NAP_S)
 
     @property
     def worst(self) -> float:

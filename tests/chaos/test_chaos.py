@@ -102,17 +102,18 @@ class Load:
 
     def _watch_threads(self) -> None:
         while not self._checked.is_set():
-            begun = time.monotonic()
+            self._record.starvation["thread"].asleep()
             time.sleep(Starvation.NAP_S)
-            self._record.starvation["thread"].woken(begun)
+            self._record.starvation["thread"].woken()
 
     async def _watch_loop(self) -> None:
         """Measure how late a task is; if no thread is, the library has blocked the loop."""
         threads, tasks = self._record.starvation["thread"], self._record.starvation["task"]
         while True:
             begun = time.monotonic()
+            tasks.asleep()
             await asyncio.sleep(Starvation.NAP_S)
-            tasks.woken(begun)
+            tasks.woken()
             blocked = time.monotonic() - begun - threads.since(begun)
             if blocked > TOLERANCE_S:
                 self._record.faults.append(f"the event loop was blocked for {blocked:.2f} s")
