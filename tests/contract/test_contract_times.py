@@ -48,7 +48,8 @@ def legacy(mesh_storage_url: str) -> Iterator[psycopg.Connection[Any]]:
 def times_of(model: type[Base]) -> dict[str, str]:
     """Return the columns of a model that hold times, by the names of its attributes."""
     names = zip(attribute_names(model), table_of(model).columns, strict=True)
-    return {name: column.name for name, column in names if isinstance(column.type, DateTime)}
+    # An entry that expires at such a time is not there, or is for ever.
+    return {name: column.name for name, column in names if isinstance(column.type, DateTime) and name != "expires_at"}
 
 
 def read(repository: Any, aggregate: Any) -> list[Any]:
