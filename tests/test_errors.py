@@ -39,7 +39,7 @@ CLASSES = [
 
 
 def test_there_are_all_classes_of_the_contract() -> None:
-    assert len(CLASSES) == 12
+    assert len(CLASSES) == 13
     assert issubclass(InvalidInputError, ValueError)
     assert {kind for kind in CLASSES if kind is not NotFoundError and kind().retryable} == {
         UnavailableError,

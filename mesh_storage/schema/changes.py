@@ -132,8 +132,8 @@ def _function(name: str, body: str) -> str:
     """Return the statement that creates a trigger function in the current schema.
 
     It runs with the privileges of its owner, so that whoever may write a table needs no privilege on the log. All names
-    in it are qualified, those of operators too, so that no `search_path` leads them elsewhere (PostgreSQL manual, CREATE
-    FUNCTION, "Writing SECURITY DEFINER Functions Safely"). Setting one would cost as much as a whole trigger.
+    in it are qualified, those of operators too, so that no `search_path` leads them elsewhere (PostgreSQL manual,
+    CREATE FUNCTION, "Writing SECURITY DEFINER Functions Safely"). Setting one would cost as much as a whole trigger.
     """
     create = (
         f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "

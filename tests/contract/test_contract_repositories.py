@@ -61,8 +61,13 @@ def each(name: str, aggregates: Iterable[Any]) -> list[Any]:
     return [getattr(aggregate, name) for aggregate in aggregates]
 
 
-def test_this_file_calls_every_method_of_every_repository() -> None:
-    called = set(re.findall(r"\buow\.(\w+)\.(\w+)\(", Path(__file__).read_text()))
+def test_this_file_and_that_of_versions_call_every_method_of_every_repository() -> None:
+    here, versions = Path(__file__).read_text(), Path(__file__).with_name("test_contract_versions.py").read_text()
+    called = set(re.findall(r"\buow\.(\w+)\.(\w+)\(", here + versions))
+    # There, most tests are run with each of the two.
+    called |= {
+        (name, method) for name in ("state", "runtime_config") for method in re.findall(r"\bown\.(\w+)\(", versions)
+    }
     methods = {
         (name, method)
         for name, repository in REPOSITORIES.items()

@@ -49,7 +49,7 @@ def test_one_that_comes_while_the_unique_index_is_built_is_set_aside_too(
 def test_one_that_comes_again_is_set_aside_again_and_nothing_is_lost(
     legacy_url: str, connection: legacy.Connection
 ) -> None:
-    schema.upgrade(legacy_url)
+    schema.upgrade(legacy_url, "0009")
     connection.execute("DROP INDEX mesh_consensus_log_index_key")
     connection.execute("UPDATE mesh_alembic_version SET version_num = '0006'")
     connection.execute(ADD, [1, 3, Jsonb("again")])
