@@ -119,6 +119,7 @@ def test_all_variables_together_have_no_say_and_stay(tmp_path: Path) -> None:
 
 
 def test_the_variables_say_nothing_about_where_the_fixtures_databases_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MESH_STORAGE_TEST_URL", raising=False)  # on a given server, libpq's variables count
     for name in VARIABLES.keys() - {"PGOPTIONS", "PGCONNECT_TIMEOUT"}:  # What a session is like they may say.
         monkeypatch.setenv(name, VARIABLES[name])
     with databases() as made, made.fresh() as url, MeshStorage.open(url) as storage:
