@@ -180,11 +180,12 @@ class Entries(Aggregate[M]):
             {self.key: bindparam("key", type_=Text), self.value: bindparam("value", type_=self.value.type)}
         )
 
-    def insert_many(self) -> Insert:
-        """Insert the arrays `key` and `value` as rows."""
-        rows = self.batch.table()
+    def insert_many(self, others: Mapping[Column[Any], ColumnElement[Any]] | None = None) -> Insert:
+        """Insert the arrays `key` and `value` as rows, with the same values for all of them in `others`."""
+        rows, same = self.batch.table(), others or {}
         value = cast(rows.c.value, self.value.type) if self.is_json else rows.c.value
-        return insert(self.table).from_select([self.key, self.value], select(rows.c.key, value))
+        selected = select(*[rows.c.key, value, *same.values()])
+        return insert(self.table).from_select([self.key, self.value, *same], selected)
 
     def replacing(self, statement: Insert, where: ColumnElement[bool] | None = None) -> Insert:
         """Add an ON CONFLICT clause that replaces the value of an existing key (PostgreSQL manual, INSERT)."""

@@ -12,19 +12,16 @@ from sqlalchemy import (
     ColumnElement,
     Interval,
     Text,
-    TextClause,
     bindparam,
     case,
-    cast,
     collate,
     delete,
     func,
     or_,
     select,
-    text,
     update,
 )
-from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 
@@ -112,22 +109,15 @@ class ExpiringEntries(Entries[M]):
         )
 
     def _put_many_expiring(self) -> ReturningInsert[Any]:
-        rows = self.batch.table()
-        value = cast(rows.c.value, self.value.type) if self.is_json else rows.c.value
-        columns = [self.key, self.value, self.created_at, self.updated_at, self._expires_at]
-        new = insert(self.table).from_select(columns, select(rows.c.key, value, _MOMENT, _MOMENT, _EXPIRY))
+        new = self.insert_many({self.created_at: _MOMENT, self.updated_at: _MOMENT, self._expires_at: _EXPIRY})
         return self.replacing(new).returning(*[self.key, *self.given])
 
-    def _touch(self) -> TextClause:
-        """Set nothing but the expiry, which gives no new version (see schema/changes.py); as text, without onupdate."""
-        return text(
-            f"""
-            UPDATE {self.table.name} SET expires_at = (SELECT clock_timestamp()) + :ttl
-            WHERE {self.key.name} = :key AND version = :expected_version
-            AND (expires_at IS NULL OR expires_at > (SELECT clock_timestamp()))
-            RETURNING {", ".join(column.name for column in self.table.columns)}
-            """  # noqa: S608 - our own names
-        ).bindparams(bindparam("ttl", type_=Interval))
+    def _touch(self) -> ReturningUpdate[Any]:
+        """Change nothing but the expiry, not even the time of the last update: that gives no new version."""
+        changed = update(self.table).where(*self._expected)
+        return changed.ordered_values((self._expires_at, _EXPIRY), (self.updated_at, self.updated_at)).returning(
+            self.table
+        )
 
 
 def check_ttl(ttl: object) -> timedelta | None:

@@ -1,6 +1,7 @@
 """The triggers that give each row its version and log each change, whoever writes.
 
-A version is drawn in a BEFORE trigger, while the row is locked, so it only grows for one key. The log has the
+A version is drawn in a BEFORE trigger: for an update with the row locked, so it only grows for one key; for an insert
+before the key is looked up, so another that writes and deletes it meanwhile may have a larger one. The log has the
 transaction id of each change: a reader takes what its snapshot sees and the snapshot of its cursor did not.
 """
 
@@ -36,7 +37,9 @@ RENEW_VERSIONS = f"""
 As etcd's `--bump-revision`: a restored database must not give out versions that clients have already seen. The Unix
 time in microseconds is ahead of them, since each takes longer than a microsecond to be drawn.
 """
-TRIGGERS = frozenset(f"{table}_{trigger}" for table in WATCHED for trigger in ("version", "log", "truncate"))
+_KINDS = ("version", "log", "truncate")
+TRIGGERS = frozenset(f"{table}_{kind}" for table in WATCHED for kind in _KINDS)
+"""The names of all triggers."""
 FORGET = (
     f"DELETE FROM {LOG}",  # noqa: S608 - our own name
     f"UPDATE {EPOCH} SET epoch = gen_random_uuid()",  # noqa: S608 - our own name
@@ -117,8 +120,8 @@ def watch(table: str) -> Iterator[str]:
 def remove() -> Iterator[str]:
     """Yield the statements that drop all of it."""
     for table in WATCHED:
-        for trigger in ("version", "log", "truncate"):
-            yield f"DROP TRIGGER IF EXISTS {table}_{trigger} ON {table}"
+        for kind in _KINDS:
+            yield f"DROP TRIGGER IF EXISTS {table}_{kind} ON {table}"
         yield f"DROP FUNCTION {table}_log()"
     yield "DROP FUNCTION mesh_version()"
     yield "DROP FUNCTION mesh_entry_version()"
