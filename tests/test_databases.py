@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from typing import Any
 
 import psycopg
@@ -87,25 +88,33 @@ def test_a_monitor_that_may_not_be_disconnected_is_named(
         Databases(connect).close()  # drops what this one could not
 
 
-def be_killed(connect: dict[str, Any]) -> None:
-    with Databases(connect).fresh():
-        os.kill(os.getpid(), signal.SIGKILL)
+def be_killed(connect: dict[str, Any], ready: Connection) -> None:
+    made = Databases(connect)
+    with made.fresh():
+        ready.send(made._prefix)
+        signal.pause()
 
 
 def test_what_a_killed_run_has_left_is_dropped_by_the_next(
     connect: dict[str, Any], admin: psycopg.Connection[Any], mesh_storage_url: str
 ) -> None:
-    before = names(admin)
-    process = FORK.Process(target=be_killed, args=[connect])
+    receiving, sending = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=be_killed, args=[connect, sending])
     process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert len(names(admin) - before) == 2
+    assert receiving.poll(60)
+    prefix = receiving.recv()
+
+    def left() -> list[str]:
+        return sorted(name for name in names(admin) if name.startswith(prefix))
 
     def dropped() -> bool:
         Databases(connect).close()
-        return not names(admin) - before
+        return not left()
 
+    assert left() == [f"{prefix}_1", f"{prefix}_template"]
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert eventually(dropped)
     with MeshStorage.open(mesh_storage_url) as storage:
         assert storage.health().ok

@@ -32,21 +32,25 @@ async def lead(storage: AsyncMeshStorage, leads: asyncio.Event | None = None) ->
 
 
 def test_cancelled_at_any_moment_it_leaves_nothing(run: Run, mesh_storage_url: str, watch: Watch) -> None:
+    moments = 40
+
     async def main() -> None:
         led = 0
         async with storage_at_rest(mesh_storage_url, watch, pool_size=2) as storage:
+            started = time.monotonic()
+            async with storage.lease("leader", b"a", ttl=LONG):
+                took = time.monotonic() - started
             for number in itertools.count():
                 leads = asyncio.Event()
                 task = asyncio.create_task(lead(storage, leads))
-                asyncio.get_running_loop().call_later(number * 0.0004, task.cancel)
+                asyncio.get_running_loop().call_later(number * took / moments, task.cancel)
                 with pytest.raises(asyncio.CancelledError):
                     await task
                 assert watch.keys() == [], number
                 assert not renewing()
                 led += leads.is_set()
-                if led == 5:
+                if led >= 5 and number >= moments:
                     break
-        assert number > 20  # each time a little later
 
     run(main())
 
