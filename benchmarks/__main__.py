@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import bulk, growth, picture, single, startup, threads, watching
+from benchmarks import bulk, growth, picture, single, startup, threads, versions, watching
 from benchmarks.contest import Workload, compare
 from benchmarks.database import durable_database
 from benchmarks.limits import FACTS
@@ -48,7 +48,7 @@ def _sizes(given: argparse.Namespace) -> list[int]:
 
 
 def _workloads() -> list[Workload]:
-    found = [*single.WORKLOADS, *bulk.WORKLOADS, *threads.WORKLOADS, *startup.WORKLOADS]
+    found = [*single.WORKLOADS, *bulk.WORKLOADS, *threads.WORKLOADS, *versions.WORKLOADS, *startup.WORKLOADS]
     try:
         from benchmarks import aio
     except ImportError as error:

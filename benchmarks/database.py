@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import psycopg
 from psycopg.types.json import set_json_loads
 from pydantic_core import from_json
 
-from mesh_storage import MeshStorage
+from mesh_storage import MeshStorage, schema
 from mesh_storage.embedded.server import EmbeddedServer
+from mesh_storage.postgres.server import Server
 
 MOST_OTHER_ROWS = 1_000_000
 """Beyond this, only the number of messages grows."""
@@ -58,6 +60,22 @@ class Database:
         with psycopg.connect(**self.connect_arguments, autocommit=autocommit) as connection:
             set_json_loads(from_json, connection)
             yield connection
+
+    @contextmanager
+    def without_triggers(self) -> Generator[MeshStorage]:
+        """Open a storage on another database of the server, whose state is written without triggers."""
+        connect = {**self.connect_arguments, "dbname": "without_triggers"}
+        with self.connection(autocommit=True) as admin:
+            admin.execute("CREATE DATABASE without_triggers TEMPLATE template0 ENCODING 'UTF8'")
+            try:
+                schema.upgrade_server(Server(connect))
+                with psycopg.connect(**connect) as connection:
+                    connection.execute("ALTER TABLE mesh_state DISABLE TRIGGER USER")
+                address = urlencode({name: connect[name] for name in ("host", "port", "user")}, quote_via=quote)
+                with MeshStorage.open(f"postgresql:///without_triggers?{address}") as storage:
+                    yield storage
+            finally:
+                admin.execute("DROP DATABASE without_triggers WITH (FORCE)")
 
     def fill(self, rows: int) -> None:
         """Empty all tables, and fill those of the runtime layer with rows numbered from 1."""

@@ -19,6 +19,10 @@ PUT_STATE = """
     ON CONFLICT (key) DO UPDATE SET value = excluded.value, updated_at = now() RETURNING created_at, updated_at
 """
 GET_STATE = "SELECT key, value, created_at, updated_at FROM mesh_state WHERE key = %s"
+GET_STATE_AND_VERSION = "SELECT value, version FROM mesh_state WHERE key = %s"
+PUT_STATE_IF_VERSION = """
+    UPDATE mesh_state SET value = %s, updated_at = now() WHERE key = %s AND version = %s RETURNING version
+"""
 PUT_NODE_STATE = """
     INSERT INTO mesh_node_state (node_id, state) VALUES (%s, %s)
     ON CONFLICT (node_id) DO UPDATE SET state = excluded.state, updated_at = now() RETURNING created_at, updated_at

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bulk, growth, limits, single, startup, threads, watching
+from benchmarks import bulk, growth, limits, single, startup, threads, versions, watching
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,8 @@ def figures(quick_run: Path) -> dict[str, Any]:
 
 def test_every_workload_runs_and_gives_positive_numbers(figures: dict[str, Any]) -> None:
     aio = pytest.importorskip("benchmarks.aio")
-    workloads = [*single.WORKLOADS, *bulk.WORKLOADS, *threads.WORKLOADS, *startup.WORKLOADS, *aio.WORKLOADS]
+    parts = [single, bulk, threads, versions, startup, aio]
+    workloads = [workload for part in parts for workload in part.WORKLOADS]
     assert {one["workload"] for one in figures["comparisons"]} == {workload.name for workload in workloads}
     for one in figures["comparisons"]:
         numbers = [value for value in one.values() if isinstance(value, float)]
