@@ -19,11 +19,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import psycopg
+import pytest
 from sqlalchemy import text
 
 from mesh_storage import MeshStorage, MeshStorageError
 from tests.electors import NAME, Sight, Term, stand, terms
 from tests.processes import ROOT, eventually
+
+pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("ELECTIONS", "10"))
 TTL = timedelta(seconds=0.5)

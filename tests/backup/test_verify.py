@@ -24,6 +24,8 @@ from mesh_storage.postgres.server import Server
 from mesh_storage.testing import Databases
 from tests.servers import PASSWORD
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def of_debian(databases_of: Callable[[str], Databases]) -> Iterator[Server]:

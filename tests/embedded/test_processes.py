@@ -22,6 +22,8 @@ from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
 from mesh_storage.embedded.server import EmbeddedServer
 from tests.processes import eventually
 
+pytestmark = pytest.mark.slow
+
 HOLD = """
 import sys
 from mesh_storage import MeshStorage

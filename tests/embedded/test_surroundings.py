@@ -27,6 +27,8 @@ from mesh_storage.postgres.server import open_server
 from mesh_storage.testing import databases
 from tests.processes import eventually
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 VARIABLES = {option.envvar.decode(): "nonsense" for option in pq.Conninfo.get_defaults() if option.envvar} | {
     "PGHOSTADDR": "192.0.2.1",

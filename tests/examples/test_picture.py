@@ -17,6 +17,8 @@ import pytest
 from mesh_storage import testing
 from tests.examples.days import graphml, live, rows
 
+pytestmark = pytest.mark.slow
+
 SVG = "{http://www.w3.org/2000/svg}"
 Place = tuple[float, float]
 

@@ -28,6 +28,8 @@ from mesh_storage.testing import Databases, NodeFactory
 from tests.processes import ROOT, start_alembic
 from tests.schema import legacy
 
+pytestmark = pytest.mark.slow
+
 # The example of the document, up to its own upgrade.
 DOCUMENT = (ROOT / "docs" / "schema.md").read_text()
 EXAMPLE = re.search(r"^```console\n(alembic init migrations.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
