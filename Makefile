@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-matrix chaos mutants lint format types schema docs sync bench check migrate revision lock clean
+.PHONY: help install demo service test test-slow test-matrix chaos mutants lint format types schema docs sync bench check migrate revision lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ COUNT_PACKAGES = total=$$(grep -c '^[a-z].*==' requirements.lock); number=0; \
 
 demo: install ## Run a day of a real network on its own database, and draw it
 	@$(BIN)/python examples/mesh_day.py
+
+service: install ## Run an example of a service on a database of its own, with a page that shows its mesh live
+	cd examples && ../$(BIN)/python -m service --play
 
 test: install ## Run the tests but the slow ones, or only some: make test T=tests/backup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(T),$(T),-m 'not slow' --cov --cov-report=term-missing:skip-covered)

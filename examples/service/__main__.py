@@ -1,0 +1,45 @@
+"""Starts the service, on the database of MESH_STORAGE_URL or on a throw-away one.
+
+    python -m service [--port 8080] [--play]
+
+With --play, it also plays the nodes of a network, so that its page shows something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from contextlib import suppress
+
+import uvicorn
+
+from service.app import create_app
+from service.background import running
+from service.play import play
+
+
+async def main() -> None:
+    """Serve until a signal."""
+    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--play", action="store_true", help="play the nodes of a network")
+    given = parser.parse_args()
+    os.environ.setdefault("MESH_STORAGE_URL", "memory:")
+    server = uvicorn.Server(uvicorn.Config(create_app(), port=given.port, access_log=False))
+    acting = [act(server, f"http://127.0.0.1:{given.port}")] if given.play else []
+    async with running(*acting):
+        await server.serve()
+
+
+async def act(server: uvicorn.Server, url: str) -> None:
+    """Play as soon as the server answers."""
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.1)
+    print(f"\nThe mesh, live: {url}/\n", flush=True)
+    await play(url)
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        asyncio.run(main())

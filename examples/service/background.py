@@ -1,0 +1,96 @@
+"""What the service does on its own: it follows its configuration, leads if it is its turn, and tidies up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+from mesh_storage import ConfigEntry, MeshStorageError
+from mesh_storage.aio import AsyncLease, AsyncMeshStorage
+from service.alerts import update_alerts
+from service.routing import best_routes
+
+logger = logging.getLogger("service")
+
+LEASE = "service.leader"
+PREFIX = "service."
+_TTL = timedelta(seconds=5)
+_LOOK_EVERY_S = 0.5
+_MAINTAIN_EVERY_S = 60.0
+_PAUSE_S = 1.0
+
+
+class Config:
+    """The settings that may be changed at run time: entries of the runtime configuration, followed by `follow`."""
+
+    def __init__(self) -> None:
+        self.silent_after_s = 5.0
+        """A node that has not reported for so many seconds has fallen silent."""
+
+    async def follow(self, storage: AsyncMeshStorage) -> None:
+        """Take each change of the entries whose keys start with `service.`."""
+        async for batch in storage.watch("runtime_config", prefix=PREFIX):
+            for change in batch.changes:
+                value = change.entry.value if isinstance(change.entry, ConfigEntry) else None
+                if change.key == f"{PREFIX}silent_after_s":
+                    # What somebody wrote by mistake must not end the service.
+                    self.silent_after_s = float(value) if isinstance(value, (int, float)) and value > 0 else 5.0
+                    logger.info("a node falls silent after %g s", self.silent_after_s)
+
+
+@asynccontextmanager
+async def running(*works: Coroutine[Any, Any, None]) -> AsyncGenerator[None, None]:
+    """Let some work go on in the background of a block."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def stand_for_leader(storage: AsyncMeshStorage, name: str, config: Config) -> None:
+    """Lead whenever no other process does."""
+    while True:
+        async with storage.lease(LEASE, name.encode(), ttl=_TTL) as lease:
+            logger.info("%s leads", name)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    routes = group.create_task(compute_routes(storage, lease))
+                    await watch_over_nodes(storage, lease, config)
+                    routes.cancel()
+            except* MeshStorageError as errors:
+                logger.warning("%s no longer leads: %s", name, errors.exceptions[0])
+        await asyncio.sleep(_PAUSE_S)
+
+
+async def compute_routes(storage: AsyncMeshStorage, lease: AsyncLease) -> None:
+    """Compute the routing table anew after each change of the routes."""
+    async for batch in storage.watch("routes"):
+        if not batch.more:
+            async with storage.begin() as uow:
+                await uow.state.check(LEASE, version=lease.token)  # refused if another leads by now
+                await uow.routing_table.replace_all(best_routes([route async for route in uow.routes.stream()]))
+
+
+async def watch_over_nodes(storage: AsyncMeshStorage, lease: AsyncLease, config: Config) -> None:
+    """Open and end the alerts of the nodes, as long as this process leads."""
+    while lease.held:
+        async with storage.begin() as uow:
+            await uow.state.check(LEASE, version=lease.token)
+            silent = await uow.node_states.stale(timedelta(seconds=config.silent_after_s))
+            await update_alerts(uow, {state.node_id for state in silent})
+        await asyncio.sleep(_LOOK_EVERY_S)
+
+
+async def maintain(storage: AsyncMeshStorage) -> None:
+    """Remove what has expired and what is no longer kept, every minute."""
+    while True:
+        with suppress(MeshStorageError):  # an outage: the next time will do
+            await storage.maintain(messages_older_than=timedelta(days=7))
+        await asyncio.sleep(_MAINTAIN_EVERY_S)

@@ -1,0 +1,240 @@
+"""The service of the examples, as its operators and the nodes of its mesh see it: real processes, over HTTP."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+
+from mesh_storage import MeshStorage
+from mesh_storage.testing import Databases
+from tests.processes import eventually
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+KEY = "the join key"
+
+
+class Service:
+    """A process of the service, and a client of it."""
+
+    def __init__(self, url: str, *arguments: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "service", "--port", str(port), *arguments],
+            cwd=EXAMPLES,
+            env={**os.environ, "MESH_STORAGE_URL": url},
+        )
+        self.http = httpx.Client(base_url=self.url, timeout=10)
+        assert eventually(self._answers, 30)
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None
+        try:
+            return self.http.get("/live").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def send(self, method: str, path: str, body: Any, expected: int = 204) -> Any:
+        response = self.http.request(method, path, json=body)
+        assert response.status_code == expected, response.text
+        return response.json() if response.content else None
+
+    def overview(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.http.get("/overview").raise_for_status().json()
+        return found
+
+    def sees(self, what: Callable[[dict[str, Any]], object], seconds: float = 20) -> bool:
+        return eventually(lambda: bool(what(self.overview())), seconds)
+
+    def join(self, mesh: str, *names: str) -> list[str]:
+        self.send("POST", "/meshes", {"name": mesh, "join_key": KEY}, 201)
+        joining = {"mesh": mesh, "join_key": KEY, "ip_address": "10.0.0.1"}
+        return [self.send("POST", "/nodes", {**joining, "name": name}, 201) for name in names]
+
+    def link(self, source: str, target: str, latency_ms: float, *, up: bool = True) -> None:
+        self.send("PUT", "/links", {"source": source, "target": target, "latency_ms": latency_ms, "up": up})
+
+    def end(self, signum: signal.Signals = signal.SIGTERM) -> int:
+        self.http.close()
+        self.process.send_signal(signum)
+        return self.process.wait(30)
+
+
+Start = Callable[..., Service]
+
+
+@pytest.fixture
+def start(mesh_storage_url: str, unmeasured: None) -> Iterator[Start]:
+    """Yield what starts a process of the service on the database of the test."""
+    del unmeasured
+    started: list[Service] = []
+
+    def one(*arguments: str, url: str = mesh_storage_url) -> Service:
+        started.append(Service(url, *arguments))
+        return started[-1]
+
+    yield one
+    for service in started:
+        service.http.close()
+        if service.process.poll() is None:
+            service.process.kill()
+            service.process.wait()
+
+
+def test_nodes_join_with_the_key_and_report(start: Start) -> None:
+    service = start()
+    (node,) = service.join("north", "alpha")
+    assert service.join("south", "alpha") == [node]
+    joining = {"mesh": "north", "join_key": "a guess", "name": "beta", "ip_address": "10.0.0.2"}
+    service.send("POST", "/nodes", joining, 403)
+    service.send("POST", "/nodes", {**joining, "mesh": "nowhere"}, 404)
+    service.send("POST", "/meshes", {"name": "north", "join_key": KEY}, 409)
+    service.send("PUT", f"/nodes/{node}/state", "no object", 422)
+    assert [seen["status"] for seen in service.overview()["nodes"]] == ["new"]
+    service.send("PUT", f"/nodes/{node}/state", {"load": 0.5})
+    (seen,) = service.overview()["nodes"]
+    assert (seen["name"], seen["status"], seen["state"]) == ("alpha", "up", {"load": 0.5})
+
+
+def test_messages_are_kept_once(start: Start, mesh_storage: MeshStorage) -> None:
+    service = start()
+    message = {"id": "m1", "from_node": "a", "to_node": "b", "text": "grüße"}
+    for _ in range(2):
+        service.send("POST", "/messages", message, 202)
+    service.send("POST", "/messages", {**message, "text": "something else"}, 409)
+    with mesh_storage.begin(read_only=True) as uow:
+        assert [kept.content.decode() for kept in uow.messages.stream()] == ["grüße"]
+    assert service.overview()["messages"] == 1
+
+
+def test_the_best_routes_follow_the_links(start: Start) -> None:
+    service = start()
+    a, b, c = service.join("north", "a", "b", "c")
+    service.link(a, b, 1)
+    service.link(b, c, 1)
+    service.link(a, c, 5)
+    assert service.sees(lambda mesh: mesh["routes"].get(f"{a}>{c}") == {"next": b, "latency_ms": 2.0, "hops": 2})
+    assert service.http.get(f"/paths/{a}/{c}").json() == [a, b, c]
+    service.link(b, c, 1, up=False)
+    assert service.sees(lambda mesh: mesh["routes"].get(f"{a}>{c}") == {"next": c, "latency_ms": 5.0, "hops": 1})
+    service.link(a, c, 5, up=False)
+    assert service.sees(lambda mesh: f"{a}>{c}" not in mesh["routes"])
+    assert service.http.get(f"/paths/{a}/{c}").status_code == 404
+
+
+def test_a_silent_node_is_told_until_it_reports_again_and_the_time_for_it_is_followed(start: Start) -> None:
+    service = start()
+    (node,) = service.join("north", "a")
+    service.send("PUT", "/config/silent_after_s", 3600)
+    service.send("PUT", f"/nodes/{node}/state", {})
+    assert service.sees(lambda mesh: mesh["leader"])
+    assert service.overview()["alerts"] == []
+    service.send("PUT", "/config/silent_after_s", 0.2)
+    assert service.sees(lambda mesh: [alert["node"] for alert in mesh["alerts"]] == [node])
+    assert [seen["status"] for seen in service.overview()["nodes"]] == ["silent"]
+    service.send("PUT", "/config/silent_after_s", "nonsense")
+    service.send("PUT", "/config/silent_after_s", 3600)
+    service.send("PUT", f"/nodes/{node}/state", {})
+    assert service.sees(lambda mesh: not mesh["alerts"])
+
+
+def test_another_process_leads_when_the_leader_is_killed(start: Start) -> None:
+    first = start()
+    assert first.sees(lambda mesh: mesh["leader"])
+    leader = first.overview()["leader"]
+    second = start()
+    assert second.overview()["leader"] == leader
+    a, b = second.join("north", "a", "b")
+    first.end(signal.SIGKILL)
+    second.link(a, b, 1)
+    assert second.sees(lambda mesh: f"{a}>{b}" in mesh["routes"])
+    assert second.overview()["leader"] != leader
+
+
+def test_it_is_shut_down_in_good_order(start: Start, mesh_storage_url: str) -> None:
+    service = start()
+    assert service.sees(lambda mesh: mesh["leader"])
+    began = time.monotonic()
+    service.end()
+    assert time.monotonic() - began < 5, "shorter than the lease: it was given back, not left to expire"
+    with psycopg.connect(mesh_storage_url, autocommit=True) as connection:
+        assert connection.execute("SELECT count(*) FROM mesh_state").fetchone() == (0,)
+        left = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        assert eventually(lambda: connection.execute(left).fetchone() == (0,))
+
+
+def test_without_its_database_it_lives_but_is_not_ready(start: Start, mesh_storage_databases: Databases) -> None:
+    with ExitStack() as stack:
+        service = start(url=stack.enter_context(mesh_storage_databases.fresh()))
+        assert service.http.get("/ready").json() == {"ready": True, "detail": None}
+        stack.close()
+        answer = service.http.get("/ready")
+        assert (answer.status_code, answer.json()["ready"]) == (503, False)
+        assert service.http.get("/live").status_code == 200
+        refused = service.http.get("/overview")
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert service.end() == -signal.SIGTERM  # as uvicorn ends, once the application is shut down
+
+
+def test_its_table_and_ours_are_migrated_side_by_side(start: Start, mesh_storage_url: str) -> None:
+    start().end()
+    start().end()  # what is there already stays
+    check = (
+        "from alembic import command; from sqlalchemy import create_engine, make_url; from service import migration\n"
+        "with create_engine(make_url(URL).set(drivername='postgresql+psycopg')).begin() as connection:\n"
+        "    command.check(migration.config(connection)); command.downgrade(migration.config(connection), 'base')\n"
+    )
+    program = f"URL = {mesh_storage_url!r}\n{check}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=EXAMPLES, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with MeshStorage.open(mesh_storage_url) as storage:
+        assert storage.health().ok
+
+
+def test_the_page_shows_the_mesh(start: Start, tmp_path: Path) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        assert not os.environ.get("CI"), "the page must be looked at: apt-get install chromium"
+        pytest.skip("there is no chromium to look at the page with")
+    service = start("--play")
+    assert service.sees(lambda mesh: any("Seattle" in node["name"] for node in mesh["nodes"]))
+    assert service.sees(lambda mesh: len(mesh["routes"]) == 110)
+    ids = {node["name"]: node["id"] for node in service.overview()["nodes"]}
+
+    def look(anchor: str) -> str:
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / uuid.uuid4().hex}",
+        ]
+        command += ["--virtual-time-budget=3000", "--dump-dom", f"{service.url}/#{anchor}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout
+
+    page = look("Denver")
+    assert set(re.findall(r'data-name="([^"]+)"', page)) == set(ids)
+    assert "Best routes from Denver" in page
+    assert len(re.findall(r'class="link[^"]*"', page)) == 14
+    assert len(re.findall(r'class="link best"', page)) >= 9, "the best routes are a tree of all cities"
+    assert service.overview()["leader"] in page
+    assert re.search(r'class="node (up|silent) "', page)
