@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -22,9 +23,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from mesh_storage import Batch, ConfigurationError, MeshStorage, UnavailableError, watch
-from mesh_storage.repositories import changelog
+from mesh_storage import Batch, ConfigurationError, MeshStorage, UnavailableError, schema, watch
 from mesh_storage.testing import Databases
+from tests.processes import eventually
+from tests.servers import PASSWORD, new_cluster
+from tools.test_matrix import find
 
 POLL = 0.02
 SECONDS = float(os.environ.get("MESH_STORAGE_TEST_WATCH_SECONDS", "6"))
@@ -100,13 +103,24 @@ def test_an_error_that_will_not_pass_is_raised(storage: MeshStorage, raw: psycop
         next(watching)
 
 
-def test_a_standby_is_refused(storage: MeshStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As a standby answers; a real one is in the tests of high availability.
-    moment = changelog._moment(changelog._LATEST).replace("NOT pg_is_in_recovery()", "false")
-    statement = changelog.Statement(lambda: changelog.text(moment), writes=False)
-    monkeypatch.setattr("mesh_storage.repositories.changes.MOMENT", statement)
-    with storage.begin(read_only=True) as uow, pytest.raises(ConfigurationError, match="target_session_attrs"):
-        uow.changes.cursor()
+@pytest.mark.slow
+def test_a_standby_is_refused_until_it_is_promoted(raw: psycopg.Connection[Any]) -> None:
+    programs = find(str(raw.info.server_version // 10_000))
+    assert programs is not None
+    with new_cluster(programs) as cluster:
+        schema.upgrade(cluster.url)
+        standby = cluster.standby
+        assert standby is not None
+        url = f"postgresql://postgres:{quote(PASSWORD, '')}@127.0.0.1:{standby.port}/postgres"
+        with MeshStorage.open(url) as storage:
+            with storage.begin(read_only=True) as uow, pytest.raises(ConfigurationError, match="target_session_attrs"):
+                uow.changes.cursor()
+            with pytest.raises(ConfigurationError, match="target_session_attrs"):
+                next(storage.watch("state", poll=POLL))
+            cluster.promote()
+            assert eventually(lambda: storage.health().writable)
+            put(storage, "a")
+            assert keys(next(storage.watch("state", poll=POLL))) == ["a"]
 
 
 def test_a_new_cursor_comes_from_time_to_time_without_a_change(

@@ -5,84 +5,16 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urlencode
+from collections.abc import Callable
+from contextlib import suppress
 
 import psycopg
 
 from tests.chaos.record import Record
-from tests.servers import PASSWORD, PostgresServer, new_server, send, unused_port
+from tests.servers import Cluster, send
 
 APPLICATION = "chaos"
-_STANDBY = "standby"
 _VICTIM = f"SELECT pid FROM pg_stat_activity WHERE application_name = '{APPLICATION}' ORDER BY random() LIMIT 1"
-
-
-class Cluster:
-    """A primary and a synchronous standby, until that is promoted; it acknowledges nothing that the standby lacks."""
-
-    def __init__(self, primary: PostgresServer, standby: PostgresServer) -> None:
-        self.primary = primary
-        self.standby: PostgresServer | None = standby
-        self._ports = primary.port, standby.port
-
-    def start(self) -> None:
-        """Make and start both."""
-        assert self.standby is not None, "it has not been promoted"
-        self.primary.create()
-        self.primary.start()
-        self.standby.copy(self.primary, _STANDBY)
-        self.standby.start()
-        self.restart(signal.SIGTERM)
-
-    def restart(self, how: signal.Signals) -> None:
-        """Restart the primary."""
-        self.primary.stop(how)
-        names = [] if self.standby is None else ["-c", f"synchronous_standby_names={_STANDBY}"]
-        self.primary.start(*names)
-
-    def promote(self) -> None:
-        """Let the standby take the place of the primary, which is dead, or frozen and then killed."""
-        assert self.standby is not None, "it has not been promoted"
-        old, self.primary, self.standby = self.primary, self.standby, None
-        with self.session() as session:
-            session.execute("SELECT pg_promote()")
-        old.end()
-
-    @contextmanager
-    def session(self) -> Generator[psycopg.Connection[Any]]:
-        """Yield a superuser's session on the primary."""
-        with psycopg.connect(**self.primary.connect, autocommit=True) as connection:
-            yield connection
-
-    @property
-    def url(self) -> str:
-        """The URL of whichever of the two accepts writes."""
-        hosts = ",".join(f"127.0.0.1:{port}" for port in self._ports)
-        parameters = urlencode({"target_session_attrs": "read-write"})
-        return f"postgresql://postgres:{quote(PASSWORD, '')}@{hosts}/postgres?{parameters}"
-
-
-@contextmanager
-def new_cluster(programs: Path) -> Generator[Cluster]:
-    """Yield a primary and a standby that run."""
-    parameters = {
-        "listen_addresses": "127.0.0.1",
-        "wal_retrieve_retry_interval": "100ms",
-        "log_min_messages": "fatal",
-        "max_connections": "60",
-    }
-    options = [option for name, value in parameters.items() for option in ("-c", f"{name}={value}")]
-    with (
-        new_server(programs, *options, port=unused_port()) as primary,
-        new_server(programs, *options, port=unused_port()) as standby,
-    ):
-        cluster = Cluster(primary, standby)
-        cluster.start()
-        yield cluster
 
 
 class Disturber:

@@ -19,11 +19,12 @@ from pydantic import SecretStr
 
 from mesh_storage import MeshStorage, Settings, schema
 from mesh_storage.aio import AsyncMeshStorage
-from tests.chaos.disturber import APPLICATION, Cluster, Disturber, new_cluster
+from tests.chaos.disturber import APPLICATION, Disturber
 from tests.chaos.record import TOLERANCE_S, Record, Starvation
 from tests.chaos.sides import InThread, finish, sleep_in_thread
 from tests.chaos.worker import CONNECT_TIMEOUT_S, LOCK_TIMEOUT_S, POOL_TIMEOUT_S, STATEMENT_TIMEOUT_S, Worker
 from tests.processes import eventually, sockets
+from tests.servers import Cluster, new_cluster
 from tools.test_matrix import find
 
 pytestmark = pytest.mark.slow
