@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 from mesh_storage.errors import StorageTimeoutError
@@ -14,6 +14,8 @@ from mesh_storage.postgres.liveness import GRACE_S
 _CALLER_GRACE_MS = 1000
 _LONGEST_LIMIT_MS = 2**31 - 1
 """About 24 days: PostgreSQL stores its timeouts as 32-bit milliseconds."""
+
+_AS_IT_IS = nullcontext()
 
 
 class SessionLimits(NamedTuple):
@@ -73,16 +75,17 @@ class Deadline:
             if stricter is not None and not 0 < stricter <= limit
         ]
 
-    @contextmanager
-    def extended(self) -> Generator[None]:
+    def extended(self) -> AbstractContextManager[None]:
         """Extend the deadline by a grace period, since cleaning up is allowed even after the timeout.
 
         A block inside of another has no grace period of its own.
         """
-        before = self._moment
-        if before is None or self._connection.tidying:
-            yield
-            return
+        if self._moment is None or self._connection.tidying:
+            return _AS_IT_IS
+        return self._extended(self._moment)
+
+    @contextmanager
+    def _extended(self, before: float) -> Generator[None]:
         self._connection.tidying = True
         self._moment = self._connection.deadline = max(before, time.monotonic()) + GRACE_S
         try:
