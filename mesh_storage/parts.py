@@ -4,18 +4,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mesh_storage.lease import Lease
 from mesh_storage.postgres.pool import Pool
 from mesh_storage.unit_of_work import Scope
 from mesh_storage.watch import Watch
 
+if TYPE_CHECKING:  # OpenTelemetry is an extra
+    from mesh_storage.telemetry.observed import Observed
+
 
 class Parts(NamedTuple):
-    """The classes of one storage."""
+    """The classes of one storage, and whom they report to."""
 
     pool: type[Pool] = Pool
     scope: type[Scope] = Scope
     lease: type[Lease] = Lease
     watch: type[Watch] = Watch
+    observed: Observed | None = None
+    """What telemetry knows of the storage, which anything else may be reported to; None without telemetry."""

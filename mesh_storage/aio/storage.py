@@ -103,7 +103,7 @@ class AsyncMeshStorage:
 
             parts = measured(telemetry, server)
         self._pool = parts.pool(settings, server)
-        self._scope, self._lease, self._watch = parts.scope, parts.lease, parts.watch
+        self._scope, self._lease, self._watch, self._observed = parts[1:]
         self._finalizer = weakref.finalize(self, server.close)
 
     @classmethod

@@ -43,6 +43,7 @@ def measured(telemetry: Telemetry, server: Server) -> AsyncParts:
         _bound(AsyncMeasuredScope, observed=observed, units_of_work=_unit_of_work(observed)),
         _bound(AsyncMeasuredLease, observed=observed),
         _bound(AsyncMeasuredWatch, observed=observed),
+        observed,
     )
 
 

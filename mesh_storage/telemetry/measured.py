@@ -45,6 +45,7 @@ def measured(telemetry: Telemetry, server: Server) -> Parts:
         _bound(MeasuredScope, observed=observed, units_of_work=_unit_of_work(observed)),
         _bound(MeasuredLease, observed=observed),
         _bound(MeasuredWatch, observed=observed),
+        observed,
     )
 
 

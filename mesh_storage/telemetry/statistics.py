@@ -97,11 +97,12 @@ GAUGES = (
 )
 """Another one is an entry here: all are parts of one query."""
 
-_QUERY = " UNION ALL ".join(
+QUERY = " UNION ALL ".join(
     f"SELECT {number}, label::text, value::float8 "  # noqa: S608 - our own statements
     f"FROM ({gauge.sql}) AS _ (label, value) WHERE value IS NOT NULL"
     for number, gauge in enumerate(GAUGES)
-)
+).encode()
+"""All gauges: the number, the label and the value of each."""
 
 Values = list[tuple[str | None, float]]
 
@@ -137,7 +138,7 @@ class Statistics:
         read: dict[Gauge, Values] = {gauge: [] for gauge in GAUGES}
         try:
             connection = self._connected()
-            for number, label, value in connection.execute(_QUERY.encode()):
+            for number, label, value in connection.execute(QUERY):
                 read[GAUGES[number]].append((label, value))
         except (MeshStorageError, psycopg.Error) as error:
             logger.debug("no statistics", exc_info=error)
