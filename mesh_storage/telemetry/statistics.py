@@ -68,7 +68,7 @@ GAUGES = (
         "db.collection.name",
     ),
     Gauge(
-        "mesh_storage.table.hot_updates",
+        "mesh_storage.table.hot_ratio",
         "1",
         "Share of updates that changed no index, since the statistics were reset.",
         "SELECT name, pg_stat_get_tuples_hot_updated(id)::float8 / nullif(pg_stat_get_tuples_updated(id), 0) "  # noqa: S608

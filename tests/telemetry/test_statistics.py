@@ -22,7 +22,7 @@ TABLE = "db.collection.name"
 NAMES = {
     "mesh_storage.changes.length",
     "mesh_storage.table.dead_rows",
-    "mesh_storage.table.hot_updates",
+    "mesh_storage.table.hot_ratio",
     "mesh_storage.transaction.oldest_age",
     "mesh_storage.replication.lag",
 }
@@ -73,13 +73,13 @@ def test_they_are_what_the_server_says(observed: MeshStorage, recorder: Recorder
         "mesh_state": 4, "mesh_node_state": 0, "mesh_routing_table": 0, "mesh_runtime_config": 0,
     }  # fmt: skip
     # A share of nothing is none.
-    assert recorder.by("mesh_storage.table.hot_updates", TABLE) == {"mesh_state": 1.0}
+    assert recorder.by("mesh_storage.table.hot_ratio", TABLE) == {"mesh_state": 1.0}
     assert recorder.by("mesh_storage.replication.lag") == {}
     units = {name: metric.unit for name, metric in recorder.metrics().items() if name in NAMES}
     assert units == {
         "mesh_storage.changes.length": "{change}",
         "mesh_storage.table.dead_rows": "{row}",
-        "mesh_storage.table.hot_updates": "1",
+        "mesh_storage.table.hot_ratio": "1",
         "mesh_storage.transaction.oldest_age": "s",
     }
 
