@@ -73,7 +73,8 @@ class AsyncMeasuredPool(AsyncPool):
         finally:
             self._requests.pop(request, None)
         self._borrowed[connection] = now = time.perf_counter()
-        self.observed.instruments.wait_time.record(now - begun, self.observed.pool_attributes)
+        instruments = self.observed.instruments
+        instruments.deferred.add(instruments.wait_time.record, now - begun, self.observed.pool_attributes)
         return connection
 
     async def release(self, connection: AsyncUnitOfWorkConnection) -> None:
@@ -83,8 +84,8 @@ class AsyncMeasuredPool(AsyncPool):
         finally:
             borrowed = self._borrowed.pop(connection, None)
             if borrowed is not None:
-                seconds = time.perf_counter() - borrowed
-                self.observed.instruments.use_time.record(seconds, self.observed.pool_attributes)
+                seconds, instruments = time.perf_counter() - borrowed, self.observed.instruments
+                instruments.deferred.add(instruments.use_time.record, seconds, self.observed.pool_attributes)
 
     async def close(self) -> None:
         """Close the idle connections, and that of the statistics."""

@@ -20,6 +20,7 @@ from opentelemetry.metrics import (
 )
 
 import mesh_storage
+from mesh_storage.telemetry.deferred import Deferred
 from mesh_storage.telemetry.living import Living
 from mesh_storage.telemetry.statistics import GAUGES, Gauge
 
@@ -40,6 +41,8 @@ class Instruments:
     def __init__(self, provider: MeterProvider | None) -> None:
         self._meter = get_meter(SCOPE, mesh_storage.__version__, meter_provider=provider)
         self._observed: Living[Observed] = Living()
+        self.deferred = Deferred()
+        """What is recorded at the next collection."""
         self._describe_calls()
         self._describe_pool()
         self._describe_runtime()
@@ -121,6 +124,7 @@ class Instruments:
 
     def _from_all(self, read: Callable[[Observed], Iterable[Observation]]) -> Sequence[Callback]:
         def callback(_options: CallbackOptions) -> Iterable[Observation]:
+            self.deferred.flush()
             return [observation for each in self._observed for observation in read(each)]
 
         return [callback]

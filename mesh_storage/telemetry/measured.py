@@ -75,7 +75,8 @@ class MeasuredPool(Pool):
         finally:
             self._requests.pop(request, None)
         self._borrowed[connection] = now = time.perf_counter()
-        self.observed.instruments.wait_time.record(now - begun, self.observed.pool_attributes)
+        instruments = self.observed.instruments
+        instruments.deferred.add(instruments.wait_time.record, now - begun, self.observed.pool_attributes)
         return connection
 
     def release(self, connection: UnitOfWorkConnection) -> None:
@@ -85,8 +86,8 @@ class MeasuredPool(Pool):
         finally:
             borrowed = self._borrowed.pop(connection, None)
             if borrowed is not None:
-                seconds = time.perf_counter() - borrowed
-                self.observed.instruments.use_time.record(seconds, self.observed.pool_attributes)
+                seconds, instruments = time.perf_counter() - borrowed, self.observed.instruments
+                instruments.deferred.add(instruments.use_time.record, seconds, self.observed.pool_attributes)
 
     def close(self) -> None:
         """Close the idle connections, and that of the statistics."""

@@ -9,18 +9,14 @@ from typing import Protocol
 
 from opentelemetry.metrics import Observation
 from opentelemetry.trace import get_tracer
-from opentelemetry.util.types import AttributeValue
 
 import mesh_storage
 from mesh_storage.postgres.server import Server
 from mesh_storage.telemetry import Telemetry
+from mesh_storage.telemetry.attributes import of_database, of_pool
 from mesh_storage.telemetry.instruments import SCOPE, instruments_of
 from mesh_storage.telemetry.living import Living
 from mesh_storage.telemetry.statistics import Gauge, Statistics
-
-_DEFAULT_PORT = "5432"
-
-Attributes = dict[str, AttributeValue]
 
 
 class ObservedPool(Protocol):
@@ -74,8 +70,8 @@ class Observed:
     def __init__(self, telemetry: Telemetry, server: Server) -> None:
         self.instruments = instruments_of(telemetry.meter_provider)
         self.tracer = get_tracer(SCOPE, mesh_storage.__version__, telemetry.tracer_provider)
-        self.attributes = _database(server)
-        self.pool_attributes: Attributes = {"db.client.connection.pool.name": _pool_name(self.attributes)}
+        self.attributes = of_database(server)
+        self.pool_attributes = of_pool(self.attributes)
         self.leases: Living[ObservedLease] = Living()
         self.watches: Living[ObservedWatch] = Living()
         self._statistics = Statistics(server.connect) if telemetry.statistics else None
@@ -143,35 +139,8 @@ class Observed:
     def count_cache_lookup(self, operation: str, *, hit: bool) -> None:
         """Count a read, such as `state.get`, that a cache could answer or could not."""
         attributes = {"db.operation.name": operation, "mesh_storage.cache.result": "hit" if hit else "miss"}
-        self.instruments.cache_lookups.add(1, self.pool_attributes | attributes)
+        self.instruments.deferred.add(self.instruments.cache_lookups.add, 1, self.pool_attributes | attributes)
 
     def _open_pool(self) -> ObservedPool | None:
         pool = None if self._pool is None else self._pool()
         return None if pool is None or pool.closed else pool
-
-
-def _database(server: Server) -> Attributes:
-    """Return the attributes of the database that the configuration tells, without asking the server."""
-    attributes: Attributes = {"db.system.name": "postgresql"}
-    if server.connect.get("dbname"):
-        attributes["db.namespace"] = str(server.connect["dbname"])
-    hosts = str(server.connect.get("host") or server.connect.get("hostaddr") or "").split(",")
-    if not all(hosts):
-        return attributes
-    ports = [port or _DEFAULT_PORT for port in str(server.connect.get("port") or "").split(",")]
-    if len(ports) == 1:
-        ports *= len(hosts)
-    if len(set(ports)) > 1:
-        hosts = [
-            f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in zip(hosts, ports, strict=True)
-        ]
-    elif ports[0] != _DEFAULT_PORT:
-        attributes["server.port"] = int(ports[0])
-    attributes["server.address"] = ",".join(hosts)
-    return attributes
-
-
-def _pool_name(attributes: Attributes) -> str:
-    """Return what the semantic conventions propose for a pool without a name."""
-    place = ":".join(str(attributes[name]) for name in ("server.address", "server.port") if name in attributes)
-    return "/".join(filter(None, [place, str(attributes.get("db.namespace", ""))])) or "postgresql"

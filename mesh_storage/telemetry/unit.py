@@ -11,7 +11,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from mesh_storage.errors import MeshStorageError
 from mesh_storage.postgres.retry import Retry
-from mesh_storage.telemetry.observed import Attributes, Observed
+from mesh_storage.telemetry.attributes import Attributes, of_failure
+from mesh_storage.telemetry.observed import Observed
 from mesh_storage.telemetry.statistics import COLLECTIONS
 
 _SEVERAL = {"nodes.with_state": (COLLECTIONS["nodes"], COLLECTIONS["node_states"])}
@@ -22,15 +23,6 @@ _OUTCOMES = {"no": "rolled_back", "unknown": "unknown", "locally": "committed_lo
 def outcome_of(error: BaseException) -> str:
     """Return what became of a transaction whose commit raised this; unknown if it was interrupted."""
     return _OUTCOMES[error.committed] if isinstance(error, MeshStorageError) else "unknown"
-
-
-def _failure(error: BaseException) -> Attributes:
-    """Return the attributes of an error: its class and SQLSTATE, but no message, which may quote a key."""
-    attributes: Attributes = {"error.type": type(error).__qualname__}
-    sqlstate = getattr(error, "sqlstate", None)
-    if isinstance(sqlstate, str):
-        attributes["db.response.status_code"] = sqlstate
-    return attributes
 
 
 class Operation:
@@ -45,6 +37,7 @@ class Operation:
             self.attributes["db.collection.name"] = collections[0]
         self.summary = " ".join([self.name, *collections])
         self._is_batch = method.endswith("_many") and not method.startswith("get_")
+        self._defer = observed.instruments.deferred.add
         self._record = observed.instruments.operation_duration.record
 
     def span_attributes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Attributes:
@@ -58,16 +51,14 @@ class Operation:
 
     def done(self, seconds: float, span: CallSpan | None) -> None:
         """Record a call that succeeded."""
-        self._record(seconds, self.attributes)
-        if span is not None:
-            span.end(seconds, None)
+        self._defer(self._record, seconds, self.attributes, None if span is None else span.end(seconds, None))
 
     def failed(self, seconds: float, span: CallSpan | None, error: BaseException) -> None:
         """Record a call that raised."""
-        failure = _failure(error)
-        self._record(seconds, self.attributes | failure)
-        if span is not None:
-            span.end(seconds, failure)
+        failure = of_failure(error)
+        self._defer(
+            self._record, seconds, self.attributes | failure, None if span is None else span.end(seconds, failure)
+        )
 
 
 class CallSpan:
@@ -78,15 +69,17 @@ class CallSpan:
         self._span = tracer.start_span(
             operation.summary, kind=SpanKind.CLIENT, attributes=attributes, start_time=self._begun
         )
-        self._token = context.attach(trace.set_span_in_context(self._span)) if current else None
+        self._context = trace.set_span_in_context(self._span)
+        self._token = context.attach(self._context) if current else None
 
-    def end(self, seconds: float, failure: Attributes | None) -> None:
-        """End it after as long as the call took, so that span and metric agree."""
+    def end(self, seconds: float, failure: Attributes | None) -> context.Context:
+        """End it after as long as the call took, so that span and metric agree; return its context."""
         if self._token is not None:
             context.detach(self._token)
         if failure is not None:
             _set_failure(self._span, failure)
         self._span.end(self._begun + round(seconds * 1e9))
+        return self._context
 
 
 class Unit:
@@ -111,7 +104,8 @@ class Unit:
             name, attributes=observed.pool_attributes | {"mesh_storage.attempt": attempt}, start_time=self._begun_ns
         )
         self._recording = self._span.is_recording()
-        self._token = context.attach(trace.set_span_in_context(self._span)) if self._recording else None
+        self._context = trace.set_span_in_context(self._span) if self._recording else None
+        self._token = None if self._context is None else context.attach(self._context)
 
     def start(
         self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, current: bool = True
@@ -125,9 +119,10 @@ class Unit:
     def end(self, error: BaseException | None) -> None:
         """Record how it ended, and with which error if one left its block."""
         seconds = time.perf_counter() - self._begun
-        failure = {} if error is None else _failure(error)
+        failure = {} if error is None else of_failure(error)
         outcome = {"mesh_storage.outcome": self.outcome}
-        self._observed.instruments.unit_duration.record(seconds, self._observed.pool_attributes | outcome | failure)
+        instruments, attributes = self._observed.instruments, self._observed.pool_attributes | outcome | failure
+        instruments.deferred.add(instruments.unit_duration.record, seconds, attributes, self._context)
         # Whoever ended it in another thread or task, as some frameworks do, has another context there.
         if self._token is not None and trace.get_current_span() is self._span:
             context.detach(self._token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -233,6 +234,40 @@ def test_what_the_consumer_of_a_stream_does_is_not_inside_of_it(measured: MeshSt
         for _ in uow.messages.stream():
             assert trace.get_current_span() is outside
     assert len(recorder.spans("messages.stream")) == 1
+
+
+# Until they are collected
+
+
+def test_nothing_is_lost_however_many_calls_there_are_between_collections(
+    measured: MeshStorage, recorder: Recorder
+) -> None:
+    calls, threads = 700, 3
+
+    def work(_: int) -> None:
+        with measured.begin(read_only=True) as uow:
+            for _ in range(calls):
+                uow.state.find("k")
+
+    observed = measured._observed
+    assert observed is not None
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+    assert 0 < len(observed.instruments.deferred._waiting) <= 1000 + threads
+    assert recorder.by(DURATION, "db.operation.name") == {"state.find": calls * threads}
+    assert recorder.by("mesh_storage.unit_of_work.duration") == {(): threads}
+    assert len(observed.instruments.deferred._waiting) == 0
+
+
+def test_an_exemplar_leads_to_the_span(measured: MeshStorage, recorder: Recorder) -> None:
+    with measured.begin() as uow:
+        uow.state.put("k", b"v")
+    metrics = recorder.metrics()
+    for name, start in ((DURATION, "state.put"), ("mesh_storage.unit_of_work.duration", "unit_of_work")):
+        (point,) = metrics[name].data.data_points
+        (span,) = recorder.spans(start)
+        assert span.context is not None
+        assert [exemplar.span_id for exemplar in point.exemplars] == [span.context.span_id]
 
 
 # What others see
