@@ -18,6 +18,7 @@ from sqlalchemy.util import ro_memoized_property
 
 from mesh_storage.aio.lease import AsyncLease
 from mesh_storage.aio.parts import AsyncParts
+from mesh_storage.aio.postgres.concurrency import in_thread
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.aio.postgres.pool import AsyncPool
@@ -89,8 +90,10 @@ class AsyncMeasuredPool(AsyncPool):
 
     async def close(self) -> None:
         """Close the idle connections, and that of the statistics."""
-        self.observed.close()
-        await super().close()
+        try:
+            await super().close()
+        finally:
+            await in_thread(self.observed.close)  # a collection may be in progress
 
     def after_fork(self) -> None:
         """Start with no connections in a forked child."""

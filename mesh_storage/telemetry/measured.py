@@ -22,6 +22,7 @@ from mesh_storage.errors import StorageTimeoutError, UnavailableError
 from mesh_storage.lease import Lease
 from mesh_storage.parts import Parts
 from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.concurrency import at_once
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.driver import Driver
 from mesh_storage.postgres.pool import Pool
@@ -91,8 +92,10 @@ class MeasuredPool(Pool):
 
     def close(self) -> None:
         """Close the idle connections, and that of the statistics."""
-        self.observed.close()
-        super().close()
+        try:
+            super().close()
+        finally:
+            at_once(self.observed.close)  # a collection may be in progress
 
     def after_fork(self) -> None:
         """Start with no connections in a forked child."""

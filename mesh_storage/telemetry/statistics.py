@@ -33,9 +33,8 @@ COLLECTIONS = {
     "consensus_log": table_of(LogEntry).name,
     "routing_table": table_of(RoutingEntry).name,
     "runtime_config": table_of(ConfigEntry).name,
-    "changes": "mesh_changes",
 }
-"""The tables, by the names of the repositories."""
+"""The tables, by the names of the repositories that concern one."""
 _HOT = ("state", "node_states", "routing_table", "runtime_config")
 """The repositories that update the same rows all the time."""
 _TABLES = f"unnest(ARRAY[{', '.join(repr(COLLECTIONS[name]) for name in _HOT)}]) AS name, to_regclass(name) AS id"
@@ -58,7 +57,7 @@ GAUGES = (
         "mesh_storage.changes.length",
         "{change}",
         "Changes that are kept for watchers, estimated.",
-        f"SELECT NULL, pg_stat_get_live_tuples(to_regclass('{COLLECTIONS['changes']}'))",
+        "SELECT NULL, pg_stat_get_live_tuples(to_regclass('mesh_changes'))",
     ),
     Gauge(
         "mesh_storage.table.dead_rows",

@@ -150,8 +150,12 @@ def test_a_batch_that_nobody_can_count_before_has_no_size(measured: MeshStorage,
 def test_a_call_on_two_tables_names_none_but_in_its_summary(measured: MeshStorage, recorder: Recorder) -> None:
     with measured.begin() as uow:
         assert list(uow.nodes.with_state()) == []
+        assert uow.changes.since(None, ["state"]).changes == []
     (span,) = recorder.spans("nodes.with_state")
     assert span.name == "nodes.with_state nodes mesh_node_state"
+    assert "db.collection.name" not in (span.attributes or {})
+    (span,) = recorder.spans("changes")
+    assert span.name == "changes.since"
     assert "db.collection.name" not in (span.attributes or {})
 
 
