@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mesh_storage.repositories import Batch, Change, Page
     from mesh_storage.settings import Settings
     from mesh_storage.storage import MeshStorage
+    from mesh_storage.telemetry import Telemetry
     from mesh_storage.unit_of_work import UnitOfWork
 
 __version__ = "0.1.0"
@@ -69,12 +70,24 @@ __all__ = [
     "Settings",
     "StateEntry",
     "StorageTimeoutError",
+    "Telemetry",
     "UnavailableError",
     "UnitOfWork",
 ]
 
 if not TYPE_CHECKING:  # A checker would take it for a promise of any name.
-    _MODULES = ("errors", "models", "repositories", "settings", "health", "unit_of_work", "lease", "storage", "schema")
+    _MODULES = (
+        "errors",
+        "models",
+        "repositories",
+        "settings",
+        "health",
+        "telemetry",
+        "unit_of_work",
+        "lease",
+        "storage",
+        "schema",
+    )
 
     def __getattr__(name: str) -> object:
         """Import a public name when it is first asked for: `mesh-storage --help` need not wait for all of them."""

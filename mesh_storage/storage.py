@@ -22,15 +22,16 @@ from mesh_storage.errors import (
 )
 from mesh_storage.health import Health
 from mesh_storage.lease import Lease
+from mesh_storage.parts import Parts
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
-from mesh_storage.postgres.pool import Pool, check_open
+from mesh_storage.postgres.pool import check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.repositories.changelog import Batch
 from mesh_storage.repositories.removal import KEPT, Maintained, check_age
 from mesh_storage.settings import Settings, settings_of
-from mesh_storage.unit_of_work import Scope, UnitOfWork
-from mesh_storage.watch import Watch
+from mesh_storage.telemetry import Telemetry
+from mesh_storage.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:  # not imported at run time, so that only a backup pays for it
     from mesh_storage.backup import Report
@@ -47,18 +48,27 @@ class MeshStorage:
     Thread-safe: share one instance per process. It reconnects by itself after a server restart and in a forked child.
     """
 
-    def __init__(self, settings: Settings, server: Server) -> None:
+    def __init__(self, settings: Settings, server: Server, telemetry: Telemetry | None = None) -> None:
         """Use `open` instead, which locates the server and checks its schema."""
         self._settings = settings
         self._server = server
-        self._pool = Pool(settings, server)
+        parts = Parts()
+        if telemetry is not None:
+            from mesh_storage.telemetry.measured import measured
+
+            parts = measured(telemetry, server)
+        self._pool = parts.pool(settings, server)
+        self._scope, self._lease, self._watch, self._observed = parts[1:]
         self._finalizer = weakref.finalize(self, server.close)
 
     @classmethod
-    def open(cls, url: str | None = None, *, settings: Settings | None = None) -> Self:
+    def open(
+        cls, url: str | None = None, *, settings: Settings | None = None, telemetry: Telemetry | None = None
+    ) -> Self:
         """Open the storage at a URL, from settings, or from the environment and `.env`.
 
-        With `embedded:` and `memory:` the schema is deployed; on a server it must already exist.
+        With `embedded:` and `memory:` the schema is deployed; on a server it must already exist. With `telemetry`,
+        OpenTelemetry gets spans and metrics of what the storage does.
 
         Raises:
             ConfigurationError: A setting is missing or invalid; the message names it.
@@ -66,10 +76,11 @@ class MeshStorage:
             UnavailableError: The database cannot be reached.
         """
         settings = choose_settings(url, settings)
+        check_telemetry(telemetry)
         server = open_server(settings)
         try:
             schema.ensure(server)
-            storage = cls(settings, server)
+            storage = cls(settings, server, telemetry)
         except BaseException:
             server.close()
             raise
@@ -100,7 +111,7 @@ class MeshStorage:
             ClosedError: The storage was closed.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
+        return self._scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
 
     def begin(
         self,
@@ -115,7 +126,7 @@ class MeshStorage:
         The arguments and errors are those of `unit_of_work`.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return Scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
+        return self._scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
 
     def run(
         self,
@@ -148,8 +159,13 @@ class MeshStorage:
             )
         while True:
             try:
-                with self.begin(
-                    read_only=read_only, isolation=isolation, durability=durability, timeout=retry.timeout()
+                with self._scope(
+                    self,
+                    self._pool,
+                    Characteristics(read_only, isolation, durability, retry.timeout()),
+                    self._settings.slow_unit_of_work,
+                    commits=True,
+                    retry=retry,
                 ) as uow:
                     result = work(uow)
             except MeshStorageError as error:
@@ -179,7 +195,7 @@ class MeshStorage:
             StorageTimeoutError: The server did not respond in time at the end of the wait.
             ClosedError: The storage was closed.
         """
-        return Lease(self, self._pool, name, holder, ttl=ttl, wait=wait)
+        return self._lease(self, self._pool, name, holder, ttl=ttl, wait=wait)
 
     def watch(
         self, *aggregates: str, prefix: str = "", after: str | None = None, poll: float = 0.25
@@ -206,7 +222,7 @@ class MeshStorage:
             ClosedError: The storage was closed before.
         """
         check_open(closed=self._pool.closed)
-        return Watch(self, self._pool, aggregates, prefix=prefix, after=after, poll=poll).batches()
+        return self._watch(self, self._pool, aggregates, prefix=prefix, after=after, poll=poll).batches()
 
     def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.
@@ -335,6 +351,16 @@ def choose_settings(url: str | None, settings: Settings | None) -> Settings:
     if not isinstance(settings, Settings):
         raise InvalidInputError(f"settings must be Settings, not {type(settings).__name__}", field="settings")
     return settings
+
+
+def check_telemetry(telemetry: Telemetry | None) -> None:
+    """Raise unless it is what `open` takes.
+
+    Raises:
+        InvalidInputError: It is not.
+    """
+    if telemetry is not None and not isinstance(telemetry, Telemetry):
+        raise InvalidInputError(f"telemetry must be Telemetry, not {type(telemetry).__name__}", field="telemetry")
 
 
 def describe(storage: object, server: Server, *, size: int, in_use: int, closed: bool) -> str:

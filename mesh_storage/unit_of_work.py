@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -20,7 +20,7 @@ from mesh_storage.postgres.concurrency import open_session, undisturbed
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.failure import DRIVER_ERRORS
 from mesh_storage.postgres.pool import Pool
-from mesh_storage.postgres.retry import log_if_slow
+from mesh_storage.postgres.retry import Retry, log_if_slow
 from mesh_storage.repositories import (
     ChangeRepository,
     ConsensusLogRepository,
@@ -194,6 +194,9 @@ class UnitOfWork:
 class Scope(AbstractContextManager[UnitOfWork]):
     """The context manager of a unit of work; a class, since generator-based ones cost several times as much."""
 
+    _calls: Mapping[str, int] | None = None
+    """How often each method of a repository was called; telemetry counts."""
+
     def __init__(
         self,
         storage: object,
@@ -203,6 +206,7 @@ class Scope(AbstractContextManager[UnitOfWork]):
         *,
         commits: bool,
         beside: bool = False,
+        retry: Retry | None = None,
     ) -> None:
         self._storage = storage  # keeps the bundled server running
         self._pool = pool
@@ -210,6 +214,7 @@ class Scope(AbstractContextManager[UnitOfWork]):
         self._slow = slow
         self._commits = commits
         self._beside = beside
+        self._retry = retry  # what attempt this is; telemetry reports it
         self._open = False
 
     def __enter__(self) -> UnitOfWork:
@@ -240,4 +245,4 @@ class Scope(AbstractContextManager[UnitOfWork]):
         finally:
             self._open = False
             self._pool.release(self._connection)
-            log_if_slow(time.monotonic() - self._begun, self._slow, self._uow)
+            log_if_slow(time.monotonic() - self._begun, self._slow, self._uow, self._calls)

@@ -63,13 +63,17 @@ class Watch:
                 f"poll must be a number of seconds, more than 0 and at most {_LONGEST_POLL_S:g}", field="poll"
             )
         self._poll = poll
+        self.seen_at: float | None = None
+        """The time, by `time.monotonic()`, up to which the caller has seen everything; None before the first look."""
 
     def batches(self) -> Generator[Batch, None, None]:
         """Yield batches until the storage is closed."""
         outage = Outage()
         bookmark = time.monotonic() + _BOOKMARK_S
+        self.seen_at = time.monotonic()
         while True:
-            due = time.monotonic() + self._poll
+            begun = time.monotonic()
+            due = begun + self._poll
             with Spool() as spool:
                 try:
                     now = self._read(spool)
@@ -87,7 +91,7 @@ class Watch:
                     for number, rows in enumerate(spool, start=1):
                         more = number < len(spool)
                         yield Batch(self._selection.changes(rows), before if more else str(now), more)
-                    self._cursor = now
+                    self._cursor, self.seen_at = now, begun
             self._sleep_until(due)
 
     def _read(self, spool: Spool) -> Cursor:

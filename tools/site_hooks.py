@@ -15,7 +15,10 @@ from mesh_storage import aio, repositories, schema
 ROOT = Path(__file__).parent.parent
 REFERENCE = {
     "storage": [
-        *(f"mesh_storage.{name}" for name in ("MeshStorage", "UnitOfWork", "Lease", "Page", "Health", "JSON")),
+        *(
+            f"mesh_storage.{name}"
+            for name in ("MeshStorage", "UnitOfWork", "Lease", "Page", "Health", "Telemetry", "JSON")
+        ),
         *(f"mesh_storage.postgres.characteristics.{name}" for name in ("Isolation", "Durability")),
     ],
     "repositories": [f"mesh_storage.repositories.{name}" for name in repositories.__all__ if name != "Page"],

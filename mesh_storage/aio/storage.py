@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from mesh_storage import health, schema
 from mesh_storage.aio.lease import AsyncLease
+from mesh_storage.aio.parts import AsyncParts
 from mesh_storage.aio.postgres.concurrency import in_background, in_greenlet, sync_connection
-from mesh_storage.aio.postgres.pool import AsyncPool
-from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
-from mesh_storage.aio.watch import AsyncWatch
+from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
 from mesh_storage.errors import (
     ClosedError,
@@ -35,7 +34,8 @@ from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.repositories.changelog import Batch
 from mesh_storage.repositories.removal import KEPT, Maintained, check_age
 from mesh_storage.settings import Settings
-from mesh_storage.storage import choose_settings, describe
+from mesh_storage.storage import check_telemetry, choose_settings, describe
+from mesh_storage.telemetry import Telemetry
 
 if TYPE_CHECKING:  # not imported at run time, so that only a backup pays for it
     from mesh_storage.backup import Report
@@ -49,8 +49,9 @@ T = TypeVar("T")
 class Opening:
     """A storage to be opened: `await` it, or enter it with `async with`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, telemetry: Telemetry | None) -> None:
         self._settings = settings
+        self._telemetry = telemetry
         self._storage: AsyncMeshStorage | None = None
 
     def __await__(self) -> Generator[object, None, AsyncMeshStorage]:
@@ -77,7 +78,7 @@ class Opening:
         except asyncio.CancelledError:
             asyncio.get_running_loop().run_in_executor(None, preparation.abandon)
             raise
-        storage = AsyncMeshStorage(self._settings, server)
+        storage = AsyncMeshStorage(self._settings, server, self._telemetry)
         logger.info(
             "storage opened",
             extra={"event": "open", "server": server.kind, "pool_size": self._settings.pool_size},
@@ -92,25 +93,35 @@ class AsyncMeshStorage:
     loop of a forked child.
     """
 
-    def __init__(self, settings: Settings, server: Server) -> None:
+    def __init__(self, settings: Settings, server: Server, telemetry: Telemetry | None = None) -> None:
         """Use `open` instead, which locates the server and checks its schema."""
         self._settings = settings
         self._server = server
-        self._pool = AsyncPool(settings, server)
+        parts = AsyncParts()
+        if telemetry is not None:
+            from mesh_storage.aio.telemetry import measured
+
+            parts = measured(telemetry, server)
+        self._pool = parts.pool(settings, server)
+        self._scope, self._lease, self._watch, self._observed = parts[1:]
         self._finalizer = weakref.finalize(self, server.close)
 
     @classmethod
-    def open(cls, url: str | None = None, *, settings: Settings | None = None) -> Opening:
+    def open(
+        cls, url: str | None = None, *, settings: Settings | None = None, telemetry: Telemetry | None = None
+    ) -> Opening:
         """Open the storage at a URL, from settings, or from the environment and `.env`; use `await` or `async with`.
 
-        With `embedded:` and `memory:` the schema is deployed; on a server it must already exist.
+        With `embedded:` and `memory:` the schema is deployed; on a server it must already exist. With `telemetry`,
+        OpenTelemetry gets spans and metrics of what the storage does.
 
         Raises:
             ConfigurationError: A setting is missing or invalid; the message names it.
             SchemaMismatchError: The schema is older or newer than this version of mesh_storage requires.
             UnavailableError: The database cannot be reached.
         """
-        return Opening(choose_settings(url, settings))
+        check_telemetry(telemetry)
+        return Opening(choose_settings(url, settings), telemetry)
 
     def unit_of_work(
         self,
@@ -125,7 +136,7 @@ class AsyncMeshStorage:
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return AsyncScope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
+        return self._scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
 
     def begin(
         self,
@@ -140,7 +151,7 @@ class AsyncMeshStorage:
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
         characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return AsyncScope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
+        return self._scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
 
     async def run(
         self,
@@ -160,8 +171,13 @@ class AsyncMeshStorage:
         retry = Retry(work, attempts, within, timeout)
         while True:
             try:
-                async with self.begin(
-                    read_only=read_only, isolation=isolation, durability=durability, timeout=retry.timeout()
+                async with self._scope(
+                    self,
+                    self._pool,
+                    Characteristics(read_only, isolation, durability, retry.timeout()),
+                    self._settings.slow_unit_of_work,
+                    commits=True,
+                    retry=retry,
                 ) as uow:
                     working = work(uow)
                     if not inspect.isawaitable(working):
@@ -180,7 +196,7 @@ class AsyncMeshStorage:
 
         The arguments and errors are those of `MeshStorage.lease`.
         """
-        return AsyncLease(self, self._pool, name, holder, ttl=ttl, wait=wait)
+        return self._lease(self, self._pool, name, holder, ttl=ttl, wait=wait)
 
     def watch(
         self, *aggregates: str, prefix: str = "", after: str | None = None, poll: float = 0.25
@@ -190,7 +206,7 @@ class AsyncMeshStorage:
         The batches, arguments and errors are those of `MeshStorage.watch`.
         """
         check_open(closed=self._pool.closed)
-        return AsyncWatch(self, self._pool, aggregates, prefix=prefix, after=after, poll=poll).batches()
+        return self._watch(self, self._pool, aggregates, prefix=prefix, after=after, poll=poll).batches()
 
     async def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.

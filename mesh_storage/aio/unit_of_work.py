@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -30,7 +30,7 @@ from mesh_storage.aio.repositories.maintenance import AsyncMaintenance
 from mesh_storage.errors import MeshStorageError
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.failure import DRIVER_ERRORS
-from mesh_storage.postgres.retry import log_if_slow
+from mesh_storage.postgres.retry import Retry, log_if_slow
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -191,6 +191,9 @@ class AsyncUnitOfWork:
 class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
     """The context manager of a unit of work; a class, since generator-based ones cost several times as much."""
 
+    _calls: Mapping[str, int] | None = None
+    """How often each method of a repository was called; telemetry counts."""
+
     def __init__(
         self,
         storage: object,
@@ -200,6 +203,7 @@ class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
         *,
         commits: bool,
         beside: bool = False,
+        retry: Retry | None = None,
     ) -> None:
         self._storage = storage  # keeps the bundled server running
         self._pool = pool
@@ -207,6 +211,7 @@ class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
         self._slow = slow
         self._commits = commits
         self._beside = beside
+        self._retry = retry  # what attempt this is; telemetry reports it
         self._open = False
 
     async def __aenter__(self) -> AsyncUnitOfWork:
@@ -237,4 +242,4 @@ class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
         finally:
             self._open = False
             await self._pool.release(self._connection)
-            log_if_slow(time.monotonic() - self._begun, self._slow, self._uow)
+            log_if_slow(time.monotonic() - self._begun, self._slow, self._uow, self._calls)

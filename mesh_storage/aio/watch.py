@@ -62,13 +62,17 @@ class AsyncWatch:
                 f"poll must be a number of seconds, more than 0 and at most {_LONGEST_POLL_S:g}", field="poll"
             )
         self._poll = poll
+        self.seen_at: float | None = None
+        """The time, by `time.monotonic()`, up to which the caller has seen everything; None before the first look."""
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """Yield batches until the storage is closed."""
         outage = Outage()
         bookmark = time.monotonic() + _BOOKMARK_S
+        self.seen_at = time.monotonic()
         while True:
-            due = time.monotonic() + self._poll
+            begun = time.monotonic()
+            due = begun + self._poll
             with Spool() as spool:
                 try:
                     now = await self._read(spool)
@@ -86,7 +90,7 @@ class AsyncWatch:
                     for number, rows in enumerate(spool, start=1):
                         more = number < len(spool)
                         yield Batch(self._selection.changes(rows), before if more else str(now), more)
-                    self._cursor = now
+                    self._cursor, self.seen_at = now, begun
             await self._sleep_until(due)
 
     async def _read(self, spool: Spool) -> Cursor:

@@ -138,7 +138,7 @@ def local_parameters(settings: Settings) -> str:
     return "; ".join(f"SET LOCAL {name} = '{value}'" for name, value in _parameters(settings).items())
 
 
-def connect(arguments: Mapping[str, Any]) -> psycopg.Connection[tuple[Any, ...]]:
+def connect(arguments: Mapping[str, Any]) -> TimedConnection:
     """Open a connection outside the pool, in autocommit mode.
 
     Raises:

@@ -116,6 +116,11 @@ class Pool:
         """The number of connections in use."""
         return len(self._lent)
 
+    @property
+    def idle(self) -> int:
+        """The number of connections that wait for a unit of work."""
+        return len(self._idle)
+
     def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> UnitOfWorkConnection:
         """Acquire a connection, to be returned by `release`.
 
@@ -132,7 +137,7 @@ class Pool:
         wait = 0.0 if beside else wait_limit(self._timeout, characteristics.timeout)
         placed = self._free.acquire(timeout=wait)
         if not placed and not beside:
-            raise exhausted(self.size, self._timeout, characteristics.timeout)
+            raise self._exhausted(characteristics.timeout)
         driver = None
         try:
             check_open(closed=self.closed)  # it may have been closed in the meantime
@@ -188,6 +193,9 @@ class Pool:
         self._lent = set()
         if self._server.embedded is not None and not self.closed:
             self._server.embedded.after_fork()
+
+    def _exhausted(self, timeout: float | None) -> UnavailableError | StorageTimeoutError:
+        return exhausted(self.size, self._timeout, timeout)
 
     def _close_idle(self) -> None:
         while True:

@@ -6,6 +6,7 @@ import inspect
 import logging
 import random
 import time
+from collections.abc import Mapping
 
 from mesh_storage.errors import InvalidInputError, MeshStorageError
 
@@ -37,10 +38,14 @@ class Retry:
             raise InvalidInputError(
                 f"within must be a number of seconds, more than 0 and at most {_LONGEST_S} (a year)", field="within"
             )
+        self.work = work
+        self.made = 0
+        """The number of attempts that failed."""
+        self.reason = ""
+        """The class of the error of the last one."""
         self._attempts = attempts
         self._timeout = timeout
         self._end = None if within is None else time.monotonic() + within
-        self._made = 0
         self._in_doubt = False
 
     def timeout(self) -> float | None:
@@ -58,13 +63,14 @@ class Retry:
         Exponential backoff with up to half of each delay random, so that conflicting transactions do not collide again
         (M. Brooker, "Exponential Backoff And Jitter").
         """
-        self._made += 1
+        self.made += 1
+        self.reason = type(error).__name__  # not the error itself, whose traceback leads back here
         if error.committed == "no" and self._in_doubt:
             error.committed = "unknown"
         self._in_doubt = error.committed == "unknown"
-        if not error.retryable or (self._end is None and self._made >= self._attempts):
+        if not error.retryable or (self._end is None and self.made >= self._attempts):
             return None
-        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._made - 1, 10))
+        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self.made - 1, 10))
         seconds = longest * (0.5 + random.random() / 2)  # noqa: S311 - not used for security
         if self._end is not None and time.monotonic() + seconds >= self._end:
             return None
@@ -72,7 +78,7 @@ class Retry:
             "retrying",
             extra={
                 "event": "retry",
-                "attempt": self._made,
+                "attempt": self.made,
                 "error": type(error).__name__,
                 "sqlstate": error.sqlstate,
                 "pause_s": round(seconds, 3),
@@ -81,11 +87,11 @@ class Retry:
         return seconds
 
 
-def log_if_slow(seconds: float, threshold: float, uow: object) -> None:
+def log_if_slow(seconds: float, threshold: float, uow: object, calls: Mapping[str, int] | None) -> None:
     """Log a unit of work that took longer than the threshold in seconds, and where it was opened; 0 disables the log.
 
     Repositories are created on first use, so those that exist are those that were used: nothing needs to be recorded
-    for units of work that are not slow.
+    for units of work that are not slow. Calls are known only to telemetry.
     """
     if 0 < threshold <= seconds:
         place = _place()
@@ -94,14 +100,19 @@ def log_if_slow(seconds: float, threshold: float, uow: object) -> None:
             "slow unit of work: %.3f s, opened at %s, used %s",
             seconds,
             place,
-            ", ".join(used) or "nothing",
+            ", ".join(used if calls is None else _counted(calls)) or "nothing",
             extra={
                 "event": "slow_unit_of_work",
                 "duration_s": round(seconds, 3),
                 "opened_at": place,
                 "repositories": used,
+                "calls": calls,
             },
         )
+
+
+def _counted(calls: Mapping[str, int]) -> list[str]:
+    return [name if number == 1 else f"{name} ({number} times)" for name, number in calls.items()]
 
 
 def _place() -> str:

@@ -21,7 +21,7 @@ from mesh_storage.aio.postgres.concurrency import finished, in_background, sync_
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.aio.postgres.timed import AsyncTimedConnection
-from mesh_storage.errors import MeshStorageError
+from mesh_storage.errors import MeshStorageError, StorageTimeoutError, UnavailableError
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.engine import closing_half_open, connect_before, engine_arguments, share_time
 from mesh_storage.postgres.events import Events
@@ -65,6 +65,11 @@ class AsyncPool:
     def in_use(self) -> int:
         """The number of connections in use."""
         return len(self._lent)
+
+    @property
+    def idle(self) -> int:
+        """The number of connections that wait for a unit of work."""
+        return len(self._idle)
 
     async def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> AsyncUnitOfWorkConnection:
         """Acquire a connection, to be returned by `release`.
@@ -149,7 +154,10 @@ class AsyncPool:
             async with asyncio.timeout(wait_limit(self._timeout, timeout)):
                 await self._free.acquire()
         except TimeoutError:
-            raise exhausted(self.size, self._timeout, timeout) from None
+            raise self._exhausted(timeout) from None
+
+    def _exhausted(self, timeout: float | None) -> UnavailableError | StorageTimeoutError:
+        return exhausted(self.size, self._timeout, timeout)
 
     async def _clean(self, connection: AsyncUnitOfWorkConnection) -> None:
         try:

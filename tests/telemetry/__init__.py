@@ -1,0 +1,1 @@
+"""Telemetry: what OpenTelemetry's SDK gets of a storage."""
