@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from mesh_storage import health, schema
+from mesh_storage.aio.cache.cached import AsyncCached
 from mesh_storage.aio.lease import AsyncLease
 from mesh_storage.aio.postgres.concurrency import in_background, in_greenlet, sync_connection
 from mesh_storage.aio.postgres.pool import AsyncPool
@@ -97,6 +98,7 @@ class AsyncMeshStorage:
         self._settings = settings
         self._server = server
         self._pool = AsyncPool(settings, server)
+        self._caches = weakref.WeakSet[AsyncCached]()
         self._finalizer = weakref.finalize(self, server.close)
 
     @classmethod
@@ -192,6 +194,16 @@ class AsyncMeshStorage:
         check_open(closed=self._pool.closed)
         return AsyncWatch(self, self._pool, aggregates, prefix=prefix, after=after, poll=poll).batches()
 
+    def cached(self, redis_url: str, *, max_age: float = 60.0, poll: float = 0.25) -> AsyncCached:
+        """Return repositories that are read through a cache in Redis, for reads only; docs/caching.md says more.
+
+        The arguments and errors are those of `MeshStorage.cached`.
+        """
+        check_open(closed=self._pool.closed)
+        made = AsyncCached(self, self._pool, redis_url, max_age=max_age, poll=poll)
+        self._caches.add(made)
+        return made
+
     async def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.
 
@@ -285,7 +297,10 @@ class AsyncMeshStorage:
         def work(report: Report) -> Manifest:
             return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=report)
 
-        return await in_thread(work, progress)
+        try:
+            return await in_thread(work, progress)
+        finally:
+            self._pool.commits.note()
 
     async def close(self) -> None:
         """Close the connections, those in use when their unit of work ends; a bundled server stops immediately."""
@@ -308,6 +323,8 @@ class AsyncMeshStorage:
         await self.close()
 
     async def _close(self) -> None:
+        for cache in list(self._caches):
+            await cache.close()
         await self._pool.close()
         await asyncio.to_thread(self._finalizer)
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})

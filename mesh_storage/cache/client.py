@@ -1,0 +1,64 @@
+"""The clients of redis-py, for either side."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from mesh_storage.errors import ConfigurationError, InvalidInputError
+
+_TIMEOUT_S = 0.1
+"""How long Redis may take to connect, and to answer."""
+_CONNECTIONS = 1000
+
+
+def connect(url: str) -> Any:
+    """Return a client, which connects when it is first used.
+
+    Raises:
+        ConfigurationError: redis-py is not installed, or the URL is invalid; it is not repeated.
+    """
+    _check(url)
+    from redis import Redis
+
+    return _made(Redis, url)
+
+
+def connect_async(url: str) -> Any:
+    """Return a client for asyncio; raises as `connect`."""
+    _check(url)
+    from redis.asyncio import Redis
+
+    return _made(Redis, url)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return what a client raises if Redis does not do what it was asked for."""
+    from redis.exceptions import RedisError
+
+    return RedisError, OSError
+
+
+def _check(url: object) -> None:
+    if find_spec("redis") is None:
+        raise ConfigurationError("a cache needs the extra redis: pip install 'mesh-storage[redis]'")
+    if not isinstance(url, str):
+        raise InvalidInputError(f"redis_url must be a str, not {type(url).__name__}", field="redis_url")
+
+
+def _made(kind: Any, url: str) -> Any:
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:
+        return kind.from_url(
+            url,
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
+            max_connections=_CONNECTIONS,
+            retry=Retry(NoBackoff(), 0),  # the default waits for seconds between its attempts
+        )
+    except (ValueError, TypeError):
+        raise ConfigurationError(
+            "redis_url is not a URL that redis-py accepts, such as redis://user:password@host:6379/0"
+        ) from None
