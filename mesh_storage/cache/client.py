@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.util import find_spec
 from typing import Any
 
 from mesh_storage.errors import ConfigurationError, InvalidInputError
 
 _TIMEOUT_S = 0.1
-"""How long Redis may take to connect, and to answer."""
+"""How long Redis may take to answer, and in a thread, to connect."""
 _CONNECTIONS = 1000
 
 
@@ -21,7 +22,7 @@ def connect(url: str) -> Any:
     _check(url)
     from redis import Redis
 
-    return _made(Redis, url)
+    return _made(Redis, url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
 
 
 def connect_async(url: str) -> Any:
@@ -29,7 +30,23 @@ def connect_async(url: str) -> Any:
     _check(url)
     from redis.asyncio import Redis
 
-    return _made(Redis, url)
+    return _Timed(_made(Redis, url, socket_timeout=None, socket_connect_timeout=None))
+
+
+class _Timed:
+    """A client for asyncio with one timeout for a whole command; redis-py makes a task for each step, up to 3.11."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.connection_pool = client.connection_pool
+
+    async def get(self, name: str) -> Any:
+        async with asyncio.timeout(_TIMEOUT_S):
+            return await self._client.get(name)
+
+    async def eval(self, script: str, *arguments: Any) -> Any:
+        async with asyncio.timeout(_TIMEOUT_S):
+            return await self._client.eval(script, *arguments)
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -46,17 +63,16 @@ def _check(url: object) -> None:
         raise InvalidInputError(f"redis_url must be a str, not {type(url).__name__}", field="redis_url")
 
 
-def _made(kind: Any, url: str) -> Any:
+def _made(kind: Any, url: str, **timeouts: float | None) -> Any:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
     try:
         return kind.from_url(
             url,
-            socket_timeout=_TIMEOUT_S,
-            socket_connect_timeout=_TIMEOUT_S,
             max_connections=_CONNECTIONS,
             retry=Retry(NoBackoff(), 0),  # the default waits for seconds between its attempts
+            **timeouts,
         )
     except (ValueError, TypeError):
         raise ConfigurationError(

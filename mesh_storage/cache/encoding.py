@@ -43,9 +43,10 @@ class Encoding(Generic[M]):
         self._writers: list[Callable[[Any], str]] = []
         self._readers: list[tuple[int, Callable[[Any], Any]]] = []
         for number, column in enumerate(aggregate.table.columns):
-            writer = jsonb.dumps if isinstance(column.type, JSONB) else _plain
+            type_: Any = column.type
+            writer: Callable[[Any], str] = jsonb.dumps if isinstance(type_, JSONB) else _plain
             for kind, write, read in _TYPES:
-                if isinstance(column.type, kind):
+                if isinstance(type_, kind):
                     writer = write
                     self._readers.append((number, read))
             self._writers.append(writer)

@@ -68,7 +68,7 @@ class Entries:
     def close(self) -> None:
         """Close the connections to Redis."""
         try:
-            self._client.__exit__(None, None, None)
+            self._client.connection_pool.disconnect()
         except self._failures as error:
             self._failed(error)
 

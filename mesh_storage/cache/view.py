@@ -57,7 +57,8 @@ class View:
         self._lock = threading.Lock()
         self._latest = _Look(float("-inf"), datetime.max.replace(tzinfo=UTC), None)
         self._snapshot: str | None = None
-        self._begin(Position("", 0))
+        self._position = Position("", 0)
+        self._begin(self._position)
 
     @property
     def position(self) -> Position:

@@ -93,5 +93,6 @@ def read(rows: Sequence[Row], since: str | None) -> News:
         )
     changed = None
     if kept and history == since and len(rows) <= MOST:
-        changed = frozenset((_AGGREGATES.get(row[5], row[5]), row[6]) for row in rows if row[5] is not None)
+        logged: list[tuple[str, str]] = [row[5:] for row in rows if row[5] is not None]
+        changed = frozenset((_AGGREGATES.get(aggregate, aggregate), key) for aggregate, key in logged)
     return News(history, position, snapshot, now, changed)

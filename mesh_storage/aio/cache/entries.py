@@ -66,7 +66,7 @@ class AsyncEntries:
     async def close(self) -> None:
         """Close the connections to Redis."""
         try:
-            await self._client.__aexit__(None, None, None)
+            await self._client.connection_pool.disconnect()
         except self._failures as error:
             self._failed(error)
 
