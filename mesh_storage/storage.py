@@ -53,7 +53,7 @@ class MeshStorage:
         self._settings = settings
         self._server = server
         self._pool = Pool(settings, server)
-        self._caches = weakref.WeakSet[Cached]()
+        self._caches: list[Cached] = []
         self._finalizer = weakref.finalize(self, server.close)
 
     @classmethod
@@ -229,7 +229,7 @@ class MeshStorage:
         """
         check_open(closed=self._pool.closed)
         made = Cached(self, self._pool, redis_url, max_age=max_age, poll=poll)
-        self._caches.add(made)
+        self._caches = [*(cache for cache in self._caches if not cache.closed), made]
         return made
 
     def health(self) -> Health:
@@ -333,7 +333,7 @@ class MeshStorage:
         """Close the connections, those in use when their unit of work ends; a bundled server stops immediately."""
         if self._pool.closed:
             return
-        for cache in list(self._caches):
+        for cache in self._caches:
             cache.close()
         self._pool.close()
         self._finalizer()

@@ -98,7 +98,7 @@ class AsyncMeshStorage:
         self._settings = settings
         self._server = server
         self._pool = AsyncPool(settings, server)
-        self._caches = weakref.WeakSet[AsyncCached]()
+        self._caches: list[AsyncCached] = []
         self._finalizer = weakref.finalize(self, server.close)
 
     @classmethod
@@ -201,7 +201,7 @@ class AsyncMeshStorage:
         """
         check_open(closed=self._pool.closed)
         made = AsyncCached(self, self._pool, redis_url, max_age=max_age, poll=poll)
-        self._caches.add(made)
+        self._caches = [*(cache for cache in self._caches if not cache.closed), made]
         return made
 
     async def health(self) -> Health:
@@ -323,7 +323,7 @@ class AsyncMeshStorage:
         await self.close()
 
     async def _close(self) -> None:
-        for cache in list(self._caches):
+        for cache in self._caches:
             await cache.close()
         await self._pool.close()
         await asyncio.to_thread(self._finalizer)

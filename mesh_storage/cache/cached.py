@@ -199,6 +199,11 @@ class Cached:
         self.routing_table = CachedRoutingTable(reader, "routing_table", RoutingTableRepository)
         """The routing table."""
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._reader.closed
+
     def close(self) -> None:
         """Close the connections to Redis, and look no more at what has changed; reads raise `ClosedError`."""
         self._reader.close()

@@ -197,6 +197,11 @@ class AsyncCached:
         self.routing_table = AsyncCachedRoutingTable(reader, "routing_table", AsyncRoutingTableRepository)
         """The routing table."""
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._reader.closed
+
     async def close(self) -> None:
         """Close the connections to Redis, and look no more at what has changed; reads raise `ClosedError`."""
         await self._reader.close()

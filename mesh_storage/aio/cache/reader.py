@@ -53,7 +53,7 @@ class AsyncReader:
         self._max_age = seconds("max_age", max_age, _LONGEST_AGE_S)
         self._poll = seconds("poll", poll, _LONGEST_POLL_S)
         self._fresh = min(poll + _LATE_S, max_age)
-        self._closed = False
+        self.closed = False
         self._prepare()
 
     def _prepare(self) -> None:
@@ -70,8 +70,8 @@ class AsyncReader:
         self, slot: Slot, encoding: Encoding[M], load: Callable[[AsyncUnitOfWorkConnection], Awaitable[list[M]]]
     ) -> list[M]:
         """Return what `load` reads, from Redis if that is as good."""
-        if self._closed or self._pool.closed:
-            raise ClosedError("the cache was closed" if self._closed else "the storage was closed")
+        if self.closed or self._pool.closed:
+            raise ClosedError("the cache was closed" if self.closed else "the storage was closed")
         if self._owner.inherited:
             keep_for_parent((self._entries, self._following))
             self._prepare()
@@ -87,10 +87,10 @@ class AsyncReader:
 
     async def close(self) -> None:
         """Look no more, and close the connections to Redis."""
-        if self._closed or self._owner.inherited:
-            self._closed = True
+        if self.closed or self._owner.inherited:
+            self.closed = True
             return
-        self._closed = True
+        self.closed = True
         if self._following is not None:
             await self._following.stop()
         await self._entries.close()
