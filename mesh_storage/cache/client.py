@@ -56,6 +56,13 @@ def failures() -> tuple[type[Exception], ...]:
     return RedisError, OSError
 
 
+def is_answer(error: Exception) -> bool:
+    """Return whether Redis answered, if only to refuse, as one does that is full or a replica."""
+    from redis.exceptions import ResponseError
+
+    return isinstance(error, ResponseError)
+
+
 def _check(url: object) -> None:
     if find_spec("redis") is None:
         raise ConfigurationError("a cache needs the extra redis: pip install 'mesh-storage[redis]'")

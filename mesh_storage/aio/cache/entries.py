@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from mesh_storage.cache.client import connect_async, failures
+from mesh_storage.cache.client import connect_async, failures, is_answer
 from mesh_storage.cache.reports import Reports
 
 _PAUSE_S = 1.0
@@ -71,5 +71,6 @@ class AsyncEntries:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        self._next = time.monotonic() + _PAUSE_S
+        if not is_answer(error):
+            self._next = time.monotonic() + _PAUSE_S
         self._reports.report(error)
