@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from weakref import WeakMethod
@@ -12,7 +13,7 @@ from pydantic_core import to_json
 
 from mesh_storage.cache.encoding import LAYOUT, Encoding
 from mesh_storage.cache.entries import Entries
-from mesh_storage.cache.reports import Reports
+from mesh_storage.cache.sparing import Sparing
 from mesh_storage.cache.view import Position, Slot, View, seconds
 from mesh_storage.errors import ClosedError, MeshStorageError, StorageTimeoutError
 from mesh_storage.postgres.characteristics import Characteristics
@@ -23,6 +24,8 @@ from mesh_storage.postgres.pool import Pool, keep_for_parent
 from mesh_storage.postgres.tenure import now
 from mesh_storage.repositories.loading import M
 from mesh_storage.repositories.positions import NEWS, read
+
+logger = logging.getLogger("mesh_storage")
 
 _LONGEST_AGE_S = 86_400.0
 _LONGEST_POLL_S = 60.0
@@ -64,7 +67,7 @@ class Reader:
         self._view = View(self._max_age)
         self._looking = threading.Lock()
         self._next_look = float("-inf")
-        self._reports = Reports("the database cannot be looked at; the cache answers for up to max_age")
+        self._records = Sparing()
         self._following: Repeated | None = None
 
     def read(self, slot: Slot, encoding: Encoding[M], load: Callable[[UnitOfWorkConnection], list[M]]) -> list[M]:
@@ -75,7 +78,7 @@ class Reader:
             keep_for_parent((self._entries, self._following))
             self._prepare()
         if self._following is None:
-            self._following = Repeated(WeakMethod(self._follow), self._poll)
+            self._start()
         if self._entries.available:
             self._look(self._fresh)
             if self._view.looked(self._pool.commits.latest, self._max_age):
@@ -83,6 +86,11 @@ class Reader:
                 if found is not None:
                     return found
         return self._load(slot, encoding, load)
+
+    def _start(self) -> None:
+        with self._looking:
+            if self._following is None:
+                self._following = Repeated(WeakMethod(self._follow), self._poll)
 
     def close(self) -> None:
         """Look no more, and close the connections to Redis."""
@@ -141,7 +149,7 @@ class Reader:
         except ClosedError:
             return None
         except MeshStorageError as error:
-            self._reports.report(error)  # a reader raises it
+            self._failed(error)
         return self._poll
 
     def _look(self, within: float, number: int = 0) -> None:
@@ -163,8 +171,15 @@ class Reader:
             except MeshStorageError as error:
                 if not error.retryable and not isinstance(error, StorageTimeoutError):
                     raise
-                self._next_look = now() + _PAUSE_S
-                self._reports.report(error)
+                self._failed(error)
+
+    def _failed(self, error: MeshStorageError) -> None:
+        self._next_look = now() + _PAUSE_S
+        if self._records.due():
+            logger.warning(
+                "the cache cannot look at the database, and answers for as long as max_age",
+                extra={"event": "cache", "error": type(error).__name__, "sqlstate": error.sqlstate},
+            )
 
     def _has_looked(self, within: float, number: int) -> bool:
         return self._view.looked(self._pool.commits.latest, within) and self._view.position.number >= number

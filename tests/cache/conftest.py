@@ -32,7 +32,7 @@ def storage(open_storage: Open, mesh_storage_url: str) -> Iterator[MeshStorage]:
 
 
 @pytest.fixture
-def other(open_storage: Open, mesh_storage_url: str, storage: MeshStorage) -> Iterator[MeshStorage]:
+def other(open_storage: Open, mesh_storage_url: str) -> Iterator[MeshStorage]:
     """Yield a second storage on the same database, which stands for another process: the two share nothing."""
     with open_storage(mesh_storage_url) as opened:
         yield opened

@@ -8,17 +8,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import psycopg
 import pytest
 
-from mesh_storage import Cached, ConfigurationError, MeshStorage, UnitOfWork
+from mesh_storage import Cached, ConfigurationError, MeshStorage, UnitOfWork, schema
 from mesh_storage.embedded.server import programs
 from mesh_storage.testing import Databases
 from tests.cache.conftest import LATEST, NEVER, POLL
 from tests.contract.conftest import Open
 from tests.processes import eventually
-from tests.servers import new_server
+from tests.servers import new_server, unused_port
 
 
 def put(storage: MeshStorage, value: Any) -> None:
@@ -113,9 +114,10 @@ def begin_time(connection: psycopg.Connection[Any]) -> Any:
 
 
 def test_a_standby_cannot_tell_and_says_so(open_storage: Open, redis_url: str) -> None:
-    from mesh_storage import schema
-
-    with new_server(programs(), "-c", "wal_level=replica") as primary, new_server(programs()) as standby:
+    with (
+        new_server(programs(), "-c", "wal_level=replica", port=unused_port()) as primary,
+        new_server(programs(), port=unused_port()) as standby,
+    ):
         primary.create()
         primary.start()
         url = conninfo(primary.connect)
@@ -129,7 +131,5 @@ def test_a_standby_cannot_tell_and_says_so(open_storage: Open, redis_url: str) -
 
 
 def conninfo(connect: dict[str, Any]) -> str:
-    from urllib.parse import quote, urlencode
-
     where = urlencode({"host": connect["host"], "port": connect["port"]})
     return f"postgresql://{connect['user']}:{quote(connect['password'], '')}@/{connect['dbname']}?{where}"

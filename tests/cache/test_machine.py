@@ -31,8 +31,8 @@ class Machine(RuleBasedStateMachine):
     """Two storages stand for the processes, and a connection of psycopg for the earlier Go service.
 
     All states of the table are known, and which of them each process has seen or made at least. What it reads must be
-    from one of those or a later one, whatever it reads next; and with a short `poll`, from none that was replaced longer
-    ago than the promise says.
+    from one of those or a later one, whatever it reads next, and with a short `poll`, from none that was replaced
+    longer ago than the promise says.
     """
 
     storages: tuple[MeshStorage, MeshStorage]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from mesh_storage import Cached, MeshStorage, UnavailableError
+from mesh_storage import Cached, Mesh, MeshStorage, UnavailableError
 from tests.cache.conftest import LATEST, NEVER, POLL
 from tests.contract.conftest import Open
 from tests.redis_server import PASSWORD, RedisServer
@@ -178,8 +177,6 @@ def test_an_entry_of_another_type_is_no_harm(storage: MeshStorage, redis: RedisS
 
 
 def test_no_secret_of_the_database_is_in_redis(storage: MeshStorage, redis: RedisServer) -> None:
-    from mesh_storage import Mesh
-
     with storage.begin() as uow:
         mesh = uow.meshes.add(Mesh(name="m"))
         uow.meshes.set_join_key(mesh.id, "secret")
@@ -230,7 +227,7 @@ def test_entries_live_for_max_age_at_most(storage: MeshStorage, redis: RedisServ
 # The database
 
 
-def test_while_the_database_is_away_the_cache_answers_for_max_age(
+def test_while_the_database_is_away_the_cache_answers_for_max_age(  # noqa: PLR0917 - fixtures
     open_storage: Open,
     mesh_storage_url: str,
     raw: psycopg.Connection[Any],

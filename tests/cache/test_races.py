@@ -99,7 +99,7 @@ def test_a_key_that_is_deleted_and_created_while_an_insert_waits_has_a_smaller_v
         with raw.transaction():
             raw.execute(insert, [b"1"])
             later = thread.submit(lambda: waiting.execute(insert, [b"2"]).fetchone())
-            while not raw.execute("SELECT FROM pg_locks WHERE NOT granted").fetchone():
+            while not raw.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone():
                 time.sleep(0.01)
             raw.execute("UPDATE mesh_state SET value = '3'")
             raw.execute("DELETE FROM mesh_state")

@@ -24,6 +24,7 @@ from mesh_storage import (
     NotFoundError,
     Route,
 )
+from mesh_storage.cache import cached as module
 from tests.contract.conftest import Open
 
 POLL = 0.1
@@ -99,41 +100,41 @@ def fill(storage: MeshStorage) -> dict[str, str]:
 NONE = "mesh_" + "0" * 26
 CALLS: dict[str, Callable[[Any, dict[str, str]], Any]] = {
     "meshes.get": lambda at, ids: at.meshes.get(ids["mesh"]),
-    "meshes.get none": lambda at, ids: at.meshes.get(NONE),
-    "meshes.get wrong": lambda at, ids: at.meshes.get(""),
+    "meshes.get none": lambda at, _: at.meshes.get(NONE),
+    "meshes.get wrong": lambda at, _: at.meshes.get(""),
     "meshes.find": lambda at, ids: at.meshes.find(ids["mesh"]),
-    "meshes.find none": lambda at, ids: at.meshes.find(NONE),
-    "meshes.get_by_name": lambda at, ids: at.meshes.get_by_name("m"),
-    "meshes.get_by_name none": lambda at, ids: at.meshes.get_by_name("none"),
-    "meshes.get_by_name wrong": lambda at, ids: at.meshes.get_by_name("x" * 256),
+    "meshes.find none": lambda at, _: at.meshes.find(NONE),
+    "meshes.get_by_name": lambda at, _: at.meshes.get_by_name("m"),
+    "meshes.get_by_name none": lambda at, _: at.meshes.get_by_name("none"),
+    "meshes.get_by_name wrong": lambda at, _: at.meshes.get_by_name("x" * 256),
     "nodes.get": lambda at, ids: at.nodes.get(ids["a"]),
     "nodes.find": lambda at, ids: at.nodes.find(ids["b"]),
-    "nodes.get_by_name": lambda at, ids: at.nodes.get_by_name("b"),
-    "nodes.get_by_name none": lambda at, ids: at.nodes.get_by_name("none"),
-    "nodes.get_by_name wrong": lambda at, ids: at.nodes.get_by_name(1),
+    "nodes.get_by_name": lambda at, _: at.nodes.get_by_name("b"),
+    "nodes.get_by_name none": lambda at, _: at.nodes.get_by_name("none"),
+    "nodes.get_by_name wrong": lambda at, _: at.nodes.get_by_name(1),
     "routes.get": lambda at, ids: at.routes.get(ids["route"]),
     "routes.find": lambda at, ids: at.routes.find(ids["route"]),
     "routes.between": lambda at, ids: at.routes.between(ids["a"], ids["b"]),
     "routes.between back": lambda at, ids: at.routes.between(ids["b"], ids["a"]),
-    "routes.between none": lambda at, ids: at.routes.between("a", "b"),
-    "routes.between wrong": lambda at, ids: at.routes.between("a", "\0"),
+    "routes.between none": lambda at, _: at.routes.between("a", "b"),
+    "routes.between wrong": lambda at, _: at.routes.between("a", "\0"),
     "routes.for_node": lambda at, ids: at.routes.for_node(ids["b"]),
-    "routes.for_node wrong": lambda at, ids: at.routes.for_node("\ud800"),
-    "state.get": lambda at, ids: at.state.get("bytes"),
-    "state.find": lambda at, ids: at.state.find("expiring"),
-    "state.get none": lambda at, ids: at.state.get("none"),
-    "state.get wrong": lambda at, ids: at.state.get(b"bytes"),
-    "runtime_config.get": lambda at, ids: at.runtime_config.get("json"),
-    "runtime_config.find": lambda at, ids: at.runtime_config.find("j%"),
-    "runtime_config.value": lambda at, ids: at.runtime_config.value("json"),
-    "runtime_config.value none": lambda at, ids: at.runtime_config.value("none"),
-    "runtime_config.value default": lambda at, ids: at.runtime_config.value("none", None),
-    "runtime_config.all": lambda at, ids: list(at.runtime_config.all().items()),
-    "runtime_config.all prefix": lambda at, ids: list(at.runtime_config.all("j%").items()),
-    "runtime_config.all wrong": lambda at, ids: at.runtime_config.all(None),
-    "routing_table.get": lambda at, ids: at.routing_table.get("z"),
-    "routing_table.find": lambda at, ids: at.routing_table.find("none"),
-    "routing_table.all": lambda at, ids: [[*pair] for pair in at.routing_table.all().items()],
+    "routes.for_node wrong": lambda at, _: at.routes.for_node("\ud800"),
+    "state.get": lambda at, _: at.state.get("bytes"),
+    "state.find": lambda at, _: at.state.find("expiring"),
+    "state.get none": lambda at, _: at.state.get("none"),
+    "state.get wrong": lambda at, _: at.state.get(b"bytes"),
+    "runtime_config.get": lambda at, _: at.runtime_config.get("json"),
+    "runtime_config.find": lambda at, _: at.runtime_config.find("j%"),
+    "runtime_config.value": lambda at, _: at.runtime_config.value("json"),
+    "runtime_config.value none": lambda at, _: at.runtime_config.value("none"),
+    "runtime_config.value default": lambda at, _: at.runtime_config.value("none", None),
+    "runtime_config.all": lambda at, _: list(at.runtime_config.all().items()),
+    "runtime_config.all prefix": lambda at, _: list(at.runtime_config.all("j%").items()),
+    "runtime_config.all wrong": lambda at, _: at.runtime_config.all(None),
+    "routing_table.get": lambda at, _: at.routing_table.get("z"),
+    "routing_table.find": lambda at, _: at.routing_table.find("none"),
+    "routing_table.all": lambda at, _: [[*pair] for pair in at.routing_table.all().items()],
 }
 
 
@@ -150,18 +151,17 @@ def test_results_and_errors_are_those_of_the_repositories_from_redis_as_well(
         assert [each for each in statements if LOOK not in each] == [], name
 
 
-def test_every_method_is_one_of_the_repository(storage: MeshStorage, redis_url: str) -> None:
-    names = {name.split()[0] for name in CALLS}
-    repositories = ("meshes", "nodes", "routes", "state", "runtime_config", "routing_table")
-    from mesh_storage.cache import cached as module
-
+def test_every_method_is_one_of_the_repository_and_was_called() -> None:
     kinds = {
-        **{"meshes": module.CachedMeshes, "nodes": module.CachedNodes, "routes": module.CachedRoutes},
-        **{"state": module.CachedRepository, "runtime_config": module.CachedRuntimeConfig},
-        **{"routing_table": module.CachedRoutingTable},
+        "meshes": module.CachedMeshes,
+        "nodes": module.CachedNodes,
+        "routes": module.CachedRoutes,
+        "state": module.CachedRepository,
+        "runtime_config": module.CachedRuntimeConfig,
+        "routing_table": module.CachedRoutingTable,
     }
-    offered = {f"{each}.{name}" for each in repositories for name in dir(kinds[each]) if not name.startswith("_")}
-    assert names == offered
+    offered = {f"{each}.{name}" for each, kind in kinds.items() for name in dir(kind) if not name.startswith("_")}
+    assert {name.split()[0] for name in CALLS} == offered
 
 
 def test_what_is_absent_is_remembered_until_it_is_created(
@@ -207,15 +207,6 @@ def test_another_process_is_served_what_one_has_read(
 # What this process has committed
 
 
-WRITES: dict[str, Callable[[Any, int], Any]] = {
-    "put": lambda uow, n: uow.state.put("a", b"%d" % n),
-    "put in a savepoint": lambda uow, n: in_savepoint(uow, n),
-    "put_many": lambda uow, n: uow.state.put_many({"a": b"%d" % n, "b": b""}),
-    "put an expiry": lambda uow, n: uow.state.put("a", b"%d" % n, ttl=timedelta(hours=n)),
-    "put if": lambda uow, n: uow.state.put("a", b"%d" % n, if_version=version(uow.state.find("a"))),
-}
-
-
 def version(entry: Any) -> int:
     return 0 if entry is None else entry.version
 
@@ -223,6 +214,15 @@ def version(entry: Any) -> int:
 def in_savepoint(uow: Any, n: int) -> None:
     with uow.savepoint():
         uow.state.put("a", b"%d" % n)
+
+
+WRITES: dict[str, Callable[[Any, int], Any]] = {
+    "put": lambda uow, n: uow.state.put("a", b"%d" % n),
+    "put in a savepoint": in_savepoint,
+    "put_many": lambda uow, n: uow.state.put_many({"a": b"%d" % n, "b": b""}),
+    "put an expiry": lambda uow, n: uow.state.put("a", b"%d" % n, ttl=timedelta(hours=n)),
+    "put if": lambda uow, n: uow.state.put("a", b"%d" % n, if_version=version(uow.state.find("a"))),
+}
 
 
 @pytest.mark.parametrize("way", WRITES)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from mesh_storage.cache.client import connect_async, failures, is_answer
-from mesh_storage.cache.reports import Reports
+from mesh_storage.cache.sparing import Sparing
+
+logger = logging.getLogger("mesh_storage")
 
 _PAUSE_S = 1.0
 """How long Redis is left alone after a failure, so that few reads wait for one that is away."""
@@ -32,7 +35,7 @@ class AsyncEntries:
         """
         self._client = connect_async(url)
         self._failures = failures()
-        self._reports = Reports("Redis fails; the database answers")
+        self._records = Sparing()
         self._next = float("-inf")
 
     @property
@@ -73,4 +76,8 @@ class AsyncEntries:
     def _failed(self, error: Exception) -> None:
         if not is_answer(error):
             self._next = time.monotonic() + _PAUSE_S
-        self._reports.report(error)
+        if self._records.due():
+            # Not its text, which may contain the address.
+            logger.warning(
+                "Redis fails, so the database answers", extra={"event": "cache", "error": type(error).__name__}
+            )

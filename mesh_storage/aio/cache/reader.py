@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from weakref import WeakMethod
 
@@ -13,7 +14,7 @@ from mesh_storage.aio.postgres.concurrency import AsyncRepeated
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.postgres.pool import AsyncPool
 from mesh_storage.cache.encoding import LAYOUT, Encoding
-from mesh_storage.cache.reports import Reports
+from mesh_storage.cache.sparing import Sparing
 from mesh_storage.cache.view import Position, Slot, View, seconds
 from mesh_storage.errors import ClosedError, MeshStorageError, StorageTimeoutError
 from mesh_storage.postgres.characteristics import Characteristics
@@ -22,6 +23,8 @@ from mesh_storage.postgres.pool import keep_for_parent
 from mesh_storage.postgres.tenure import now
 from mesh_storage.repositories.loading import M
 from mesh_storage.repositories.positions import NEWS, read
+
+logger = logging.getLogger("mesh_storage")
 
 _LONGEST_AGE_S = 86_400.0
 _LONGEST_POLL_S = 60.0
@@ -63,7 +66,7 @@ class AsyncReader:
         self._view = View(self._max_age)
         self._looking = asyncio.Lock()
         self._next_look = float("-inf")
-        self._reports = Reports("the database cannot be looked at; the cache answers for up to max_age")
+        self._records = Sparing()
         self._following: AsyncRepeated | None = None
 
     async def read(
@@ -76,7 +79,7 @@ class AsyncReader:
             keep_for_parent((self._entries, self._following))
             self._prepare()
         if self._following is None:
-            self._following = AsyncRepeated(WeakMethod(self._follow), self._poll)
+            await self._start()
         if self._entries.available:
             await self._look(self._fresh)
             if self._view.looked(self._pool.commits.latest, self._max_age):
@@ -84,6 +87,11 @@ class AsyncReader:
                 if found is not None:
                     return found
         return await self._load(slot, encoding, load)
+
+    async def _start(self) -> None:
+        async with self._looking:
+            if self._following is None:
+                self._following = AsyncRepeated(WeakMethod(self._follow), self._poll)
 
     async def close(self) -> None:
         """Look no more, and close the connections to Redis."""
@@ -144,7 +152,7 @@ class AsyncReader:
         except ClosedError:
             return None
         except MeshStorageError as error:
-            self._reports.report(error)  # a reader raises it
+            self._failed(error)
         return self._poll
 
     async def _look(self, within: float, number: int = 0) -> None:
@@ -166,8 +174,15 @@ class AsyncReader:
             except MeshStorageError as error:
                 if not error.retryable and not isinstance(error, StorageTimeoutError):
                     raise
-                self._next_look = now() + _PAUSE_S
-                self._reports.report(error)
+                self._failed(error)
+
+    def _failed(self, error: MeshStorageError) -> None:
+        self._next_look = now() + _PAUSE_S
+        if self._records.due():
+            logger.warning(
+                "the cache cannot look at the database, and answers for as long as max_age",
+                extra={"event": "cache", "error": type(error).__name__, "sqlstate": error.sqlstate},
+            )
 
     def _has_looked(self, within: float, number: int) -> bool:
         return self._view.looked(self._pool.commits.latest, within) and self._view.position.number >= number
