@@ -11,11 +11,20 @@ from properdocs.structure.pages import Page
 
 import mesh_storage
 from mesh_storage import aio, repositories, schema
+from mesh_storage.cache import cached
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = {
     "storage": [
-        *(f"mesh_storage.{name}" for name in ("MeshStorage", "UnitOfWork", "Lease", "Page", "Health", "JSON")),
+        *(
+            f"mesh_storage.{name}"
+            for name in ("MeshStorage", "UnitOfWork", "Lease", "Cached", "Page", "Health", "JSON")
+        ),
+        *(
+            f"mesh_storage.cache.cached.{name}"
+            for name in vars(cached)
+            if name.startswith("Cached") and name != "Cached"
+        ),
         *(f"mesh_storage.postgres.characteristics.{name}" for name in ("Isolation", "Durability")),
     ],
     "repositories": [f"mesh_storage.repositories.{name}" for name in repositories.__all__ if name != "Page"],

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bulk, growth, limits, single, startup, threads, watching
+from benchmarks import bulk, caching, growth, limits, single, startup, threads, watching
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ def test_every_workload_runs_and_gives_positive_numbers(figures: dict[str, Any])
 
 
 def test_every_limit_is_measured(figures: dict[str, Any]) -> None:
-    assert len(figures["facts"]) == len(limits.FACTS) + len(watching.FACTS)
+    assert len(figures["facts"]) == len(limits.FACTS) + len(watching.FACTS) + len(caching.FACTS)
     assert all(0 < fact["value"] < math.inf for fact in figures["facts"])
 
 
