@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mesh_storage.cache.cached import Cached
     from mesh_storage.errors import (
         AlreadyExistsError,
         ClosedError,
@@ -44,6 +45,7 @@ __all__ = [
     "JSON",
     "AlreadyExistsError",
     "Batch",
+    "Cached",
     "Change",
     "ClosedError",
     "CompactedError",

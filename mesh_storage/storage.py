@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from mesh_storage import health, schema
+from mesh_storage.cache.cached import Cached
 from mesh_storage.errors import (
     ClosedError,
     ConfigurationError,
@@ -59,6 +60,7 @@ class MeshStorage:
             parts = measured(telemetry, server)
         self._pool = parts.pool(settings, server)
         self._scope, self._lease, self._watch, self._observed = parts[1:]
+        self._caches: list[Cached] = []
         self._finalizer = weakref.finalize(self, server.close)
 
     @classmethod
@@ -224,6 +226,28 @@ class MeshStorage:
         check_open(closed=self._pool.closed)
         return self._watch(self, self._pool, aggregates, prefix=prefix, after=after, poll=poll).batches()
 
+    def cached(self, redis_url: str, *, max_age: float = 60.0, poll: float = 0.25) -> Cached:
+        """Return repositories that are read through a cache in Redis, for reads only; docs/caching.md says more.
+
+        What this storage has committed is seen by the next read, and what others have, at the latest `poll` + 0.1 s
+        later. If Redis is away, the database answers. The cache is closed with the storage, or by its `close`.
+
+        Args:
+            redis_url: Where Redis is, as `redis://`, `rediss://` or `unix://`, with the parameters of redis-py.
+            max_age: Seconds that an entry lives, and for which entries are trusted while the database cannot be
+                reached; at most a day.
+            poll: Seconds between two looks at what has changed; at most 60.
+
+        Raises:
+            ConfigurationError: The extra `redis` is not installed, or the URL is invalid.
+            InvalidInputError: An argument is invalid; names it.
+            ClosedError: The storage was closed.
+        """
+        check_open(closed=self._pool.closed)
+        made = Cached(self, self._pool, self._observed, redis_url, max_age=max_age, poll=poll)
+        self._caches = [*(cache for cache in self._caches if not cache.closed), made]
+        return made
+
     def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.
 
@@ -316,12 +340,17 @@ class MeshStorage:
         check_open(closed=self._pool.closed)
         from mesh_storage import backup
 
-        return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=progress)
+        try:
+            return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=progress)
+        finally:
+            self._pool.commits.note()
 
     def close(self) -> None:
         """Close the connections, those in use when their unit of work ends; a bundled server stops immediately."""
         if self._pool.closed:
             return
+        for cache in self._caches:
+            cache.close()
         self._pool.close()
         self._finalizer()
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mesh_storage import MeshStorage, UnitOfWork
+from tests.redis_server import RedisServer, redis_server
 
 FROZEN_S = 6.0
 
@@ -71,3 +72,16 @@ def frozen(pid: int) -> Generator[None]:
     finally:
         thaw.cancel()
         os.kill(pid, signal.SIGCONT)
+
+
+@pytest.fixture(scope="session")
+def a_redis() -> Iterator[RedisServer]:
+    """Yield a Redis for tests that leave it running."""
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(a_redis: RedisServer) -> str:
+    """Return the URL of a Redis that is running."""
+    return a_redis.url

@@ -11,13 +11,19 @@ from properdocs.structure.pages import Page
 
 import mesh_storage
 from mesh_storage import aio, repositories, schema
+from mesh_storage.cache import cached
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = {
     "storage": [
         *(
             f"mesh_storage.{name}"
-            for name in ("MeshStorage", "UnitOfWork", "Lease", "Page", "Health", "Telemetry", "JSON")
+            for name in ("MeshStorage", "UnitOfWork", "Lease", "Cached", "Page", "Health", "Telemetry", "JSON")
+        ),
+        *(
+            f"mesh_storage.cache.cached.{name}"
+            for name in vars(cached)
+            if name.startswith("Cached") and name != "Cached"
         ),
         *(f"mesh_storage.postgres.characteristics.{name}" for name in ("Isolation", "Durability")),
     ],

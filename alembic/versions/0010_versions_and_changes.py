@@ -26,7 +26,7 @@ def upgrade() -> None:
         op.execute(f"ALTER TABLE {table} ADD COLUMN version bigint NOT NULL DEFAULT 1")
     for table in changes.EXPIRING:
         op.execute(f"ALTER TABLE {table} ADD COLUMN expires_at timestamptz")
-    for statement in changes.install():
+    for statement in changes.install(expiry=False):
         op.execute(statement)
 
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 if find_spec("greenlet") is None:
     raise ImportError("mesh_storage.aio needs greenlet: install mesh-storage[async]")
 
+from mesh_storage.aio.cache.cached import AsyncCached
 from mesh_storage.aio.lease import AsyncLease
 from mesh_storage.aio.repositories import (
     AsyncChangeRepository,
@@ -22,6 +23,7 @@ from mesh_storage.aio.storage import AsyncMeshStorage
 from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
 
 __all__ = [
+    "AsyncCached",
     "AsyncChangeRepository",
     "AsyncConsensusLogRepository",
     "AsyncLease",

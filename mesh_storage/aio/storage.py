@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from mesh_storage import health, schema
+from mesh_storage.aio.cache.cached import AsyncCached
 from mesh_storage.aio.lease import AsyncLease
 from mesh_storage.aio.parts import AsyncParts
 from mesh_storage.aio.postgres.concurrency import in_background, in_greenlet, sync_connection
@@ -104,6 +105,7 @@ class AsyncMeshStorage:
             parts = measured(telemetry, server)
         self._pool = parts.pool(settings, server)
         self._scope, self._lease, self._watch, self._observed = parts[1:]
+        self._caches: list[AsyncCached] = []
         self._finalizer = weakref.finalize(self, server.close)
 
     @classmethod
@@ -208,6 +210,16 @@ class AsyncMeshStorage:
         check_open(closed=self._pool.closed)
         return self._watch(self, self._pool, aggregates, prefix=prefix, after=after, poll=poll).batches()
 
+    def cached(self, redis_url: str, *, max_age: float = 60.0, poll: float = 0.25) -> AsyncCached:
+        """Return repositories that are read through a cache in Redis, for reads only; docs/caching.md says more.
+
+        The arguments and errors are those of `MeshStorage.cached`.
+        """
+        check_open(closed=self._pool.closed)
+        made = AsyncCached(self, self._pool, self._observed, redis_url, max_age=max_age, poll=poll)
+        self._caches = [*(cache for cache in self._caches if not cache.closed), made]
+        return made
+
     async def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.
 
@@ -301,7 +313,10 @@ class AsyncMeshStorage:
         def work(report: Report) -> Manifest:
             return backup.restore(self._server, path, overwrite=overwrite, jobs=jobs, progress=report)
 
-        return await in_thread(work, progress)
+        try:
+            return await in_thread(work, progress)
+        finally:
+            self._pool.commits.note()
 
     async def close(self) -> None:
         """Close the connections, those in use when their unit of work ends; a bundled server stops immediately."""
@@ -324,6 +339,8 @@ class AsyncMeshStorage:
         await self.close()
 
     async def _close(self) -> None:
+        for cache in self._caches:
+            await cache.close()
         await self._pool.close()
         await asyncio.to_thread(self._finalizer)
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})

@@ -17,6 +17,7 @@ from sqlalchemy import Transaction
 from mesh_storage.errors import InvalidInputError, MeshStorageError, UnavailableError
 from mesh_storage.models.base import Writes
 from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.commits import Commits
 from mesh_storage.postgres.concurrency import itself
 from mesh_storage.postgres.deadline import Deadline
 from mesh_storage.postgres.driver import Driver
@@ -42,7 +43,12 @@ class UnitOfWorkConnection:
     """
 
     def __init__(
-        self, driver: Driver, characteristics: Characteristics, deadline: float | None, pooling: Pooling | None
+        self,
+        driver: Driver,
+        characteristics: Characteristics,
+        deadline: float | None,
+        pooling: Pooling | None,
+        commits: Commits,
     ) -> None:
         self.driver = driver
         self.characteristics = characteristics
@@ -55,6 +61,9 @@ class UnitOfWorkConnection:
         self._transaction = UnitOfWorkTransaction(driver, characteristics, self._deadline, pooling)
         self._failure: MeshStorageError | None = None
         self._pooled = pooling is not None
+        self._commits = commits
+        self._changes_versions = False
+        """Whether rows that have a version may have been written since the last commit."""
 
     def prepare(self) -> None:
         """Set up the connection for the unit of work, without a round trip."""
@@ -91,6 +100,7 @@ class UnitOfWorkConnection:
     def copy(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows by COPY, encoding each while the server processes the previous ones."""
         self.characteristics.check_writable()
+        self._changes_versions = True
         self.perform(self._copy, f"COPY {table} ({', '.join(columns)}) FROM STDIN".encode(), rows)
 
     def perform(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -152,6 +162,7 @@ class UnitOfWorkConnection:
 
     def join(self) -> sqlalchemy.Connection:
         """Begin the transaction for an ORM session, and return its connection."""
+        self._changes_versions = True
         self.perform(self._transaction.begin_for_session)
         return itself(self.driver.sqlalchemy)
 
@@ -201,6 +212,10 @@ class UnitOfWorkConnection:
             if self._failure is error or not isinstance(error, MeshStorageError):
                 raise
             raise self._failure from error
+        finally:
+            if self._changes_versions:
+                self._commits.note()  # also if it failed, since its outcome may be unknown
+        self._changes_versions = self.joined.is_used
         self.savepoints.committed()
         self.joined.settle()
         if self.driver.unreplicated:
@@ -263,6 +278,7 @@ class UnitOfWorkConnection:
     def _run(self, statement: Statement, parameters: Parameters | None) -> tuple[list[Row], int]:
         if statement.writes:
             self.characteristics.check_writable()
+            self._changes_versions |= statement.changes_versions
         if self._transaction.begins_explicitly:
             return self.perform(self._execute_in_transaction, statement.sql, parameters)
         return self.perform(self.driver.execute, statement.sql, parameters)

@@ -22,6 +22,7 @@ import sqlalchemy.exc
 
 from mesh_storage.errors import ClosedError, MeshStorageError, StorageTimeoutError, UnavailableError, connection_refused
 from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.commits import Commits
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.driver import Driver
 from mesh_storage.postgres.engine import connect_before, create_engine
@@ -100,6 +101,7 @@ class Pool:
     def __init__(self, settings: Settings, server: Server) -> None:
         self.size = settings.pool_size
         self.closed = False
+        self.commits = Commits()
         self._timeout = settings.pool_timeout
         self._response_timeout = response_timeout(settings, server)
         self._pooling = Pooling.of(settings, server.local_parameters)
@@ -142,7 +144,7 @@ class Pool:
         try:
             check_open(closed=self.closed)  # it may have been closed in the meantime
             driver = (self._idle_driver() if placed else None) or self._connect(deadline)
-            connection = UnitOfWorkConnection(driver, characteristics, deadline, self._pooling)
+            connection = UnitOfWorkConnection(driver, characteristics, deadline, self._pooling, self.commits)
             connection.prepare()
         except BaseException:
             if driver is not None:

@@ -42,6 +42,12 @@ class Statement:
         return not isinstance(self._element, sqlalchemy.SelectBase) if self._writes is None else self._writes
 
     @cached_property
+    def changes_versions(self) -> bool:
+        """Whether it may write rows that have a version; assumed of text, which does not say what it writes."""
+        table = getattr(self._element, "table", None)
+        return self.writes and (table is None or "version" in table.c)
+
+    @cached_property
     def sql(self) -> bytes:
         """The SQL with psycopg's named placeholders."""
         assert isinstance(self._element, CompilerElement)

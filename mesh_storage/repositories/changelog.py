@@ -192,16 +192,22 @@ class _Moment(NamedTuple):
     latest: int | None
 
 
+_NAMES = ", ".join(f"'{name}'" for name in AGGREGATES)
+
+
 def _moment(latest: str) -> str:
     """Return the SQL of a `_Moment`, with the expression for the id of the latest change."""
     return f"""
-        SELECT CAST(CAST(md5(concat(epoch, {_DATABASE})) AS uuid) AS text) AS epoch,
+        SELECT CAST(CAST(md5(concat(epoch, {DATABASE})) AS uuid) AS text) AS epoch,
             CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)
             END AS timeline,
             compacted,
             CAST(pg_current_snapshot() AS text) AS snapshot,
             {_number("pg_current_xact_id_if_assigned()")} AS own,
-            EXISTS (SELECT FROM mesh_changes WHERE xid = {_number("pg_current_xact_id_if_assigned()")}) AS written,
+            EXISTS (
+                SELECT FROM mesh_changes
+                WHERE xid = {_number("pg_current_xact_id_if_assigned()")} AND aggregate IN ({_NAMES})
+            ) AS written,
             CASE WHEN NOT pg_is_in_recovery() THEN {_lsn("insert")} END AS inserted,
             CASE WHEN NOT pg_is_in_recovery() THEN {_lsn("flush")} END AS flushed,
             {latest} AS latest
@@ -210,10 +216,11 @@ def _moment(latest: str) -> str:
 
 
 # A copy of the database has the epoch of the original, but transaction ids of its own.
-_DATABASE = """
+DATABASE = """
     (SELECT system_identifier FROM pg_control_system()), '/',
     (SELECT oid FROM pg_database WHERE datname = current_database())
 """
+"""What is listed in SQL to tell one database from all others."""
 
 
 def _number(xid: str) -> str:

@@ -22,6 +22,8 @@ WATCHED: Mapping[str, tuple[str, str]] = {
 """The tables whose changes are logged, with the name of the repository and the key column."""
 EXPIRING = ("mesh_state", "mesh_runtime_config")
 """The tables whose rows may expire."""
+EXPIRY = {table: f"{WATCHED[table][0]}.expiry" for table in EXPIRING}
+"""What the log calls a new expiry alone: no change to those who watch, but what a cache holds is no longer true."""
 SEQUENCE = "mesh_version_seq"
 SINCE = "0010"
 """The revision that creates the log and the triggers."""
@@ -47,8 +49,8 @@ FORGET = (
 """Empties the log and invalidates all cursors."""
 
 
-def install() -> Iterator[str]:
-    """Yield the statements that create the log and the triggers, in the current schema."""
+def install(*, expiry: bool = True) -> Iterator[str]:
+    """Yield the statements that create the log and the triggers, in the current schema; `expiry` as in `log`."""
     yield f"CREATE SEQUENCE {SEQUENCE} AS bigint"
     yield RENEW_VERSIONS
     yield f"""
@@ -92,14 +94,35 @@ def install() -> Iterator[str]:
         f"UPDATE {{schema}}.{EPOCH} SET epoch = pg_catalog.gen_random_uuid(); RETURN NULL;",  # noqa: S608 - our own name
     )
     for table in WATCHED:
-        yield from watch(table)
+        yield from watch(table, expiry=expiry)
 
 
-def watch(table: str) -> Iterator[str]:
-    """Yield the statements that create the triggers of one table."""
+def watch(table: str, *, expiry: bool = True) -> Iterator[str]:
+    """Yield the statements that create the triggers of one table; `expiry` as in `log`."""
+    yield log(table, expiry=expiry)
+    version = "mesh_entry_version" if table in EXPIRING else "mesh_version"
+    yield _trigger(f"{table}_version", f"BEFORE INSERT OR UPDATE ON {table}", "ROW", version)
+    yield _trigger(f"{table}_log", f"AFTER INSERT OR DELETE OR UPDATE ON {table}", "ROW", f"{table}_log")
+    yield _trigger(f"{table}_truncate", f"AFTER TRUNCATE ON {table}", "STATEMENT", "mesh_changes_lost")
+
+
+def log(table: str, *, expiry: bool = True) -> str:
+    """Return the statement that creates or replaces the function that logs the changes of one table.
+
+    With `expiry`, as from revision 0012 on, it logs a new expiry alone as well, under another name.
+    """
     aggregate, key = WATCHED[table]
     insert = f"INSERT INTO {{schema}}.{LOG} (number, aggregate, key) VALUES"
-    yield _function(
+    touched = ""
+    if expiry and table in EXPIRING:
+        touched = f"""
+            IF TG_OP {_EQUALS} 'UPDATE' AND OLD.version {_EQUALS} NEW.version
+                AND NOT coalesce(NEW.expires_at, '-infinity') {_EQUALS} coalesce(OLD.expires_at, '-infinity')
+            THEN
+                {insert} (pg_catalog.nextval('{{schema}}.{SEQUENCE}'), '{EXPIRY[table]}', NEW.{key});
+            END IF;
+        """
+    return _function(
         f"{table}_log",
         f"""
             IF TG_OP {_EQUALS} 'DELETE' OR TG_OP {_EQUALS} 'UPDATE' AND NOT OLD.{key} {_EQUALS} NEW.{key} THEN
@@ -108,13 +131,10 @@ def watch(table: str) -> Iterator[str]:
             IF TG_OP {_EQUALS} 'INSERT' OR TG_OP {_EQUALS} 'UPDATE' AND NOT OLD.version {_EQUALS} NEW.version THEN
                 {insert} (NEW.version, '{aggregate}', NEW.{key});
             END IF;
+            {touched}
             RETURN NULL;
         """,
     )
-    version = "mesh_entry_version" if table in EXPIRING else "mesh_version"
-    yield _trigger(f"{table}_version", f"BEFORE INSERT OR UPDATE ON {table}", "ROW", version)
-    yield _trigger(f"{table}_log", f"AFTER INSERT OR DELETE OR UPDATE ON {table}", "ROW", f"{table}_log")
-    yield _trigger(f"{table}_truncate", f"AFTER TRUNCATE ON {table}", "STATEMENT", "mesh_changes_lost")
 
 
 def remove() -> Iterator[str]:

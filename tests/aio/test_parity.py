@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from sqlalchemy.util import ro_memoized_property
 
-from mesh_storage import Lease, MeshStorage, UnitOfWork, aio, repositories
+from mesh_storage import Cached, Lease, MeshStorage, UnitOfWork, aio, repositories
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+from mesh_storage.aio.cache import cached as async_cached
+from mesh_storage.cache import cached
 from mesh_storage.repositories import ChangeRepository
 from mesh_storage.repositories.base import Repository
 
@@ -29,6 +31,16 @@ REPOSITORIES = [
     for value in vars(repositories).values()
     if isinstance(value, type) and issubclass(value, (Repository, ChangeRepository))
 ]
+
+ORIGINALS = {
+    "CachedRepository": "StateRepository",
+    "CachedMeshes": "MeshRepository",
+    "CachedNodes": "NodeRepository",
+    "CachedRoutes": "RouteRepository",
+    "CachedRuntimeConfig": "RuntimeConfigRepository",
+    "CachedRoutingTable": "RoutingTableRepository",
+}
+CACHED = [getattr(cached, name) for name in ORIGINALS]
 
 
 def members(class_: type) -> dict[str, Any]:
@@ -54,6 +66,7 @@ def in_async_words(annotation: str) -> str:
         r"\bAsyncUnitOfWork\], T\]": "AsyncUnitOfWork], Awaitable[T]]",
         r"\b(Async)?Session\b": "AsyncSession",
         r"\b(Async)?Lease\b": "AsyncLease",
+        r"\b(Async)?Cached\b": "AsyncCached",
     }
     for word, async_word in words.items():
         annotation = re.sub(word, async_word, annotation)
@@ -61,7 +74,7 @@ def in_async_words(annotation: str) -> str:
 
 
 def twin(class_: type) -> type:
-    found = getattr(aio, f"Async{class_.__name__}")
+    found = getattr(async_cached if class_ in CACHED else aio, f"Async{class_.__name__}")
     assert isinstance(found, type)
     return found
 
@@ -69,11 +82,13 @@ def twin(class_: type) -> type:
 def test_every_repository_has_a_twin_that_is_exported() -> None:
     assert len(REPOSITORIES) == 10
     expected = {f"Async{each.__name__}" for each in REPOSITORIES}
-    expected |= {"AsyncLease", "AsyncMeshStorage", "AsyncUnitOfWork"}
+    expected |= {"AsyncCached", "AsyncLease", "AsyncMeshStorage", "AsyncUnitOfWork"}
     assert set(aio.__all__) == expected
 
 
-@pytest.mark.parametrize("class_", [Lease, MeshStorage, UnitOfWork, *REPOSITORIES], ids=lambda class_: class_.__name__)
+@pytest.mark.parametrize(
+    "class_", [Cached, Lease, MeshStorage, UnitOfWork, *REPOSITORIES], ids=lambda class_: class_.__name__
+)
 def test_names_and_signatures_are_the_same(class_: type) -> None:
     ours, theirs = members(class_), members(twin(class_))
     assert set(theirs) == set(ours)
@@ -92,6 +107,20 @@ def test_annotations_of_the_shells_are_the_same(class_: type) -> None:
             member, (property, ro_memoized_property)
         ):  # Opening is awaited or entered.
             assert annotations(member) == annotations(ours[name]), name
+
+
+@pytest.mark.parametrize("class_", CACHED, ids=lambda class_: class_.__name__)
+def test_what_is_cached_has_the_signatures_of_its_repository_on_both_sides(class_: type) -> None:
+    for name, member in members(twin(class_)).items():
+        expected = getattr(class_, name)
+        assert parameters(member) == parameters(expected), name
+        assert annotations(member) == annotations(expected), name
+        assert inspect.getdoc(member) == inspect.getdoc(expected), name
+        assert inspect.iscoroutinefunction(member), name
+    repository = next((each for each in REPOSITORIES if each.__name__ == ORIGINALS[class_.__name__]), None)
+    assert repository is not None
+    for name, member in members(class_).items():
+        assert parameters(member) == parameters(getattr(repository, name)), name
 
 
 @pytest.mark.parametrize("class_", REPOSITORIES, ids=lambda class_: class_.__name__)

@@ -51,8 +51,11 @@ def name(block: Block) -> str:
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=name)
-def test_python_runs(block: Block, mesh_storage: MeshStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(
+    block: Block, mesh_storage: MeshStorage, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REDIS_URL", redis_url)
     code = "\n" * block.line + block.text  # So that a traceback names the line of the document.
     exec(compile(code, block.document, "exec"), {"storage": mesh_storage, "__name__": "document"})  # noqa: S102
 

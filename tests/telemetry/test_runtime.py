@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from mesh_storage import MeshStorage
+from mesh_storage.models.base import new_id
 from tests.processes import eventually
 from tests.telemetry.recorder import Recorder
 
@@ -78,15 +79,17 @@ def test_a_watcher_of_a_storage_that_is_closed_is_gone(mesh_storage_url: str, re
     assert list(batches) == []
 
 
-def test_hits_and_misses_of_a_cache_are_counted(measured: MeshStorage, recorder: Recorder) -> None:
-    observed = measured._observed
-    assert observed is not None
-    observed.count_cache_lookup("state.get", hit=False)
-    observed.count_cache_lookup("state.get", hit=True)
-    observed.count_cache_lookup("state.get", hit=True)
+def test_hits_and_misses_of_a_cache_are_counted(measured: MeshStorage, recorder: Recorder, redis_url: str) -> None:
+    with measured.begin() as uow:
+        uow.state.put("a", b"v")
+    with measured.cached(redis_url) as cached:
+        for _ in range(3):
+            cached.state.get("a")
+        assert cached.meshes.find(new_id("mesh")) is None
     assert recorder.by("mesh_storage.cache.lookups", "db.operation.name", "mesh_storage.cache.result") == {
-        ("state.get", "miss"): 1,
-        ("state.get", "hit"): 2,
+        ("state.find", "miss"): 1,
+        ("state.find", "hit"): 2,
+        ("meshes.find", "miss"): 1,
     }
 
 

@@ -23,7 +23,7 @@ from mesh_storage import (
     RoutingEntry,
     StateEntry,
 )
-from mesh_storage.aio import AsyncLease, AsyncMeshStorage, AsyncUnitOfWork
+from mesh_storage.aio import AsyncCached, AsyncLease, AsyncMeshStorage, AsyncUnitOfWork
 from mesh_storage.testing import LogEntryFactory, MeshFactory, NodeFactory, RouteFactory
 
 
@@ -73,6 +73,17 @@ async def of_the_unit_of_work(uow: AsyncUnitOfWork) -> None:
         assert_type(state, NodeState | None)
     async for message in uow.messages.stream():
         assert_type(message.content, bytes)
+
+
+async def of_a_cache(storage: AsyncMeshStorage) -> None:
+    async with storage.cached("redis://cache", max_age=30, poll=0.1) as cached:
+        assert_type(cached, AsyncCached)
+        assert_type(await cached.meshes.get("m"), Mesh)
+        assert_type(await cached.nodes.get_by_name("n"), Node)
+        assert_type(await cached.routes.for_node("n"), list[Route])
+        assert_type(await cached.state.find("k"), StateEntry | None)
+        assert_type(await cached.runtime_config.all(), dict[str, Any])
+        assert_type(await cached.routing_table.get("d"), RoutingEntry)
 
 
 async def of_the_factories(uow: AsyncUnitOfWork) -> None:

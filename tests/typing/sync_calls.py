@@ -13,6 +13,7 @@ from sqlalchemy import ForeignKey, Select, select
 from sqlalchemy.orm import Mapped, Session, mapped_column, relationship
 
 from mesh_storage import (
+    Cached,
     ConfigEntry,
     Health,
     Lease,
@@ -78,6 +79,17 @@ def of_the_unit_of_work(uow: UnitOfWork) -> None:
         assert_type(state, NodeState | None)
     for message in uow.messages.stream():
         assert_type(message.content, bytes)
+
+
+def of_a_cache(storage: MeshStorage) -> None:
+    with storage.cached("redis://cache", max_age=30, poll=0.1) as cached:
+        assert_type(cached, Cached)
+        assert_type(cached.meshes.get("m"), Mesh)
+        assert_type(cached.nodes.get_by_name("n"), Node)
+        assert_type(cached.routes.for_node("n"), list[Route])
+        assert_type(cached.state.find("k"), StateEntry | None)
+        assert_type(cached.runtime_config.all(), dict[str, Any])
+        assert_type(cached.routing_table.get("d"), RoutingEntry)
 
 
 def of_the_factories(uow: UnitOfWork) -> None:

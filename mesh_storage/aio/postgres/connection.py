@@ -19,6 +19,7 @@ from mesh_storage.aio.postgres.transaction import AsyncUnitOfWorkTransaction
 from mesh_storage.errors import InvalidInputError, MeshStorageError, UnavailableError
 from mesh_storage.models.base import Writes
 from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.commits import Commits
 from mesh_storage.postgres.deadline import Deadline
 from mesh_storage.postgres.failure import committed_locally, failed_before, judge, not_committed
 from mesh_storage.postgres.ownership import Ownership
@@ -40,7 +41,12 @@ class AsyncUnitOfWorkConnection:
     """
 
     def __init__(
-        self, driver: AsyncDriver, characteristics: Characteristics, deadline: float | None, pooling: Pooling | None
+        self,
+        driver: AsyncDriver,
+        characteristics: Characteristics,
+        deadline: float | None,
+        pooling: Pooling | None,
+        commits: Commits,
     ) -> None:
         self.driver = driver
         self.characteristics = characteristics
@@ -53,6 +59,9 @@ class AsyncUnitOfWorkConnection:
         self._transaction = AsyncUnitOfWorkTransaction(driver, characteristics, self._deadline, pooling)
         self._failure: MeshStorageError | None = None
         self._pooled = pooling is not None
+        self._commits = commits
+        self._changes_versions = False
+        """Whether rows that have a version may have been written since the last commit."""
 
     async def prepare(self) -> None:
         """Set up the connection for the unit of work, without a round trip."""
@@ -89,6 +98,7 @@ class AsyncUnitOfWorkConnection:
     async def copy(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows by COPY, encoding each while the server processes the previous ones."""
         self.characteristics.check_writable()
+        self._changes_versions = True
         await self.perform(self._copy, f"COPY {table} ({', '.join(columns)}) FROM STDIN".encode(), rows)
 
     async def perform(self, action: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -150,6 +160,7 @@ class AsyncUnitOfWorkConnection:
 
     async def join(self) -> sqlalchemy.Connection:
         """Begin the transaction for an ORM session, and return its connection."""
+        self._changes_versions = True
         await self.perform(self._transaction.begin_for_session)
         return sync_connection(self.driver.sqlalchemy)
 
@@ -199,6 +210,10 @@ class AsyncUnitOfWorkConnection:
             if self._failure is error or not isinstance(error, MeshStorageError):
                 raise
             raise self._failure from error
+        finally:
+            if self._changes_versions:
+                self._commits.note()  # also if it failed, since its outcome may be unknown
+        self._changes_versions = self.joined.is_used
         self.savepoints.committed()
         await self.joined.settle()
         if self.driver.unreplicated:
@@ -261,6 +276,7 @@ class AsyncUnitOfWorkConnection:
     async def _run(self, statement: Statement, parameters: Parameters | None) -> tuple[list[Row], int]:
         if statement.writes:
             self.characteristics.check_writable()
+            self._changes_versions |= statement.changes_versions
         if self._transaction.begins_explicitly:
             return await self.perform(self._execute_in_transaction, statement.sql, parameters)
         return await self.perform(self.driver.execute, statement.sql, parameters)

@@ -23,6 +23,7 @@ from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.aio.postgres.timed import AsyncTimedConnection
 from mesh_storage.errors import MeshStorageError, StorageTimeoutError, UnavailableError
 from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.commits import Commits
 from mesh_storage.postgres.engine import closing_half_open, connect_before, engine_arguments, share_time
 from mesh_storage.postgres.events import Events
 from mesh_storage.postgres.pool import (
@@ -47,6 +48,7 @@ class AsyncPool:
     def __init__(self, settings: Settings, server: Server) -> None:
         self.size = settings.pool_size
         self.closed = False
+        self.commits = Commits()
         self._timeout = settings.pool_timeout
         self._response_timeout = response_timeout(settings, server)
         self._pooling = Pooling.of(settings, server.local_parameters)
@@ -101,7 +103,7 @@ class AsyncPool:
             if connecting is not None:
                 driver = await asyncio.shield(connecting)
             assert driver is not None, "either idle or just connected"
-            connection = AsyncUnitOfWorkConnection(driver, characteristics, deadline, self._pooling)
+            connection = AsyncUnitOfWorkConnection(driver, characteristics, deadline, self._pooling, self.commits)
             await connection.prepare()
         except BaseException:
             self._keep_running(self._give_up(driver, connecting, placed=placed))

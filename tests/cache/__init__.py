@@ -1,0 +1,1 @@
+"""Tests of reading through a cache in Redis."""
