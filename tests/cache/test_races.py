@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -81,7 +82,11 @@ def test_a_fill_that_comes_late_replaces_nothing_newer(
     with redis.client as client:
         if flushed:
             client.flushall()
+        before = {name: client.get(name) for name in client.scan_iter()}
+        assert len(before) == (0 if flushed else 2)
         assert late.let_go() == 2
+        after = {name: client.get(name) for name in client.scan_iter()}
+        assert flushed or after == before
     assert quick.runtime_config.all() == expected
     assert quick.runtime_config.value("a", None) == expected.get("a")
     time.sleep(LATEST)
@@ -180,3 +185,45 @@ def test_a_forked_child_reads_and_writes_by_itself(mesh_storage_url: str, redis_
         assert cached.runtime_config.value("a") == 2
         put(storage, 3)
         assert cached.runtime_config.value("a") == 3
+
+
+def test_what_was_read_past_redis_is_not_followed_by_something_older(
+    storage: MeshStorage, redis: RedisServer, raw: psycopg.Connection[Any]
+) -> None:
+    cached: Any = storage.cached(redis.url, poll=NEVER)
+    put(storage, "old")
+    assert cached.runtime_config.value("a") == "old"
+    raw.execute("""UPDATE mesh_runtime_config SET value = '"new"'""")
+    entries = (vars(cached).get("_wrapped") or cached)._reader._entries
+    entries._next = float("inf")  # Redis is left alone
+    assert cached.runtime_config.value("a") == "new"
+    entries._next = float("-inf")
+    assert cached.runtime_config.value("a") == "new"
+
+
+def test_what_another_has_stored_from_ahead_is_not_followed_by_something_older(
+    storage: MeshStorage, other: MeshStorage, redis: RedisServer
+) -> None:
+    one, two = storage.cached(redis.url, poll=NEVER), other.cached(redis.url, poll=NEVER)
+    put(storage, "old")
+    assert (one.runtime_config.value("a"), one.runtime_config.all()) == ("old", {"a": "old"})
+    assert (two.runtime_config.value("a"), two.runtime_config.all()) == ("old", {"a": "old"})
+    put(storage, "new")
+    assert one.runtime_config.value("a") == "new"
+    assert two.runtime_config.value("a") == "new"
+    with redis.client as client:
+        assert client.dbsize() == 2  # the listing is the old one
+    assert two.runtime_config.all() == {"a": "new"}
+
+
+def test_what_has_expired_is_seen_by_no_read_though_redis_keeps_it(storage: MeshStorage, redis: RedisServer) -> None:
+    cached = storage.cached(redis.url, poll=NEVER)
+    with storage.begin() as uow:
+        uow.state.put("a", b"", ttl=timedelta(seconds=1))
+    assert cached.state.find("a") is not None
+    with redis.client as client:
+        [name] = client.keys()  # type: ignore[misc]
+        client.persist(name)
+        time.sleep(1)
+        assert cached.state.find("a") is None
+        assert client.exists(name)
