@@ -10,6 +10,9 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request, Response, status
 from fastapi.responses import FileResponse, JSONResponse
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from mesh_storage import (
     AlreadyExistsError,
@@ -18,6 +21,7 @@ from mesh_storage import (
     MeshStorageError,
     MissingReferenceError,
     NotFoundError,
+    Telemetry,
 )
 from mesh_storage.aio import AsyncMeshStorage
 from service import migration
@@ -40,11 +44,13 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     """Open the storage and work in the background until the application is shut down."""
     name = f"{os.uname().nodename}-{secrets.token_hex(4)}"
     config = Config()
-    async with AsyncMeshStorage.open() as storage:
+    meters = MeterProvider([PrometheusMetricReader()])
+    async with AsyncMeshStorage.open(telemetry=Telemetry(meters)) as storage:
         await migration.upgrade(storage)
         app.state.storage, app.state.config = storage, config
         async with running(config.follow(storage), stand_for_leader(storage, name, config), maintain(storage)):
             yield
+    meters.shutdown()
 
 
 def create_app() -> FastAPI:
@@ -68,6 +74,10 @@ def create_app() -> FastAPI:
         health = await storage.health()
         code = status.HTTP_200_OK if health.ok else status.HTTP_503_SERVICE_UNAVAILABLE
         return JSONResponse({"ready": health.ok, "detail": health.error and str(health.error)}, code)
+
+    @app.get("/metrics")
+    def metrics() -> Response:  # in a thread, since it asks the database for its statistics
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(MeshStorageError)
     async def report(_request: Request, error: MeshStorageError) -> Response:

@@ -194,6 +194,16 @@ def test_without_its_database_it_lives_but_is_not_ready(start: Start, mesh_stora
         assert service.end() == -signal.SIGTERM  # as uvicorn ends, once the application is shut down
 
 
+def test_its_metrics_are_those_of_the_library(start: Start) -> None:
+    service = start()
+    service.join("north", "alpha")
+    metrics = service.http.get("/metrics").text
+    counted = re.search(r'db_client_operation_duration_seconds_count\{.*db_operation_name="nodes.add".*\} 1.0', metrics)
+    assert counted, metrics
+    assert "mesh_storage_lease_held" in metrics
+    assert "mesh_storage_table_dead_rows" in metrics
+
+
 def test_its_table_and_ours_are_migrated_side_by_side(start: Start, mesh_storage_url: str) -> None:
     start().end()
     start().end()  # what is there already stays
