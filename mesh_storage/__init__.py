@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         RoutingEntry,
         StateEntry,
     )
-    from mesh_storage.repositories import Batch, Change, Page
+    from mesh_storage.repositories import Backlog, Batch, Change, Delivery, Page
     from mesh_storage.settings import Settings
     from mesh_storage.storage import MeshStorage
     from mesh_storage.unit_of_work import UnitOfWork
@@ -42,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "JSON",
     "AlreadyExistsError",
+    "Backlog",
     "Batch",
     "Change",
     "ClosedError",
@@ -49,6 +50,7 @@ __all__ = [
     "ConfigEntry",
     "ConfigurationError",
     "ConflictError",
+    "Delivery",
     "Health",
     "InvalidInputError",
     "Lease",
