@@ -17,6 +17,8 @@ from mesh_storage.postgres.statement import Row, Statement
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.aggregates import Aggregate
 
+LEASE = timedelta(seconds=30)
+"""How long a lease lasts by default."""
 MOST_ATTEMPTS = 1_000_000
 _RECEIVER_LENGTH = 64
 _REASON_LENGTH = 10_000

@@ -13,17 +13,15 @@ from mesh_storage.postgres.floors import BEGINNING
 from mesh_storage.postgres.statement import Row, Statement
 from mesh_storage.repositories import checks
 from mesh_storage.repositories import deliveries as sql
-from mesh_storage.repositories.deliveries import Backlog, Claimed, Delivery
+from mesh_storage.repositories.deliveries import LEASE, Backlog, Claimed, Delivery
 from mesh_storage.repositories.pages import MAX_ROWS, Page, Position
-
-_LEASE = timedelta(seconds=30)
 
 
 class AsyncDeliveryRepository(AsyncKeyedRepository[Message]):
     """The deliveries of messages, each to one receiver."""
 
     async def claim(
-        self, receiver: str, *, limit: int = 1, lease: timedelta = _LEASE, max_attempts: int = 10
+        self, receiver: str, *, limit: int = 1, lease: timedelta = LEASE, max_attempts: int = 10
     ) -> list[Delivery]:
         """Claim up to `limit` (at most 10,000) deliveries that are due, those that have been due for longest first.
 
