@@ -164,12 +164,13 @@ def purge(condition: str, **types: Any) -> Statement:
     """Return the statement that deletes old messages without a delivery.
 
     A message that was queued since the snapshot is checked anew once its row is locked: `queued` is another then.
+    OFFSET 0 keeps the server from reading all deliveries at once.
     """
     return statement(
         f"""
         WITH old AS MATERIALIZED (
             SELECT id, queued FROM mesh_messages AS m WHERE {condition}
-            AND NOT EXISTS (SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id)
+            AND NOT EXISTS (SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id OFFSET 0)
             ORDER BY timestamp, id LIMIT :limit
         ),
         free AS MATERIALIZED (
