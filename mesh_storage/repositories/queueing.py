@@ -120,8 +120,8 @@ ENQUEUE = statement(
         ORDER BY timestamp, id LIMIT :limit FOR UPDATE SKIP LOCKED
     ),
     stored AS (
-        UPDATE mesh_messages AS m SET queued = true FROM found WHERE m.id = found.id
-        RETURNING m.id, m.to_node, m.timestamp
+        UPDATE mesh_messages SET queued = true WHERE id = ANY(ARRAY(SELECT id FROM found))
+        RETURNING id, to_node, timestamp
     ),
     queued AS (
         INSERT INTO mesh_deliveries (message_id, receiver, available_at)
@@ -154,9 +154,10 @@ def _delete(condition: str) -> Statement:
     )
 
 
+# OFFSET 0 keeps the server from reading all deliveries instead of those of each message; likewise below.
 DELETE = _delete("true")
 DELETE_SETTLED = _delete(
-    "NOT EXISTS (SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id AND d.state <> 'dead')"
+    "NOT EXISTS (SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id AND d.state <> 'dead' OFFSET 0)"
 )
 
 
@@ -164,7 +165,6 @@ def purge(condition: str, **types: Any) -> Statement:
     """Return the statement that deletes old messages without a delivery.
 
     A message that was queued since the snapshot is checked anew once its row is locked: `queued` is another then.
-    OFFSET 0 keeps the server from reading all deliveries at once.
     """
     return statement(
         f"""
@@ -174,10 +174,12 @@ def purge(condition: str, **types: Any) -> Statement:
             ORDER BY timestamp, id LIMIT :limit
         ),
         free AS MATERIALIZED (
-            SELECT m.id FROM mesh_messages AS m JOIN old ON m.id = old.id AND m.queued = old.queued
-            FOR UPDATE OF m SKIP LOCKED
+            SELECT locked.id FROM old CROSS JOIN LATERAL (
+                SELECT m.id FROM mesh_messages AS m WHERE m.id = old.id AND m.queued = old.queued
+                FOR UPDATE SKIP LOCKED
+            ) AS locked
         )
-        DELETE FROM mesh_messages AS m USING free WHERE m.id = free.id
+        DELETE FROM mesh_messages WHERE id = ANY(ARRAY(SELECT id FROM free))
         """,  # noqa: S608 - our own names
         **types,
     )

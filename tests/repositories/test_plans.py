@@ -33,15 +33,16 @@ FILL = (
        SELECT 'route_' || lpad(n::text, 26, '0'), 'node_' || lpad((n % 2000 + 1)::text, 26, '0'),
               'node_' || lpad((n % 3000 + 5000)::text, 26, '0'), n % 2 = 0
        FROM generate_series(1, :rows) n""",
-    """INSERT INTO mesh_messages (id, from_node, to_node, content, timestamp)
-       SELECT 'msg-' || n, 'node-' || n % 100, 'node-' || n % 70, '\\x00', n FROM generate_series(1, :rows) n""",
+    """INSERT INTO mesh_messages (id, from_node, to_node, content, timestamp, queued)
+       SELECT 'msg-' || n, 'node-' || n % 100, 'node-' || n % 70, '\\x00', n, n % 5 > 0
+       FROM generate_series(1, :rows) n""",
     # Each receiver has some in each state, and a key of which one is leased and others wait.
     """INSERT INTO mesh_deliveries (message_id, receiver, state, key, token, available_at)
        SELECT 'msg-' || n, 'node-' || n % 70, (ARRAY['queued', 'leased', 'waiting', 'dead'])[1 + n % 4],
-              CASE WHEN n % 4 IN (1, 2) THEN 'key-' || n % 700 END, n,
+              CASE WHEN n % 4 IN (1, 2) THEN 'key-' || n % 7000 END, n,
               clock_timestamp() + CASE n % 4 WHEN 1 THEN interval '1 day' ELSE interval '-1 day' END
        FROM generate_series(1, :rows) n WHERE n % 5 > 0""",
-    "INSERT INTO mesh_delivery_lanes SELECT DISTINCT receiver, key FROM mesh_deliveries WHERE key IS NOT NULL",
+    "INSERT INTO mesh_delivery_lanes SELECT 'node-' || n % 70, 'key-' || n FROM generate_series(1, :rows) n",
     "INSERT INTO mesh_state (key, value) SELECT 'key-' || n, '\\x00' FROM generate_series(1, :rows) n",
     """INSERT INTO mesh_node_state (node_id, state)
        SELECT 'node_' || lpad(n::text, 26, '0'), '{"a": 1}' FROM generate_series(1, :rows) n""",
@@ -95,7 +96,7 @@ def message(number: int) -> Message:
 
 def leases(*numbers: int) -> list[Delivery]:
     return [
-        Delivery(message(number), f"node-{number % 70}", 1, token=number, leased_until=None, key=f"key-{number % 700}")
+        Delivery(message(number), f"node-{number % 70}", 1, token=number, leased_until=None, key=f"key-{number % 7000}")
         for number in numbers
     ]
 
