@@ -7,6 +7,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Barrier
 from statistics import median
@@ -26,43 +27,51 @@ _QUICK_MESSAGES = 200
 _QUICK_ROWS = 2_000
 
 
-def _drain(workers: int, queue: queues.Queue, url: str, connect: dict[str, Any], batch: int, calls: int) -> Sample:
-    """Fill a queue, and measure how long so many processes take to empty it."""
-    with psycopg.connect(**connect, autocommit=True) as connection:
-        queue.fill(connection, url, calls)
-        connection.execute("VACUUM ANALYZE")
-        connection.execute("CHECKPOINT")
-    context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(workers + 1)
-    results: Any = context.Queue()
-    processes = [
-        context.Process(target=_work, args=(queue, url, connect, batch, ready, results)) for _ in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    ready.wait(120)
-    begun = time.perf_counter()
-    done = [results.get(timeout=600) for _ in processes]
-    wall = time.perf_counter() - begun
-    for process in processes:
-        process.join()
-    drained = sum(number for number, _ in done)
-    assert drained == calls, f"{drained} of {calls} were drained"
-    return Sample(sum(cpu for _, cpu in done), wall)
+@dataclass(frozen=True)
+class _Drained:
+    """A queue that several processes drain in batches."""
 
+    queue: queues.Queue
+    url: str
+    connect: dict[str, Any]
+    batch: int
 
-def _work(queue: queues.Queue, url: str, connect: dict[str, Any], batch: int, ready: Barrier, results: Any) -> None:
-    with queue.open(url, connect, batch) as drain:
+    def __call__(self, calls: int) -> Sample:
+        """Fill the queue, and measure how long the processes take to empty it."""
+        number = max(1, calls // self.queue.part)
+        with psycopg.connect(**self.connect, autocommit=True) as connection:
+            self.queue.fill(connection, self.url, number)
+            connection.execute("VACUUM ANALYZE")
+            connection.execute("CHECKPOINT")
+        context = multiprocessing.get_context("spawn")
+        ready, results = context.Barrier(WORKERS + 1), context.Queue()
+        processes = [context.Process(target=self.work, args=(ready, results)) for _ in range(WORKERS)]
+        for process in processes:
+            process.start()
         ready.wait(120)
-        begun = time.process_time()
-        number = drain()
-        results.put((number, time.process_time() - begun))
+        begun = time.perf_counter()
+        done = [results.get(timeout=600) for _ in processes]
+        wall = time.perf_counter() - begun
+        for process in processes:
+            process.join()
+        drained = sum(drained for drained, _ in done)
+        assert drained == number, f"{drained} of {number} were drained"
+        factor = calls / number
+        return Sample(sum(cpu for _, cpu in done) * factor, wall * factor)
+
+    def work(self, ready: Barrier, results: Any) -> None:
+        """Drain the queue together with the others, and tell how many it were and the CPU seconds."""
+        with self.queue.open(self.url, self.connect, self.batch) as drain:
+            ready.wait(120)
+            begun = time.process_time()
+            number = drain()
+            results.put((number, time.process_time() - begun))
 
 
 @contextmanager
 def _contest(batch: int, target: float, database: Database) -> Generator[Contest]:
     def round_of(queue: queues.Queue) -> Callable[[int], Sample]:
-        return partial(_drain, WORKERS, queue, database.url, database.connect_arguments, batch)
+        return _Drained(queue, database.url, database.connect_arguments, batch)
 
     rivals = [Rival("plain psycopg", round_of(queues.PLAIN), Target(throughput=target))]
     for peer in queues.PEERS:
@@ -72,7 +81,7 @@ def _contest(batch: int, target: float, database: Database) -> Generator[Contest
             rivals.append(
                 Rival(peer.name, round_of(peer), Target(throughput=peer.target) if peer.target else NO_TARGET)
             )
-    yield Contest(round_of(queues.OURS), rivals)
+    yield Contest(round_of(queues.OURS), [*rivals, Rival("its own consume", round_of(queues.CONSUMING))])
 
 
 WORKLOADS = [

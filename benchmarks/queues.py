@@ -33,6 +33,8 @@ class Queue:
     """What must be installed."""
     target: float | None = None
     """How many times as fast we are to be."""
+    part = 1
+    """By how much fewer messages it gets than the others, since it takes long; its time is multiplied by that."""
 
     def install(self, connection: psycopg.Connection[Any]) -> None:
         """Create what it needs."""
@@ -90,6 +92,7 @@ class Consuming(Ours):
 
     @contextmanager
     def open(self, url: str, connect: dict[str, Any], batch: int) -> Generator[Drain]:
+        del connect
         with MeshStorage.open(url) as storage:
 
             class Empty:
@@ -242,6 +245,7 @@ class Procrastinate(Queue):
 
     name = "Procrastinate"
     modules = ("procrastinate",)
+    part = 20
 
     def install(self, connection: psycopg.Connection[Any]) -> None:
         if connection.execute("SELECT to_regclass('procrastinate_jobs')").fetchone() == (None,):

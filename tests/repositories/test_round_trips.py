@@ -91,8 +91,8 @@ def fill(uow: UnitOfWork) -> None:
     uow.nodes.add_many(map(node, (1, 2, 3)))
     uow.routes.add_many(map(route, (1, 2, 3)))
     uow.messages.store_many(map(message, (1, 2, 3)))
-    uow.messages.send(message(5, "queue"))
-    for number in (6, 7):
+    uow.messages.send(message(1005, "queue"))
+    for number in (1006, 1007):
         uow.messages.send(message(number, "keyed"), key="k")
     for key in "abc":
         uow.state.put(key, b"1")
@@ -171,7 +171,7 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "messages.purge": (lambda uow: uow.messages.purge(1000), ONE),
     "messages.redrive": (lambda uow: uow.messages.redrive("queue"), ONE),
     "messages.send": (lambda uow: uow.messages.send(message(4)), ONE),
-    "messages.send again": (lambda uow: uow.messages.send(message(5, "queue")), TWO),
+    "messages.send again": (lambda uow: uow.messages.send(message(1005, "queue")), TWO),
     "messages.send of what was stored": (lambda uow: uow.messages.send(message(1)), Cost(3, 3)),
     "messages.send of a key": (lambda uow: uow.messages.send(message(4), key="k", receivers=["a", "b"]), ONE),
     "messages.send_many": (lambda uow: uow.messages.send_many(map(message, range(8, 400))), ONE),
