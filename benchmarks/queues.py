@@ -96,17 +96,18 @@ class Consuming(Ours):
         with MeshStorage.open(url) as storage:
 
             class Empty:
-                """Is set once nothing is left that somebody may still give back."""
+                """Is set once nothing is due any more."""
 
                 done = 0
-                looked = 0.0
+                _following = 0.0
+                _set = False
 
                 def is_set(self) -> bool:
-                    if time.monotonic() < self.looked:
-                        return False
-                    self.looked = time.monotonic() + 0.2
-                    with storage.begin(read_only=True) as uow:
-                        return uow.messages.backlog(RECEIVER).due == 0
+                    if not self._set and time.monotonic() >= self._following:
+                        self._following = time.monotonic() + 0.2
+                        with storage.begin(read_only=True) as uow:
+                            self._set = uow.messages.backlog(RECEIVER).due == 0
+                    return self._set
 
             empty = Empty()
 
