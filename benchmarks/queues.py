@@ -96,7 +96,7 @@ class Consuming(Ours):
         with MeshStorage.open(url) as storage:
 
             class Empty:
-                """Is set once nothing is due any more."""
+                """Is set once nothing is due or claimed any more."""
 
                 done = 0
                 _following = 0.0
@@ -106,7 +106,8 @@ class Consuming(Ours):
                     if not self._set and time.monotonic() >= self._following:
                         self._following = time.monotonic() + 0.2
                         with storage.begin(read_only=True) as uow:
-                            self._set = uow.messages.backlog(RECEIVER).due == 0
+                            backlog = uow.messages.backlog(RECEIVER)
+                        self._set = not backlog.due and not backlog.leased
                     return self._set
 
             empty = Empty()
