@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import bulk, caching, growth, picture, single, startup, telemetry, threads, versions, watching
+from benchmarks import bulk, caching, delivery, growth, picture, single, startup, telemetry, threads, versions, watching
 from benchmarks.contest import Workload, compare
 from benchmarks.database import durable_database
 from benchmarks.limits import FACTS
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     rounds = given.rounds or (1 if given.quick else 7)
     workloads = [one for one in _workloads() if given.only in one.name]
-    parts = {**FACTS, **watching.FACTS, **telemetry.FACTS, **caching.FACTS}
+    parts = {**FACTS, **watching.FACTS, **telemetry.FACTS, **caching.FACTS, **delivery.FACTS}
     facts = [fact for name, fact in parts.items() if given.only in name]
     report = Report()
     with durable_database() as database:
@@ -50,6 +50,7 @@ def _sizes(given: argparse.Namespace) -> list[int]:
 
 def _workloads() -> list[Workload]:
     found = [*single.WORKLOADS, *bulk.WORKLOADS, *threads.WORKLOADS, *versions.WORKLOADS, *startup.WORKLOADS]
+    found += delivery.WORKLOADS
     try:
         from benchmarks import aio
     except ImportError as error:

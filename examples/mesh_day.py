@@ -69,7 +69,9 @@ def run(storage: MeshStorage, network: Network) -> LinkFailure | None:
             uow.runtime_config.put("gossip.interval_ms", 500)
             uow.runtime_config.put("gossip.fanout", min(3, len(nodes) - 1))
         for batch in batches(all_pairs(network), BATCH):
-            storage.run(partial(store, batch))
+            storage.run(partial(send, batch))
+        for city, node in nodes.items():
+            receive(storage, city, node)
         with storage.begin() as uow:  # Not `run`: behind a last index that is read anew, the entries would go twice.
             grow_log(uow, network)
 
@@ -165,9 +167,21 @@ def batches(messages: Iterator[Message], size: int) -> Iterator[list[Message]]:
         yield batch
 
 
-def store(batch: list[Message], uow: UnitOfWork) -> None:
-    """Store messages; it may be done twice, as `run` does after a lost connection, since each id is stored once."""
-    uow.messages.store_many(batch)
+def send(batch: list[Message], uow: UnitOfWork) -> None:
+    """Send messages; it may be done twice, as `run` does after a lost connection, since each id is sent once."""
+    uow.messages.send_many(batch)
+
+
+def receive(storage: MeshStorage, city: str, node: Node) -> None:
+    """Let a city claim what was sent to it, and acknowledge it in the transaction of the effect, which happens once."""
+    while True:
+        with storage.begin() as uow:
+            deliveries = uow.messages.claim(city[:64], limit=BATCH)
+        if not deliveries:
+            return
+        with storage.begin() as uow:
+            uow.node_states.merge(node.id, {"greeted_by": deliveries[-1].message.from_node})
+            uow.messages.ack(deliveries)
 
 
 def grow_log(uow: UnitOfWork, network: Network) -> None:
@@ -242,6 +256,7 @@ def collect_facts(storage: MeshStorage, mesh_id: str, *, undone: bool) -> Facts:
             silent=len(uow.node_states.stale(timedelta(hours=1))),
             routes=uow.routes.count(),
             messages=uow.messages.count(),
+            backlog=uow.messages.backlog(),
             best_routes=uow.routing_table.count(),
             log_entries=uow.consensus_log.count(),
             first_index=uow.consensus_log.first_index(),

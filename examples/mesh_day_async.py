@@ -58,7 +58,10 @@ async def run(storage: AsyncMeshStorage, network: Network) -> LinkFailure | None
         async with asyncio.TaskGroup() as group:  # Each task has units of work of its own.
             group.create_task(agree(storage, network))
             for batch in batches(all_pairs(network), BATCH):
-                group.create_task(storage.run(partial(store, batch)))
+                group.create_task(storage.run(partial(send, batch)))
+        async with asyncio.TaskGroup() as group:
+            for city, node in nodes.items():
+                group.create_task(receive(storage, city, node))
 
         # One node at a time computes the best routes, anew after each change of the configured ones.
         async with storage.lease("routing", network.cities[0].encode(), ttl=timedelta(seconds=10)) as lease:
@@ -129,9 +132,21 @@ async def report_states(uow: AsyncUnitOfWork, nodes: dict[str, Node]) -> None:
     await uow.node_states.merge(next(iter(nodes.values())).id, {"leader": True})
 
 
-async def store(batch: list[Message], uow: AsyncUnitOfWork) -> None:
-    """Store messages; it may be done twice, as `run` does after a lost connection, since each id is stored once."""
-    await uow.messages.store_many(batch)
+async def send(batch: list[Message], uow: AsyncUnitOfWork) -> None:
+    """Send messages; it may be done twice, as `run` does after a lost connection, since each id is sent once."""
+    await uow.messages.send_many(batch)
+
+
+async def receive(storage: AsyncMeshStorage, city: str, node: Node) -> None:
+    """Let a city claim what was sent to it, and acknowledge it in the transaction of the effect, which happens once."""
+    while True:
+        async with storage.begin() as uow:
+            deliveries = await uow.messages.claim(city[:64], limit=BATCH)
+        if not deliveries:
+            return
+        async with storage.begin() as uow:
+            await uow.node_states.merge(node.id, {"greeted_by": deliveries[-1].message.from_node})
+            await uow.messages.ack(deliveries)
 
 
 async def agree(storage: AsyncMeshStorage, network: Network) -> None:
@@ -216,6 +231,7 @@ async def collect_facts(storage: AsyncMeshStorage, mesh_id: str, *, undone: bool
             silent=len(await uow.node_states.stale(timedelta(hours=1))),
             routes=await uow.routes.count(),
             messages=await uow.messages.count(),
+            backlog=await uow.messages.backlog(),
             best_routes=await uow.routing_table.count(),
             log_entries=await uow.consensus_log.count(),
             first_index=await uow.consensus_log.first_index(),

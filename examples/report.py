@@ -11,7 +11,7 @@ from pathlib import Path
 
 from network import LinkFailure, Network, Table, table_key
 
-from mesh_storage import JSON, Health, Mesh
+from mesh_storage import JSON, Backlog, Health, Mesh
 
 SHOWN = 10
 """Routes that are printed at most."""
@@ -29,6 +29,7 @@ class Facts:
     silent: int
     routes: int
     messages: int
+    backlog: Backlog
     best_routes: int
     log_entries: int
     first_index: int
@@ -93,6 +94,8 @@ def print_report(network: Network, facts: Facts, failure: LinkFailure | None) ->
     print("\nWhat the database promises:")
     right, wrong = ("admits" if ok else "refuses" for ok in (facts.right_key_admitted, facts.wrong_key_admitted))
     print(f"  the mesh {facts.mesh.name} {right} a node that shows the join key, and {wrong} one that guesses")
+    left = facts.backlog.due + facts.backlog.leased + facts.backlog.dead
+    print(f"  each message was delivered to its receiver once, and {left or 'none'} of them is left to deliver")
     print(f"  a transaction that failed half-way left {'nothing' if facts.undone else 'something'} behind")
     print(
         f"  it is {'healthy' if facts.health.ok else 'not healthy'}, and its schema is revision {facts.health.revision}"

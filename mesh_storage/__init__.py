@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         RoutingEntry,
         StateEntry,
     )
-    from mesh_storage.repositories import Batch, Change, Page
+    from mesh_storage.repositories import Backlog, Batch, Change, Delivery, Page
     from mesh_storage.settings import Settings
     from mesh_storage.storage import MeshStorage
     from mesh_storage.telemetry import Telemetry
@@ -44,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "JSON",
     "AlreadyExistsError",
+    "Backlog",
     "Batch",
     "Cached",
     "Change",
@@ -52,6 +53,7 @@ __all__ = [
     "ConfigEntry",
     "ConfigurationError",
     "ConflictError",
+    "Delivery",
     "Health",
     "InvalidInputError",
     "Lease",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from mesh_storage import health, schema
 from mesh_storage.cache.cached import Cached
+from mesh_storage.consumer import Consumer
 from mesh_storage.errors import (
     ClosedError,
     ConfigurationError,
@@ -29,6 +30,8 @@ from mesh_storage.postgres.pool import check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.repositories.changelog import Batch
+from mesh_storage.repositories.consuming import Stop, Terms
+from mesh_storage.repositories.deliveries import LEASE, Delivery
 from mesh_storage.repositories.removal import KEPT, Maintained, check_age
 from mesh_storage.settings import Settings, settings_of
 from mesh_storage.telemetry import Telemetry
@@ -247,6 +250,49 @@ class MeshStorage:
         made = Cached(self, self._pool, self._observed, redis_url, max_age=max_age, poll=poll)
         self._caches = [*(cache for cache in self._caches if not cache.closed), made]
         return made
+
+    def consume(
+        self,
+        receiver: str,
+        handle: Callable[[UnitOfWork, Delivery], object],
+        *,
+        batch: int = 1,
+        lease: timedelta = LEASE,
+        poll: float = 0.25,
+        max_attempts: int = 10,
+        stop: Stop | None = None,
+    ) -> None:
+        """Handle the deliveries of a receiver as they come, until `stop` is set or the storage is closed.
+
+        `handle` is called with a unit of work and the delivery, which is acknowledged in the same commit, so what it
+        does there happens once. If it raises, the unit of work is rolled back, a record is logged, and the delivery is
+        tried again: at once after a retryable error of the database, else later, as by `messages.nack`; after
+        `max_attempts` it is set aside as dead, and the error is the reason. Leases are extended for as long as `handle`
+        runs, by a thread that needs no connection of the pool. Outages of the server are waited out. Several may
+        consume from one receiver: threads, tasks, processes and machines.
+
+        Args:
+            receiver: Whose deliveries.
+            handle: What to do with one; it must not settle the delivery itself.
+            batch: How many are claimed at a time, at most 10,000; they are handled one by one.
+            lease: How long nobody else gets one if this process dies, from 0.1 s to 100 years.
+            poll: Seconds until the next look when nothing is due, at most 60.
+            max_attempts: How often one is tried, from 1 to 1,000,000.
+            stop: An `Event` that ends it after the delivery in hand; the others of a batch are given back.
+
+        Raises:
+            InvalidInputError: An argument is invalid; `handle` is a coroutine function, which is for
+                `AsyncMeshStorage`.
+            MeshStorageError: A claim failed for a reason that does not pass, such as a missing privilege.
+            ClosedError: The storage was closed before.
+        """
+        check_open(closed=self._pool.closed)
+        terms = Terms(receiver, batch, lease, poll, max_attempts, stop)
+        if not callable(handle) or inspect.iscoroutinefunction(handle):
+            raise InvalidInputError(
+                "handle must be a plain function; for a coroutine function, use AsyncMeshStorage", field="handle"
+            )
+        Consumer(self, self._pool, handle, terms, self._settings.slow_unit_of_work).run()
 
     def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from mesh_storage import health, schema
 from mesh_storage.aio.cache.cached import AsyncCached
+from mesh_storage.aio.consumer import AsyncConsumer
 from mesh_storage.aio.lease import AsyncLease
 from mesh_storage.aio.parts import AsyncParts
 from mesh_storage.aio.postgres.concurrency import in_background, in_greenlet, sync_connection
@@ -33,6 +34,8 @@ from mesh_storage.postgres.pool import check_open
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.repositories.changelog import Batch
+from mesh_storage.repositories.consuming import Stop, Terms
+from mesh_storage.repositories.deliveries import LEASE, Delivery
 from mesh_storage.repositories.removal import KEPT, Maintained, check_age
 from mesh_storage.settings import Settings
 from mesh_storage.storage import check_telemetry, choose_settings, describe
@@ -219,6 +222,31 @@ class AsyncMeshStorage:
         made = AsyncCached(self, self._pool, self._observed, redis_url, max_age=max_age, poll=poll)
         self._caches = [*(cache for cache in self._caches if not cache.closed), made]
         return made
+
+    async def consume(
+        self,
+        receiver: str,
+        handle: Callable[[AsyncUnitOfWork, Delivery], Awaitable[object]],
+        *,
+        batch: int = 1,
+        lease: timedelta = LEASE,
+        poll: float = 0.25,
+        max_attempts: int = 10,
+        stop: Stop | None = None,
+    ) -> None:
+        """Handle the deliveries of a receiver as they come, until `stop` is set or the storage is closed.
+
+        If this task is cancelled, it ends after the delivery in hand, as by `stop`; a second cancellation reaches
+        `handle`. Leases are extended by a task, so the event loop must not block. The arguments and errors are those of
+        `MeshStorage.consume`.
+        """
+        check_open(closed=self._pool.closed)
+        terms = Terms(receiver, batch, lease, poll, max_attempts, stop)
+        if not inspect.iscoroutinefunction(handle) and not inspect.iscoroutinefunction(
+            getattr(handle, "__call__", None)  # noqa: B004 - what is called, not whether it can be
+        ):
+            raise InvalidInputError("handle must be a coroutine function (async def)", field="handle")
+        await AsyncConsumer(self, self._pool, handle, terms, self._settings.slow_unit_of_work).run()
 
     async def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.

@@ -233,6 +233,8 @@ def _dump(connection: Connection, directory: Path, jobs: int, report: Report) ->
         options += [f"--snapshot={snapshot}", "--no-owner", "--no-privileges", "--no-tablespaces"]
         options += ["--no-publications", "--no-security-labels"]
         options += [f"--table={sql.Identifier(namespace, table).as_string()}" for table in there]
+        # Their state is that of the rows, and reading it would take a privilege of its own.
+        options += [f"--exclude-table-data={sequence}" for sequence in catalog.sequences(connection, there)]
         tools = _choose(connection, suitable, options, environment, directory)
         manifest = _describe(connection, location, tools)
         output = ["--format=directory", f"--file={directory / _DUMP}", f"--jobs={jobs}"]
@@ -375,6 +377,7 @@ def _load(
     found = {table: catalog.count(connection, namespace, table) for table in expected}
     if found != expected or catalog.revision(connection, namespace, version_table) != manifest.revision:
         raise InvalidInputError("the dump does not match its manifest; nothing was restored", field="path")
+    refill.advance_sequences(connection, namespace, expected)
     if manifest.revision >= changes.SINCE:
         refill.begin_log(connection, namespace, [table for table in manifest.rows if table not in location.tables])
     # Before the commit, after which nothing may fail.

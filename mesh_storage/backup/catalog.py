@@ -167,6 +167,11 @@ def define(connection: Connection, wanted: Mapping[str, str]) -> None:
             connection.execute(definition.encode())
 
 
+def sequences(connection: Connection, there: Mapping[str, int]) -> list[str]:
+    """Return the qualified names of the sequences that belong to identity columns of the tables."""
+    return [name for (name,) in rows(connection, _IDENTITIES, list(there.values()))]
+
+
 def copied(connection: Connection, there: Mapping[str, int], expected: Mapping[str, int]) -> Callable[[], int]:
     """Return a function that asks the server how many rows other connections have copied out of the tables."""
     known, done = {oid: table for table, oid in there.items()}, dict[str, int]()
@@ -273,6 +278,12 @@ _DEFINITIONS = """
 _REFERENCES = """
     SELECT conname, confrelid::regclass::text FROM pg_constraint
     WHERE contype = 'f' AND conrelid = ANY(%s::oid[]) AND confrelid <> ALL(%s::oid[])
+"""
+_IDENTITIES = """
+    SELECT format('%%I.%%I', nspname, relname)
+    FROM pg_depend JOIN pg_class AS s ON s.oid = objid AND relkind = 'S' JOIN pg_namespace AS n ON n.oid = relnamespace
+    WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass AND deptype = 'i'
+    AND refobjid = ANY(%s::oid[]) ORDER BY 1
 """
 _KINDS = """
     SELECT relname, CASE relkind WHEN 'p' THEN 'partitioned' WHEN 'v' THEN 'a view' WHEN 'm' THEN 'a materialized view'

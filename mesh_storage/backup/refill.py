@@ -185,7 +185,6 @@ def filling(
             sqlstate=first.sqlstate,
             constraint=first.diag.constraint_name,
         ) from first
-    _advance_sequences(connection, oids)
 
 
 def begin_log(connection: Connection, namespace: str, made: Iterable[str]) -> None:
@@ -277,11 +276,11 @@ def _triggers_off(connection: Connection, oids: list[int]) -> Generator[None]:
         connection.execute(enable.encode())
 
 
-def _written(connection: Connection, query: LiteralString, *oids: list[int]) -> list[tuple[Any, ...]]:
+def _written(connection: Connection, query: LiteralString, *parameters: object) -> list[tuple[Any, ...]]:
     """Query definitions with all names qualified."""
     path: str = catalog.value(connection, "SELECT current_setting('search_path')")
     connection.execute("SET LOCAL search_path = ''")
-    found = catalog.rows(connection, query, *oids)
+    found = catalog.rows(connection, query, *parameters)
     connection.execute("SELECT set_config('search_path', %s, true)", [path])
     return found
 
@@ -290,9 +289,10 @@ def _given(connection: Connection, oids: list[int]) -> set[str]:
     return {name for (name,) in catalog.rows(connection, _GIVEN, *[oids] * 6)}
 
 
-def _advance_sequences(connection: Connection, oids: list[int]) -> None:
+def advance_sequences(connection: Connection, namespace: str, listed: Iterable[str]) -> None:
     """Advance the sequences of columns past the restored values; setval is not undone if the transaction fails."""
-    for (statement,) in _written(connection, _SEQUENCES, oids):
+    names = [sql.Identifier(namespace, table).as_string() for table in listed]
+    for (statement,) in _written(connection, _SEQUENCES, names):
         connection.execute(statement.encode())
 
 
@@ -370,5 +370,5 @@ _SEQUENCES = """
     JOIN pg_class AS s ON s.oid = objid AND relkind = 'S'
     JOIN pg_attribute ON attrelid = refobjid AND attnum = refobjsubid
     WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass AND deptype IN ('a', 'i')
-    AND refobjid = ANY(%s::oid[]) AND atttypid = ANY('{int2, int4, int8}'::regtype[])
+    AND refobjid = ANY(%s::text[]::regclass[]) AND atttypid = ANY('{int2, int4, int8}'::regtype[])
 """

@@ -49,6 +49,11 @@ class Message(Entity):
     )
     """Unix time in seconds; the database's clock at `store` if not given."""
     created_at: Mapped[CreatedAt] = mapped_column(default=None)
+    queued: Mapped[bool] = mapped_column(
+        default=None, server_default=text("false"), deferred=True, deferred_raiseload=True
+    )
+    """Whether it was ever queued for a receiver, by `messages.send` or `enqueue`. Deferred: loaded only by a session
+    with `undefer(Message.queued)`."""
 
 
 class StateEntry(Versioned):

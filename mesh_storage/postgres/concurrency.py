@@ -27,6 +27,11 @@ def undisturbed(_owner: Ownership, work: Callable[P, T], *args: P.args, **kwargs
     return work(*args, **kwargs)
 
 
+def straight(work: Callable[[], T], _ending: Callable[[], None]) -> T:
+    """Call a function that asyncio awaits to its end even if the task is cancelled."""
+    return work()
+
+
 def itself(connection: sqlalchemy.Connection) -> sqlalchemy.Connection:
     """Return the connection, for a session."""
     return connection

@@ -21,6 +21,7 @@ from mesh_storage.postgres.characteristics import Mode
 from mesh_storage.postgres.concurrency import itself
 from mesh_storage.postgres.deadline import SessionLimits
 from mesh_storage.postgres.events import Events
+from mesh_storage.postgres.floors import Floors
 from mesh_storage.postgres.liveness import Liveness
 from mesh_storage.postgres.statement import Parameters, Row
 from mesh_storage.postgres.timed import TimedConnection
@@ -49,6 +50,7 @@ class Driver:
         self.liveness = Liveness(connection)
         self.unreplicated = False
         """Whether the server warned that a commit did not wait for a synchronous standby."""
+        self.floors = Floors()
         self._events = events
         self._limits: SessionLimits | None = None
         timestamps.register(connection)

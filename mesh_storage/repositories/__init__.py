@@ -2,6 +2,7 @@
 
 from mesh_storage.repositories.changelog import Batch, Change
 from mesh_storage.repositories.changes import ChangeRepository
+from mesh_storage.repositories.deliveries import Backlog, Delivery
 from mesh_storage.repositories.infrastructure.meshes import MeshRepository
 from mesh_storage.repositories.infrastructure.nodes import NodeRepository
 from mesh_storage.repositories.infrastructure.routes import RouteRepository
@@ -14,10 +15,12 @@ from mesh_storage.repositories.runtime.runtime_config import RuntimeConfigReposi
 from mesh_storage.repositories.runtime.state import StateRepository
 
 __all__ = [
+    "Backlog",
     "Batch",
     "Change",
     "ChangeRepository",
     "ConsensusLogRepository",
+    "Delivery",
     "MeshRepository",
     "MessageRepository",
     "NodeRepository",

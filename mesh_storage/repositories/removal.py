@@ -11,6 +11,7 @@ from mesh_storage.errors import InvalidInputError
 from mesh_storage.models import ConfigEntry, StateEntry
 from mesh_storage.models.base import table_of
 from mesh_storage.postgres.statement import Statement
+from mesh_storage.repositories.queueing import purge
 
 STEP = 5_000
 """Rows of a kind that one transaction removes at most, so that it holds nobody up."""
@@ -84,17 +85,7 @@ CHANGES = Statement(
     ).bindparams(bindparam("older_than", type_=Interval)),
     writes=True,
 )
-MESSAGES = Statement(
-    lambda: text(
-        """
-        DELETE FROM mesh_messages WHERE id = ANY(ARRAY(
-            SELECT id FROM mesh_messages WHERE timestamp < floor(extract(epoch FROM now() - :older_than))::bigint
-            ORDER BY timestamp, id LIMIT :limit FOR UPDATE SKIP LOCKED
-        ))
-        """
-    ).bindparams(bindparam("older_than", type_=Interval)),
-    writes=True,
-)
+MESSAGES = purge("timestamp < floor(extract(epoch FROM now() - :older_than))::bigint", older_than=Interval)
 
 
 def check_age(field: str, age: object) -> timedelta:

@@ -24,6 +24,8 @@ SINCE: Mapping[str, str] = {
     "mesh_routing_table": "0001",
     "mesh_runtime_config": "0001",
     "mesh_consensus_log_stale": "0006",
+    "mesh_deliveries": "0013",
+    "mesh_delivery_lanes": "0013",
 }
 """The tables and the revision that creates each; a service's own models on our `Base` are not included."""
 LOG = "mesh_changes"

@@ -64,6 +64,7 @@ def in_async_words(annotation: str) -> str:
         r"\b(Abstract)(Async)?ContextManager\b": "AbstractAsyncContextManager",
         r"\b(Async)?UnitOfWork\b": "AsyncUnitOfWork",
         r"\bAsyncUnitOfWork\], T\]": "AsyncUnitOfWork], Awaitable[T]]",
+        r"\bAsyncUnitOfWork, Delivery\], object\]": "AsyncUnitOfWork, Delivery], Awaitable[object]]",
         r"\b(Async)?Session\b": "AsyncSession",
         r"\b(Async)?Lease\b": "AsyncLease",
         r"\b(Async)?Cached\b": "AsyncCached",

@@ -53,7 +53,11 @@ def fill(storage: MeshStorage, *, messages: int = 50) -> None:
         MeshFactory.create(uow=uow, name="tab\there \\ 'quoted' \"so\" ü 𐍈", description="line\nbreak\\.\n\\N")
         RouteFactory.create_batch(3, uow=uow)
         NodeFactory.create(uow=uow, description=None)
-        uow.messages.store_many(MessageFactory.build(content=bytes(range(256)) * (n % 5)) for n in range(messages))
+        built = [MessageFactory.build(content=bytes(range(256)) * (n % 5)) for n in range(messages)]
+        uow.messages.store_many(built)
+        for message in built[:3]:
+            uow.messages.send(message, key="tab\there \\ ü", receivers=["a", message.to_node])
+        uow.messages.bury(uow.messages.claim("a"), "it says \\.\n")
         StateEntryFactory.create(uow=uow, value=b"\\.\n")
         StateEntryFactory.create(uow=uow, value=b"")
         NodeStateFactory.create_batch(3, uow=uow, state={"nested": [1.5, None, {"deep": "\\.\n\x7f"}]})

@@ -191,7 +191,7 @@ def test_without_overwrite_it_stays_too(other: Server, made: Path) -> None:
     run(
         other,
         "TRUNCATE mesh, nodes, routes, mesh_messages, mesh_state, mesh_node_state, mesh_consensus_log,"
-        " mesh_consensus_log_stale, mesh_routing_table, mesh_runtime_config",
+        " mesh_consensus_log_stale, mesh_routing_table, mesh_runtime_config, mesh_deliveries, mesh_delivery_lanes",
         STAYS["grants on columns"],
         STAYS["row level security without policies"],
     )

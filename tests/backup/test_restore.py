@@ -222,11 +222,14 @@ def test_rows_are_counted_before_the_commit(storage: MeshStorage, server: Server
     assert contents(server) == before
 
 
-def test_the_revision_is_compared_before_the_commit(storage: MeshStorage, server: Server, made: Path) -> None:
-    rewrite(made, revision=schema.revisions()[-2])
+def test_the_revision_is_compared_before_the_commit(storage: MeshStorage, server: Server, tmp_path: Path) -> None:
+    fill(storage)
+    command.downgrade(schema.alembic_config(server.connect), "0011")
+    backup.backup(server, tmp_path / "backup")
+    rewrite(tmp_path / "backup", revision="0010")  # which has the same columns
     before = contents(server)
     with pytest.raises(InvalidInputError, match="nothing was restored"):
-        storage.restore(made, overwrite=True)
+        backup.restore(server, tmp_path / "backup", overwrite=True)
     assert contents(server) == before
 
 

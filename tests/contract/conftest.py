@@ -13,7 +13,7 @@ import pytest
 import uvloop
 from pydantic import SecretStr
 
-from mesh_storage import MeshStorage, Settings, UnitOfWork
+from mesh_storage import Delivery, MeshStorage, Settings, UnitOfWork
 from mesh_storage.aio import AsyncLease, AsyncMeshStorage
 from mesh_storage.aio.unit_of_work import AsyncScope
 from tests.pgbouncer import pgbouncer
@@ -41,6 +41,14 @@ class Blocking:
     def run(self, work: Callable[[UnitOfWork], Any], **given: Any) -> Any:
         """Call blocking work in a thread, from where it may wait for the loop in its turn."""
         return self._wait(self._wrapped.run(lambda uow: asyncio.to_thread(work, self._adapt(uow)), **given))
+
+    def consume(self, receiver: str, handle: Callable[[UnitOfWork, Delivery], Any], **given: Any) -> None:
+        """Consume with a blocking handler, which runs in a thread."""
+
+        async def handle_in_thread(uow: Any, delivery: Delivery) -> None:
+            await asyncio.to_thread(handle, self._adapt(uow), delivery)
+
+        self._wait(self._wrapped.consume(receiver, handle_in_thread, **given))
 
     def _adapt(self, value: Any) -> Any:
         if isinstance(value, (AsyncScope, AsyncLease)):

@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from mesh_storage import LogEntry, Mesh, MeshStorage, Message, Node, Route, UnitOfWork
+from mesh_storage import Delivery, LogEntry, Mesh, MeshStorage, Message, Node, Route, UnitOfWork
 from mesh_storage.testing import Databases
 
 Work: TypeAlias = Callable[[UnitOfWork], Any]
@@ -32,8 +33,16 @@ FILL = (
        SELECT 'route_' || lpad(n::text, 26, '0'), 'node_' || lpad((n % 2000 + 1)::text, 26, '0'),
               'node_' || lpad((n % 3000 + 5000)::text, 26, '0'), n % 2 = 0
        FROM generate_series(1, :rows) n""",
-    """INSERT INTO mesh_messages (id, from_node, to_node, content, timestamp)
-       SELECT 'msg-' || n, 'node-' || n % 100, 'node-' || n % 70, '\\x00', n FROM generate_series(1, :rows) n""",
+    """INSERT INTO mesh_messages (id, from_node, to_node, content, timestamp, queued)
+       SELECT 'msg-' || n, 'node-' || n % 100, 'node-' || n % 70, '\\x00', n, n % 5 > 0
+       FROM generate_series(1, :rows) n""",
+    # Each receiver has some in each state, and a key of which one is leased and others wait.
+    """INSERT INTO mesh_deliveries (message_id, receiver, state, key, token, available_at)
+       SELECT 'msg-' || n, 'node-' || n % 70, (ARRAY['queued', 'leased', 'waiting', 'dead'])[1 + n % 4],
+              CASE WHEN n % 4 IN (1, 2) THEN 'key-' || n % 7000 END, n,
+              clock_timestamp() + CASE n % 4 WHEN 1 THEN interval '1 day' ELSE interval '-1 day' END
+       FROM generate_series(1, :rows) n WHERE n % 5 > 0""",
+    "INSERT INTO mesh_delivery_lanes SELECT 'node-' || n % 70, 'key-' || n FROM generate_series(1, :rows) n",
     "INSERT INTO mesh_state (key, value) SELECT 'key-' || n, '\\x00' FROM generate_series(1, :rows) n",
     """INSERT INTO mesh_node_state (node_id, state)
        SELECT 'node_' || lpad(n::text, 26, '0'), '{"a": 1}' FROM generate_series(1, :rows) n""",
@@ -85,6 +94,13 @@ def message(number: int) -> Message:
     return Message(id=f"msg-{number}", from_node=from_, to_node=to, content=b"\0", timestamp=number)
 
 
+def leases(*numbers: int) -> list[Delivery]:
+    return [
+        Delivery(message(number), f"node-{number % 70}", 1, token=number, leased_until=None, key=f"key-{number % 7000}")
+        for number in numbers
+    ]
+
+
 def log(*numbers: int) -> list[LogEntry]:
     return [LogEntry(term=number // 100, index=number, entry={}) for number in numbers]
 
@@ -99,6 +115,11 @@ def some(stream: Iterator[Any]) -> None:
     assert len(list(itertools.islice(stream, 4))) == 4
 
 
+def unkeyed(deliveries: list[Delivery]) -> list[Delivery]:
+    return [replace(each, key=None) for each in deliveries]
+
+
+LEASED = [n for n in range(7001, 9000, 4) if n % 5 > 0 and n % 70 == 41]
 NODE, MESH, ROUTE = id_of("node", 7000), id_of("mesh", 7000), id_of("route", 7000)
 FAR: dict[str, Any] = {"to_node": "node-20", "from_node": "node-30"}
 
@@ -164,6 +185,29 @@ BY_INDEX: dict[str, Work] = {
     "messages.count between": lambda uow: uow.messages.count(since=7000, until=7100),
     "messages.stream to": lambda uow: some(uow.messages.stream(to_node="node-20", batch_size=2)),
     "messages.delete": lambda uow: uow.messages.delete("msg-7000"),
+    "messages.delete of a key": lambda uow: uow.messages.delete("msg-7001"),
+    "messages.delete_many": lambda uow: uow.messages.delete_many([f"msg-{n}" for n in range(7000, 7100)]),
+    "messages.purge": lambda uow: uow.messages.purge(ROWS // 2),
+    "messages.send": lambda uow: uow.messages.send(message(ROWS + 1)),
+    "messages.send again": lambda uow: uow.messages.send(message(7000)),
+    "messages.send of a key": lambda uow: uow.messages.send(message(ROWS + 1), key="k", receivers=["a", "b"]),
+    "messages.send_many": lambda uow: uow.messages.send_many(map(message, range(ROWS + 1, ROWS + 1000))),
+    "messages.send_many again": lambda uow: uow.messages.send_many(map(message, range(7000, 7100, 5))),
+    "messages.enqueue": lambda uow: uow.messages.enqueue(since=7000, limit=100),
+    "messages.claim": lambda uow: uow.messages.claim("node-20"),
+    "messages.claim of many": lambda uow: uow.messages.claim("node-20", limit=20),
+    "messages.ack": lambda uow: uow.messages.ack(unkeyed(leases(*LEASED))),
+    "messages.ack of a key": lambda uow: uow.messages.ack(leases(*LEASED)),
+    "messages.nack": lambda uow: uow.messages.nack(leases(*LEASED)),
+    "messages.extend": lambda uow: uow.messages.extend(leases(*LEASED), DAY),
+    "messages.bury": lambda uow: uow.messages.bury(leases(*LEASED), "reason"),
+    "messages.dead": lambda uow: uow.messages.dead(),
+    "messages.dead after": lambda uow: uow.messages.dead(after=cursor("node-20", 7)),
+    "messages.dead of one": lambda uow: uow.messages.dead("node-23", limit=10),
+    "messages.dead of one, after": lambda uow: uow.messages.dead("node-23", after=cursor("node-23", 7), limit=10),
+    "messages.redrive": lambda uow: uow.messages.redrive("node-23"),
+    "messages.redrive of some": lambda uow: uow.messages.redrive("node-23", [f"msg-{n}" for n in range(100)]),
+    "messages.backlog": lambda uow: uow.messages.backlog("node-20"),
     "state.get": lambda uow: uow.state.get("key-7000"),
     "state.put": lambda uow: uow.state.put("new", b""),
     "state.put again": lambda uow: uow.state.put("key-7000", b""),

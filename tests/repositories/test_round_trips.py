@@ -81,8 +81,8 @@ def mesh(number: int) -> Mesh:
     return Mesh(id=id_of("mesh", number), name=f"mesh-{number}")
 
 
-def message(number: int) -> Message:
-    return Message(id=f"msg-{number}", from_node="a", to_node="b", content=b"1", timestamp=number)
+def message(number: int, to: str = "b") -> Message:
+    return Message(id=f"msg-{number}", from_node="a", to_node=to, content=b"1", timestamp=number)
 
 
 def fill(uow: UnitOfWork) -> None:
@@ -91,6 +91,9 @@ def fill(uow: UnitOfWork) -> None:
     uow.nodes.add_many(map(node, (1, 2, 3)))
     uow.routes.add_many(map(route, (1, 2, 3)))
     uow.messages.store_many(map(message, (1, 2, 3)))
+    uow.messages.send(message(1005, "queue"))
+    for number in (1006, 1007):
+        uow.messages.send(message(number, "keyed"), key="k")
     for key in "abc":
         uow.state.put(key, b"1")
         uow.runtime_config.put(key, 1)
@@ -151,9 +154,28 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "routes.update": (lambda uow: uow.routes.update(uow.routes.get(ROUTE)), TWO),
     "messages.count": (lambda uow: uow.messages.count(to_node="b"), ONE),
     "messages.delete": (lambda uow: uow.messages.delete("msg-1"), ONE),
+    "messages.ack": (lambda uow: uow.messages.ack(uow.messages.claim("queue")), TWO),
+    "messages.ack of a key": (lambda uow: uow.messages.ack(uow.messages.claim("keyed")), Cost(3, 3)),
+    "messages.backlog": (lambda uow: uow.messages.backlog(), ONE),
+    "messages.bury": (lambda uow: uow.messages.bury(uow.messages.claim("queue"), "reason"), TWO),
+    "messages.claim": (lambda uow: uow.messages.claim("queue"), ONE),
+    "messages.claim of many": (lambda uow: uow.messages.claim("queue", limit=100), ONE),
+    "messages.dead": (lambda uow: uow.messages.dead(), ONE),
+    "messages.delete_many": (lambda uow: uow.messages.delete_many(["msg-1", "msg-2"]), ONE),
+    "messages.enqueue": (lambda uow: uow.messages.enqueue(since=0), ONE),
+    "messages.extend": (lambda uow: uow.messages.extend(uow.messages.claim("queue"), DAY), TWO),
     "messages.find": (lambda uow: uow.messages.find("msg-1"), ONE),
     "messages.get": (lambda uow: uow.messages.get("msg-1"), ONE),
+    "messages.nack": (lambda uow: uow.messages.nack(uow.messages.claim("queue")), TWO),
     "messages.page": (lambda uow: uow.messages.page(to_node="b", since=1), ONE),
+    "messages.purge": (lambda uow: uow.messages.purge(1000), ONE),
+    "messages.redrive": (lambda uow: uow.messages.redrive("queue"), ONE),
+    "messages.send": (lambda uow: uow.messages.send(message(4)), ONE),
+    "messages.send again": (lambda uow: uow.messages.send(message(1005, "queue")), TWO),
+    "messages.send of what was stored": (lambda uow: uow.messages.send(message(1)), Cost(3, 3)),
+    "messages.send of a key": (lambda uow: uow.messages.send(message(4), key="k", receivers=["a", "b"]), ONE),
+    "messages.send_many": (lambda uow: uow.messages.send_many(map(message, range(8, 400))), ONE),
+    "messages.send_many again": (lambda uow: uow.messages.send_many(map(message, range(4))), Cost(3, 3)),
     "messages.store": (lambda uow: uow.messages.store(message(4)), ONE),
     "messages.store again": (lambda uow: uow.messages.store(message(1)), Cost(2, 2)),
     "messages.store_many": (lambda uow: uow.messages.store_many(map(message, range(4, 400))), ONE),

@@ -275,7 +275,8 @@ def rows(connection: Connection, *, also: tuple[str, ...] = OTHER_TABLES) -> dic
         listed = [
             f"({name} AT TIME ZONE 'UTC')::text" if kind == "timestamp with time zone" else f"{name}::text"
             for name, kind in columns
-            if not name.startswith(("mesh_public_key", "mesh_join_key")) and name not in ("version", "expires_at")
+            if not name.startswith(("mesh_public_key", "mesh_join_key"))
+            and name not in ("version", "expires_at", "queued")
         ]
         query = f"SELECT {', '.join(listed)} FROM {table}"
         if table == "mesh_consensus_log" and exists(connection, "mesh_consensus_log_stale"):

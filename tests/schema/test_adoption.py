@@ -153,8 +153,9 @@ def test_an_index_that_is_missing_is_not_made_where_it_would_block_writers(
 
 def test_a_part_of_the_tables_is_adopted_too(legacy_url: str, connection: legacy.Connection, alembic: Alembic) -> None:
     connection.execute("DROP TABLE mesh_runtime_config, mesh_state, routes")
-    before = connection.execute("SELECT * FROM mesh_messages ORDER BY id").fetchall()
+    messages = "SELECT id, from_node, to_node, content, timestamp, created_at FROM mesh_messages ORDER BY id"
+    before = connection.execute(messages).fetchall()
     schema.upgrade(legacy_url)
     check = alembic(legacy_url, "check")
     assert "No new upgrade operations" in check.communicate(timeout=60)[0]
-    assert connection.execute("SELECT * FROM mesh_messages ORDER BY id").fetchall() == before
+    assert connection.execute(messages).fetchall() == before

@@ -91,6 +91,9 @@ def use(url: str) -> None:
             route = RouteFactory.create(uow=uow)
             message = MessageFactory.create(uow=uow)
             uow.messages.store(message)
+            for _ in range(2):
+                uow.messages.send(MessageFactory.build(to_node="b"), key="k")
+            uow.messages.ack(uow.messages.claim("b"))
             entry = StateEntryFactory.create(uow=uow)
             uow.state.put(entry.key, b"again")
             state = NodeStateFactory.create(uow=uow)
@@ -136,7 +139,7 @@ def test_health_tells_which_privileges_a_role_lacks(
         assert (storage.health().ok, storage.health().missing_privileges) == (True, ())
         health = reader.health()
         assert health.ok
-        assert len(health.missing_privileges) == 9
+        assert len(health.missing_privileges) == 11
         assert {"INSERT, UPDATE, DELETE ON nodes", "INSERT, DELETE ON mesh_messages"} < {*health.missing_privileges}
         admin.execute(f"REVOKE INSERT, UPDATE ON nodes FROM {service}".encode())
         admin.execute(f"GRANT UPDATE (port) ON nodes TO {service}".encode())
@@ -168,7 +171,7 @@ def test_health_tells_that_a_downgrade_has_dropped_the_grants(
         command.downgrade(schema.alembic_config(open_server(Settings(url=log_in("migrator"))).connect), "base")
         schema.upgrade(log_in("migrator"))
         health = storage.health()
-    assert (health.ok, len(health.missing_privileges), health.error) == (False, 9, None)
+    assert (health.ok, len(health.missing_privileges), health.error) == (False, 11, None)
 
 
 def test_no_role_has_more(admin: psycopg.Connection[tuple[object, ...]], log_in: As) -> None:
@@ -197,7 +200,7 @@ def test_grants_that_a_downgrade_drops_are_announced(
     configuration = schema.alembic_config(open_server(Settings(url=log_in("migrator"))).connect)
     with caplog.at_level(logging.WARNING, "mesh_storage"):
         command.downgrade(configuration, "0005")
-    stale, _ = sorted(caplog.records, key=lambda record: "stale" not in record.getMessage())
+    stale, *_ = sorted(caplog.records, key=lambda record: "stale" not in record.getMessage())
     granted = f"GRANT SELECT ON mesh_consensus_log_stale TO mesh_reader_{os.getpid()} WITH GRANT OPTION"
     assert granted in vars(stale)["grants"]
     caplog.clear()

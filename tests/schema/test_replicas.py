@@ -120,26 +120,26 @@ def test_a_turn_that_was_lost_is_noticed_before_the_next_revision_counts(
             check()
 
 
-def run_until(url: str, statement: int, when: str) -> None:
+def run_until(url: str, statement: int, when: str, seen: Any) -> None:
     """Migrate, and be killed at a statement; in a child process."""
-    seen = 0
 
     def count(*_: Any) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == statement:
+        seen.value += 1
+        if seen.value == statement:
             os.kill(os.getpid(), signal.SIGKILL)
 
     event.listen(sqlalchemy.Engine, f"{when}_cursor_execute", count)
     schema.upgrade(url)
-    os._exit(seen if statement == 0 else 0)
+    os._exit(0)
 
 
 def run(url: str, statement: int, when: str) -> int | None:
-    process = FORK.Process(target=run_until, args=[url, statement, when])
+    """Return the number of statements, or how the process ended if it was killed at one."""
+    seen = FORK.Value("i", 0)
+    process = FORK.Process(target=run_until, args=[url, statement, when, seen])
     process.start()
     process.join(60)
-    return process.exitcode
+    return seen.value if statement == 0 and process.exitcode == 0 else process.exitcode
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
@@ -10,7 +11,9 @@ from typing import Any, assert_type
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from mesh_storage import (
+    Backlog,
     ConfigEntry,
+    Delivery,
     Health,
     LogEntry,
     Mesh,
@@ -43,6 +46,14 @@ async def of_the_storage(storage: AsyncMeshStorage) -> None:
         assert_type((lease.held, lease.token), tuple[bool, int])
 
 
+async def handle(uow: AsyncUnitOfWork, delivery: Delivery) -> None:
+    assert_type(await uow.state.put("k", delivery.message.content), StateEntry)
+
+
+async def of_the_worker(storage: AsyncMeshStorage) -> None:
+    assert_type(await storage.consume("b", handle, batch=10, stop=asyncio.Event()), None)
+
+
 async def of_the_unit_of_work(uow: AsyncUnitOfWork) -> None:
     assert_type(await uow.commit(), None)
     assert_type(uow.session, AsyncSession)
@@ -57,6 +68,11 @@ async def of_the_unit_of_work(uow: AsyncUnitOfWork) -> None:
     assert_type(await uow.routes.between("a", "b"), list[Route])
     assert_type(await uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"")), Message)
     assert_type(await uow.messages.store_many([]), int)
+    assert_type(await uow.messages.send(Message(id="m", from_node="a", to_node="b", content=b""), key="k"), Message)
+    assert_type(await uow.messages.claim("b", limit=5, lease=timedelta(seconds=5)), list[Delivery])
+    assert_type(await uow.messages.ack(await uow.messages.claim("b")), None)
+    assert_type((await uow.messages.dead("b")).items[0].reason, str | None)
+    assert_type(await uow.messages.backlog(), Backlog)
     assert_type(uow.messages.stream(since=5), AsyncGenerator[Message, None])
     assert_type(await uow.state.put("k", b"v"), StateEntry)
     assert_type((await uow.state.get("k")).value, bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
@@ -13,8 +14,10 @@ from sqlalchemy import ForeignKey, Select, select
 from sqlalchemy.orm import Mapped, Session, mapped_column, relationship
 
 from mesh_storage import (
+    Backlog,
     Cached,
     ConfigEntry,
+    Delivery,
     Health,
     Lease,
     LogEntry,
@@ -49,6 +52,14 @@ def of_the_storage(storage: MeshStorage) -> None:
         assert_type((lease.held, lease.token), tuple[bool, int])
 
 
+def handle(uow: UnitOfWork, delivery: Delivery) -> None:
+    assert_type(uow.state.put("k", delivery.message.content), StateEntry)
+
+
+def of_the_worker(storage: MeshStorage) -> None:
+    assert_type(storage.consume("b", handle, batch=10, stop=threading.Event()), None)
+
+
 def of_the_unit_of_work(uow: UnitOfWork) -> None:
     assert_type(uow.commit(), None)
     assert_type(uow.session, Session)
@@ -63,6 +74,11 @@ def of_the_unit_of_work(uow: UnitOfWork) -> None:
     assert_type(uow.routes.between("a", "b"), list[Route])
     assert_type(uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"")), Message)
     assert_type(uow.messages.store_many([]), int)
+    assert_type(uow.messages.send(Message(id="m", from_node="a", to_node="b", content=b""), key="k"), Message)
+    assert_type(uow.messages.claim("b", limit=5, lease=timedelta(seconds=5)), list[Delivery])
+    assert_type(uow.messages.ack(uow.messages.claim("b")), None)
+    assert_type(uow.messages.dead("b").items[0].reason, str | None)
+    assert_type(uow.messages.backlog(), Backlog)
     assert_type(uow.messages.stream(since=5), Generator[Message, None, None])
     assert_type(uow.state.put("k", b"v"), StateEntry)
     assert_type(uow.state.get("k").value, bytes)

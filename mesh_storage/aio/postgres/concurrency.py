@@ -48,6 +48,26 @@ async def uninterrupted(
         raise
 
 
+async def to_the_end(work: Callable[[], Coroutine[Any, Any, T]], ending: Callable[[], None]) -> T:
+    """Await a coroutine to its end, also if this task is cancelled: then it is told to end soon.
+
+    A second cancellation reaches the coroutine.
+    """
+    task = in_background(work())
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            if cancellation is not None:
+                task.cancel()
+            cancellation = error
+            ending()
+    if cancellation is not None:
+        raise cancellation
+    return task.result()
+
+
 async def finished(owner: Ownership) -> None:
     """Wait until all uninterrupted coroutines of an owner have completed."""
     if unfinished := _unfinished.get(owner):

@@ -1,8 +1,9 @@
-"""The repository of messages: stored once by id, listed in time order."""
+"""The repository of messages: stored once by id, listed in time order, and queued for their receivers."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable
+from datetime import timedelta
 from operator import itemgetter, lt
 from typing import Any
 
@@ -11,22 +12,25 @@ from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.sql.dml import ReturningInsert
 
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
-from mesh_storage.aio.repositories.base import AsyncKeyedRepository, AsyncListing
-from mesh_storage.errors import AlreadyExistsError, ConflictError
+from mesh_storage.aio.repositories.base import AsyncListing
+from mesh_storage.aio.repositories.runtime.deliveries import AsyncDeliveryRepository
+from mesh_storage.errors import AlreadyExistsError, ConflictError, NotFoundError
 from mesh_storage.models import Message
 from mesh_storage.models.base import mark_written
 from mesh_storage.postgres.batch import Batch
 from mesh_storage.postgres.statement import Row, Statement
-from mesh_storage.repositories import checks
-from mesh_storage.repositories.aggregates import LIMIT, Aggregate
-from mesh_storage.repositories.pages import Page, Position
+from mesh_storage.repositories import checks, queueing
+from mesh_storage.repositories.aggregates import LIMIT
+from mesh_storage.repositories.deliveries import MESSAGES as _MESSAGES
+from mesh_storage.repositories.deliveries import check_delay
+from mesh_storage.repositories.pages import MAX_ROWS, Page, Position
 
-_MESSAGES = Aggregate(Message)
 _TABLE = _MESSAGES.table
 _COLUMNS: list[Column[Any]] = [_TABLE.c.id, _TABLE.c.from_node, _TABLE.c.to_node, _TABLE.c.content, _TABLE.c.timestamp]
 _BATCH = Batch({column.name: column.type for column in _COLUMNS})
 _CHECKS = {column.name: checks.of_column(f"Message.{column.name}", column) for column in _COLUMNS}
 _CHECKS["timestamp"] = _CHECKS["timestamp"].optional()
+_QUEUED = _MESSAGES.names.index("queued")
 
 
 def _or_now(timestamp: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -75,8 +79,8 @@ _TRAFFIC = {
 }
 
 
-class AsyncMessageRepository(AsyncKeyedRepository[Message]):
-    """The repository of messages."""
+class AsyncMessageRepository(AsyncDeliveryRepository):
+    """The repository of messages, and of their deliveries."""
 
     def __init__(self, connection: AsyncUnitOfWorkConnection) -> None:
         super().__init__(connection, _MESSAGES)
@@ -90,21 +94,8 @@ class AsyncMessageRepository(AsyncKeyedRepository[Message]):
             AlreadyExistsError: A different message has this id.
             InvalidInputError: A value is invalid; names the field.
         """
-        (given,) = _MESSAGES.attributes("message", [message])
-        values = {name: check(given.get(name)) for name, check in _CHECKS.items()}
-        for _ in range(3):  # the conflicting row may be deleted before it is read
-            row = await self._connection.fetch_one(_STORE, values)
-            if row is None:
-                found = await self.find(message.id)
-                if found is None:
-                    continue
-                if not _same(found, values):
-                    raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
-                row = (found.timestamp, found.created_at)
-            given.update(timestamp=row[0], created_at=row[1])
-            mark_written(message, self._connection.writes)
-            return message
-        raise ConflictError(f"message {message.id!r} is being stored and deleted concurrently", retryable=True)
+        await self._store_by(_STORE, None, message)
+        return message
 
     async def store_many(self, messages: Iterable[Message]) -> int:
         """Store many messages in one statement and return the number of new ones.
@@ -113,19 +104,101 @@ class AsyncMessageRepository(AsyncKeyedRepository[Message]):
             AlreadyExistsError: A different message has one of the ids; the unit of work can only be rolled back.
             InvalidInputError: A value is invalid; names the field. Nothing was stored.
         """
-        given = _MESSAGES.attributes("message", messages)
-        if not given:
+        columns = _in_order(_columns(messages))
+        if not columns["id"]:
             return 0
-        columns = {name: check.column([instance.get(name) for instance in given]) for name, check in _CHECKS.items()}
-        if not all(map(lt, columns["id"], columns["id"][1:])):
-            columns = _in_order(columns)
         stored = await self._connection.execute(_STORE_MANY, columns)
         if stored < len(columns["id"]):
-            by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
-            for found in await self._fetch_all(_SELECT_MANY, ids=list(by_id)):
-                if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
-                    raise self._connection.fail(AlreadyExistsError(f"a different message with id {found.id!r} exists"))
+            await self._check_same(columns)
         return stored
+
+    async def send(
+        self,
+        message: Message,
+        *,
+        delay: timedelta | None = None,
+        key: str | None = None,
+        receivers: Iterable[str] | None = None,
+    ) -> Message:
+        """Store a message and queue it for its receivers, in the same commit; sending the same again has no effect.
+
+        A message that is there already is queued unless it was before, whatever became of its deliveries.
+
+        Args:
+            message: The message, as for `store`.
+            delay: How long after now it is due; it is at once if None.
+            key: Messages of one key (1 to 255 characters) go to a receiver one at a time, in the order of sending: a
+                message that is delayed, fails or is dead holds up the others of its key. Two units of work that send
+                to the same key and receiver wait for one another.
+            receivers: To whom, one delivery each; to its `to_node` if None.
+
+        Raises:
+            AlreadyExistsError: A different message has this id.
+            InvalidInputError: A value is invalid; names the field.
+        """
+        (given,) = _MESSAGES.attributes("message", [message])
+        parameters: dict[str, object] = {
+            "delay": check_delay(delay),
+            "receivers": queueing.check_receivers(receivers, _CHECKS["to_node"](given.get("to_node"))),
+        }
+        if key is not None:
+            parameters["key"] = checks.text("key", key, queueing.KEY_LENGTH)
+        keyed = key is not None
+        await self._store_by(queueing.SEND[keyed], queueing.QUEUE[keyed], message, **parameters)
+        return message
+
+    async def send_many(self, messages: Iterable[Message], *, delay: timedelta | None = None) -> int:
+        """Store many messages and queue each for its `to_node`, in one statement and in the order given.
+
+        Returns the number of those queued: the others were before.
+
+        Raises:
+            AlreadyExistsError: A different message has one of the ids; the unit of work can only be rolled back.
+            InvalidInputError: A value is invalid; names the field. Nothing was stored.
+        """
+        given = _columns(messages)
+        columns = _in_order(given)
+        if not columns["id"]:
+            return 0
+        places = {key: place for place, key in reversed(list(enumerate(given["id"])))}
+        parameters = {"position": [places[key] for key in columns["id"]], "delay": check_delay(delay)}
+        queued = int(await self._fetch_value(queueing.SEND_MANY, **columns, **parameters))
+        if queued < len(columns["id"]):
+            await self._check_same(columns)
+            queued += int(await self._fetch_value(queueing.QUEUE_MANY, id=columns["id"], **parameters))
+        return queued
+
+    async def enqueue(self, *, since: int, limit: int = 10_000) -> int:
+        """Queue up to `limit` stored messages that never were, each for its `to_node`, and return their number.
+
+        The oldest come first, from the Unix time `since` in seconds on; call it until it returns 0. It is for messages
+        that `store` or another service wrote, and needs the privilege UPDATE on the messages.
+        """
+        parameters = {"since": checks.integer("since", since), "limit": checks.integer("limit", limit, 1, MAX_ROWS)}
+        return int(await self._fetch_value(queueing.ENQUEUE, **parameters))
+
+    async def delete(self, key: str) -> None:
+        """Delete the message with this id and its deliveries, open ones as well: an `ack` of one fails then.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        if not await self._delete(queueing.DELETE, [self._aggregate.check_key(key)]):
+            raise NotFoundError(self._aggregate.name, key)
+
+    async def delete_many(self, ids: Iterable[str]) -> int:
+        """Delete those messages with these ids that have no open delivery, dead ones included, and return how many."""
+        return await self._delete(
+            queueing.DELETE_SETTLED, sorted(set(self._aggregate.check_key.column(checks.many("ids", ids))))
+        )
+
+    async def purge(self, before: int, *, limit: int = 10_000) -> int:
+        """Delete up to `limit` messages from before a Unix time in seconds, the oldest first, and return their number.
+
+        Those with a delivery stay, with a dead one as well.
+        """
+        parameters = {"before": checks.integer("before", before), "limit": checks.integer("limit", limit, 1, MAX_ROWS)}
+        return await self._connection.execute(queueing.PURGE, parameters)
 
     async def page(
         self,
@@ -173,6 +246,43 @@ class AsyncMessageRepository(AsyncKeyedRepository[Message]):
         traffic, parameters = _traffic(to_node, from_node, since, until)
         return int(await self._fetch_value(traffic.count, **parameters))
 
+    async def _store_by(
+        self, store: Statement, store_again: Statement | None, message: Message, **parameters: object
+    ) -> None:
+        """Store a message by a statement, and what is there already and the same by another one."""
+        (given,) = _MESSAGES.attributes("message", [message])
+        values = {name: check(given.get(name)) for name, check in _CHECKS.items()}
+        for _ in range(3):  # the conflicting row may be deleted before it is read
+            row = await self._connection.fetch_one(store, {**values, **parameters})
+            if row is None:
+                there = await self._connection.fetch_one(self._aggregate.select, {"key": message.id})
+                if there is None:
+                    continue
+                found = _MESSAGES.load.of_values(there)
+                if not _same(found, values):
+                    raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
+                row = (found.timestamp, found.created_at)
+                if store_again is not None and not there[_QUEUED]:
+                    await self._connection.fetch_one(store_again, {"id": message.id, **parameters})
+            given.update(timestamp=row[0], created_at=row[1])
+            mark_written(message, self._connection.writes)
+            return
+        raise ConflictError(f"message {message.id!r} is being stored and deleted concurrently", retryable=True)
+
+    async def _check_same(self, columns: dict[str, list[Any]]) -> None:
+        by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
+        for found in await self._fetch_all(_SELECT_MANY, ids=list(by_id)):
+            if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
+                raise self._connection.fail(AlreadyExistsError(f"a different message with id {found.id!r} exists"))
+
+    async def _delete(self, statement: Statement, ids: list[str]) -> int:
+        row = await self._connection.fetch_one(statement, {"id": ids})
+        assert row is not None, "the statement always returns one row"
+        deleted, *heads = row
+        if heads[0] is not None:
+            await self._advance(list(zip(*heads, strict=True)))
+        return int(deleted)
+
     def _by_time(
         self, to_node: str | None, from_node: str | None, since: int | None, until: int | None
     ) -> AsyncListing[Message]:
@@ -185,12 +295,19 @@ class AsyncMessageRepository(AsyncKeyedRepository[Message]):
         return AsyncListing(fetch, _MESSAGES.load.many, itemgetter(_MESSAGES.names.index("timestamp"), 0), (int, str))
 
 
+def _columns(messages: Iterable[Message]) -> dict[str, list[Any]]:
+    given = _MESSAGES.attributes("message", messages)
+    return {name: check.column([instance.get(name) for instance in given]) for name, check in _CHECKS.items()}
+
+
 def _in_order(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Deduplicate messages and sort them by id, so that concurrent stores cannot deadlock.
 
     Raises:
         AlreadyExistsError: Two different messages have the same id.
     """
+    if all(map(lt, columns["id"], columns["id"][1:])):
+        return columns
     rows = sorted(zip(*columns.values(), strict=True), key=itemgetter(0))
     by_id = {row[0]: row for row in rows}
     if len(by_id) < len(rows):

@@ -1,0 +1,332 @@
+"""Deliveries of messages: what a receiver gets, and the statements by which it claims and settles them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import ARRAY, BigInteger, DateTime, Interval, Text, bindparam, text
+
+from mesh_storage.errors import InvalidInputError
+from mesh_storage.models import Message
+from mesh_storage.models.base import table_of
+from mesh_storage.postgres.statement import Row, Statement
+from mesh_storage.repositories import checks
+from mesh_storage.repositories.aggregates import Aggregate
+
+LEASE = timedelta(seconds=30)
+"""How long a lease lasts by default."""
+MOST_ATTEMPTS = 1_000_000
+_RECEIVER_LENGTH = 64
+_REASON_LENGTH = 10_000
+_LONGEST = timedelta(days=36_500)
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message on its way to one receiver, as it was when it was claimed or listed."""
+
+    message: Message
+    """What is delivered."""
+    receiver: str
+    """Whom it is for."""
+    attempts: int
+    """How often it was claimed, this time included."""
+    token: int
+    """Identifies the lease; larger for each later claim of this delivery."""
+    leased_until: datetime | None
+    """When the lease is over, by the database's clock; None if it is dead."""
+    key: str | None = None
+    """Those of one key are delivered one at a time, in the order of sending; None if the order does not matter."""
+    reason: str | None = None
+    """Why it was set aside as dead."""
+    dead_at: datetime | None = None
+    """When it was set aside, by the database's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """How many deliveries are open for one receiver, or for all."""
+
+    due: int
+    """Those that a claim would return now."""
+    leased: int
+    """Those that are claimed, with a lease that is not over."""
+    delayed: int
+    """Those that are due later: sent with a delay, or to be tried again."""
+    waiting: int
+    """Those behind another one of their key."""
+    dead: int
+    """Those that were set aside."""
+    oldest_due: timedelta | None
+    """For how long the first of them has been due; None if none is."""
+    held: tuple[str, ...]
+    """The keys whose first message failed, so that the others wait until it is tried again or, if it is dead, driven
+    back or deleted: up to 1,000, in the order of sending."""
+
+
+# Not now(), which is the start of the transaction. As a subquery it is evaluated once, and Citus accepts it in UPDATE.
+MOMENT = "(SELECT clock_timestamp())"
+TEXTS = ARRAY(Text)
+NUMBERS = ARRAY(BigInteger)
+MESSAGES = Aggregate(Message)
+_DELIVERY = ("receiver", "attempts", "token", "available_at", "key", "reason", "dead_at", "state", "message_id", "seq")
+_DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in _DELIVERY)
+_MESSAGE_COLUMNS = ", ".join(f"m.{column.name}" for column in table_of(Message).columns)
+
+
+def statement(sql: str, *, writes: bool = True, **types: Any) -> Statement:
+    """Return a statement of this text, with the types of those parameters that need one."""
+    return Statement(
+        lambda: text(sql).bindparams(*[bindparam(name, type_=kind) for name, kind in types.items()]), writes=writes
+    )
+
+
+# The longest due first. What another has claimed since the snapshot is checked anew once its row is locked, and is not
+# due any more. A token is the time in microseconds, but larger than the one before it, so it only grows for a delivery,
+# also across a restore or a failover. What was claimed too often is set aside instead.
+CLAIM = statement(
+    f"""
+    WITH due AS MATERIALIZED (
+        SELECT message_id, available_at FROM mesh_deliveries
+        WHERE receiver = :receiver AND state IN ('queued', 'leased')
+        AND available_at >= :floor AND available_at <= {MOMENT}
+        ORDER BY available_at, seq LIMIT :limit FOR UPDATE SKIP LOCKED
+    ), claimed AS (
+        UPDATE mesh_deliveries AS d SET
+            state = CASE WHEN attempts < :max_attempts THEN 'leased' ELSE 'dead' END,
+            attempts = CASE WHEN attempts < :max_attempts THEN attempts + 1 ELSE attempts END,
+            token = greatest(token + 1, (extract(epoch FROM {MOMENT}) * 1000000)::bigint),
+            available_at = {MOMENT} + :lease,
+            reason = CASE WHEN attempts >= :max_attempts THEN format('not acknowledged in %s claims', attempts) END,
+            dead_at = CASE WHEN attempts >= :max_attempts THEN {MOMENT} END
+        FROM due WHERE d.receiver = :receiver AND d.message_id = due.message_id
+        RETURNING {_DELIVERY_COLUMNS}, due.available_at AS due_at
+    )
+    SELECT {_DELIVERY_COLUMNS}, {_MESSAGE_COLUMNS}, d.due_at
+    FROM claimed AS d LEFT JOIN mesh_messages AS m ON m.id = d.message_id ORDER BY d.due_at, d.seq
+    """,  # noqa: S608 - our own names
+    floor=DateTime(timezone=True),
+    lease=Interval,
+)
+_LEASES: dict[str, Any] = {"message_id": TEXTS, "token": NUMBERS}
+_LEASED = "unnest(:message_id, :token) AS lease (message_id, token)"
+_HELD = f"""
+    d.receiver = :receiver AND d.message_id = lease.message_id AND d.token = lease.token
+    AND d.state = 'leased' AND d.available_at > {MOMENT}
+"""
+ACK = statement(f"DELETE FROM mesh_deliveries AS d USING {_LEASED} WHERE {_HELD}", **_LEASES)  # noqa: S608 - our own names
+# The lanes are locked before: whoever was sending to one has committed by the time of the next statement.
+ACK_KEYED = statement(
+    f"""
+    WITH lanes AS MATERIALIZED (
+        SELECT key FROM mesh_delivery_lanes WHERE receiver = :receiver AND key = ANY(:key) ORDER BY key FOR UPDATE
+    )
+    DELETE FROM mesh_deliveries AS d USING {_LEASED} WHERE (SELECT count(*) FROM lanes) >= 0 AND {_HELD}
+    RETURNING d.receiver, d.key, d.seq, d.state
+    """,  # noqa: S608 - our own names
+    **_LEASES,
+    key=TEXTS,
+)
+# Looks for what follows the removed first message of a key behind its place, since dead index entries lie before it.
+ADVANCE = statement(
+    f"""
+    WITH lane AS MATERIALIZED (SELECT * FROM unnest(:receiver, :key, :seq) AS input (receiver, key, seq)),
+    following AS MATERIALIZED (
+        SELECT head.receiver, head.key, head.message_id FROM lane CROSS JOIN LATERAL (
+            SELECT d.receiver, d.key, d.message_id FROM mesh_deliveries AS d
+            WHERE d.receiver = lane.receiver AND d.key = lane.key AND d.seq > lane.seq ORDER BY d.seq LIMIT 1
+        ) AS head
+    ), promoted AS (
+        UPDATE mesh_deliveries AS d SET state = 'queued', available_at = greatest(available_at, {MOMENT})
+        FROM following
+        WHERE d.receiver = following.receiver AND d.message_id = following.message_id AND d.state = 'waiting'
+    )
+    DELETE FROM mesh_delivery_lanes AS emptied USING lane
+    WHERE emptied.receiver = lane.receiver AND emptied.key = lane.key AND NOT EXISTS (
+        SELECT FROM following WHERE following.receiver = emptied.receiver AND following.key = emptied.key
+    )
+    """,  # noqa: S608 - our own names
+    receiver=TEXTS,
+    key=TEXTS,
+    seq=NUMBERS,
+)
+NACK = statement(
+    f"""
+    UPDATE mesh_deliveries AS d SET state = 'queued', available_at = {MOMENT} + lease.delay
+    FROM unnest(:message_id, :token, :delay) AS lease (message_id, token, delay) WHERE {_HELD}
+    """,  # noqa: S608 - our own names
+    **_LEASES,
+    delay=ARRAY(Interval),
+)
+EXTEND = statement(
+    f"""
+    UPDATE mesh_deliveries AS d SET available_at = {MOMENT} + :lease FROM {_LEASED} WHERE {_HELD}
+    RETURNING d.message_id, d.available_at
+    """,  # noqa: S608 - our own names
+    **_LEASES,
+    lease=Interval,
+)
+BURY = statement(
+    f"""
+    UPDATE mesh_deliveries AS d SET state = 'dead', reason = :reason, dead_at = {MOMENT}
+    FROM {_LEASED} WHERE {_HELD}
+    """,  # noqa: S608 - our own names
+    **_LEASES,
+)
+_REDRIVE = f"""
+    UPDATE mesh_deliveries SET state = 'queued', attempts = 0, available_at = {MOMENT}, reason = NULL, dead_at = NULL
+    WHERE receiver = :receiver AND state = 'dead'
+"""  # noqa: S608 - our own names
+REDRIVE_ALL = statement(_REDRIVE)
+REDRIVE = statement(f"{_REDRIVE} AND message_id = ANY(:message_id)", message_id=TEXTS)
+_DEAD = f"""
+    SELECT {_DELIVERY_COLUMNS}, {_MESSAGE_COLUMNS}
+    FROM mesh_deliveries AS d JOIN mesh_messages AS m ON m.id = d.message_id WHERE d.state = 'dead'
+"""  # noqa: S608 - our own names
+DEAD = statement(f"{_DEAD} AND d.receiver = :receiver AND d.seq > :seq ORDER BY d.seq LIMIT :limit", writes=False)
+DEAD_OF_ALL = statement(
+    f"{_DEAD} AND (d.receiver, d.seq) > (:receiver, :seq) ORDER BY d.receiver, d.seq LIMIT :limit", writes=False
+)
+
+
+def _backlog(condition: str) -> Statement:
+    # One part for each index.
+    return statement(
+        f"""
+        SELECT active.*, waiting.*, dead.*, ARRAY(
+            SELECT key FROM mesh_deliveries WHERE {condition} AND key IS NOT NULL
+            AND (state = 'dead' OR state = 'queued' AND attempts > 0 AND available_at > {MOMENT})
+            ORDER BY seq LIMIT 1000
+        )
+        FROM (
+            SELECT count(*) FILTER (WHERE available_at <= {MOMENT}),
+                count(*) FILTER (WHERE state = 'leased' AND available_at > {MOMENT}),
+                count(*) FILTER (WHERE state = 'queued' AND available_at > {MOMENT}),
+                {MOMENT} - min(available_at) FILTER (WHERE available_at <= {MOMENT})
+            FROM mesh_deliveries WHERE {condition} AND state IN ('queued', 'leased')
+        ) AS active,
+        (SELECT count(*) FROM mesh_deliveries WHERE {condition} AND key IS NOT NULL AND state = 'waiting') AS waiting,
+        (SELECT count(*) FROM mesh_deliveries WHERE {condition} AND state = 'dead') AS dead
+        """,  # noqa: S608 - our own names
+        writes=False,
+    )
+
+
+BACKLOG = _backlog("receiver = :receiver")
+BACKLOG_OF_ALL = _backlog("true")
+
+
+class Claimed(NamedTuple):
+    """What a row of `CLAIM` is."""
+
+    delivery: Delivery
+    due_at: datetime
+    outcome: str
+    """`leased`, `dead`, or `gone` if somebody deleted the message beside this library."""
+
+
+def claimed(row: Row) -> Claimed:
+    """Read a row of `CLAIM`."""
+    made = delivery(row)
+    lost = row[len(_DELIVERY)] is None
+    return Claimed(made, row[-1], "gone" if lost else row[_DELIVERY.index("state")])
+
+
+def delivery(row: Row) -> Delivery:
+    """Read a row that begins with the columns of a delivery and of its message."""
+    receiver, attempts, token, available_at, key, reason, dead_at, state, message_id, _ = row[: len(_DELIVERY)]
+    end = len(_DELIVERY) + len(MESSAGES.names)
+    values = row[len(_DELIVERY) : end]
+    message = MESSAGES.load.of_values((message_id, *values[1:]))
+    return Delivery(message, receiver, attempts, token, None if state == "dead" else available_at, key, reason, dead_at)
+
+
+def place(row: Row) -> tuple[str, int]:
+    """Return the place of a row among the dead ones."""
+    return row[0], row[len(_DELIVERY) - 1]
+
+
+def backlog(row: Row) -> Backlog:
+    """Read the row of a backlog."""
+    due, leased, delayed, oldest, waiting, dead, held = row
+    return Backlog(due, leased, delayed, waiting, dead, oldest, tuple(held))
+
+
+def by_receiver(deliveries: Iterable[Delivery]) -> dict[str, list[Delivery]]:
+    """Group deliveries by receiver, each in the order in which rows are locked, without repetitions.
+
+    Raises:
+        InvalidInputError: They are not deliveries.
+    """
+    found: dict[str, dict[tuple[str, int], Delivery]] = {}
+    for each in checks.many("deliveries", deliveries):
+        if not isinstance(each, Delivery):
+            raise InvalidInputError(f"a Delivery is required, not {type(each).__name__}", field="deliveries")
+        found.setdefault(each.receiver, {})[each.message.id, each.token] = each
+    return {receiver: [group[key] for key in sorted(group)] for receiver, group in found.items()}
+
+
+def leases(deliveries: list[Delivery]) -> dict[str, object]:
+    """Return the parameters that identify the leases of one receiver."""
+    return {
+        "receiver": deliveries[0].receiver,
+        "message_id": [each.message.id for each in deliveries],
+        "token": [each.token for each in deliveries],
+    }
+
+
+def back_off(attempts: int) -> timedelta:
+    """Return how long to wait after so many attempts: twice as long each time, with jitter, at most 5 minutes.
+
+    M. Brooker, "Exponential Backoff And Jitter".
+    """
+    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(max(attempts, 1) - 1, 20))
+    return timedelta(seconds=longest * (0.5 + random.random() / 2))  # noqa: S311 - not used for security
+
+
+def check_receiver(field: str, receiver: object) -> str:
+    """Check the name of a receiver.
+
+    Raises:
+        InvalidInputError: It is none; names the field.
+    """
+    return checks.text(field, receiver, _RECEIVER_LENGTH)
+
+
+def check_reason(reason: object) -> str:
+    """Check the reason for which a delivery is set aside.
+
+    Raises:
+        InvalidInputError: It is not text of up to 10,000 characters.
+    """
+    return checks.text("reason", reason, _REASON_LENGTH)
+
+
+def check_lease(lease: object) -> timedelta:
+    """Check the length of a lease.
+
+    Raises:
+        InvalidInputError: It is not a timedelta of more than 0, up to 100 years.
+    """
+    if not isinstance(lease, timedelta) or not timedelta(0) < lease <= _LONGEST:
+        raise InvalidInputError("lease must be a timedelta of more than 0, up to 100 years", field="lease")
+    return lease
+
+
+def check_delay(delay: object) -> timedelta:
+    """Check a delay, and return it; None is none.
+
+    Raises:
+        InvalidInputError: It is not a timedelta from 0 to 100 years.
+    """
+    if delay is None:
+        return timedelta(0)
+    if not isinstance(delay, timedelta) or not timedelta(0) <= delay <= _LONGEST:
+        raise InvalidInputError("delay must be None or a timedelta from 0 to 100 years", field="delay")
+    return delay

@@ -1,0 +1,109 @@
+"""The worker loop for asyncio: how a cancelled task ends, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from mesh_storage import Backlog, Delivery, InvalidInputError, Message
+from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+
+
+async def send(storage: AsyncMeshStorage, *numbers: int) -> None:
+    async with storage.begin() as uow:
+        for number in numbers:
+            await uow.messages.send(Message(id=f"m-{number}", from_node="a", to_node="b", content=b""))
+
+
+async def backlog(storage: AsyncMeshStorage) -> Backlog:
+    async with storage.begin(read_only=True) as uow:
+        return await uow.messages.backlog("b")
+
+
+def test_a_cancelled_task_ends_after_the_message_in_hand(mesh_storage_url: str) -> None:
+    handled: list[str] = []
+
+    async def main() -> None:
+        handling = asyncio.Event()
+
+        async def handle(uow: AsyncUnitOfWork, delivery: Delivery) -> None:
+            handling.set()
+            await asyncio.sleep(0.1)
+            await uow.state.put(delivery.message.id, b"")
+            handled.append(delivery.message.id)
+
+        async with AsyncMeshStorage.open(mesh_storage_url) as storage:
+            await send(storage, 1, 2, 3)
+            task = asyncio.create_task(storage.consume("b", handle, batch=3))
+            await handling.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            found = await backlog(storage)
+            assert (found.due, found.leased) == (2, 0)
+            async with storage.begin(read_only=True) as uow:
+                assert [entry.key async for entry in uow.state.stream()] == ["m-1"]
+
+    asyncio.run(main())
+    assert handled == ["m-1"]
+
+
+def test_a_second_cancellation_reaches_the_handler(mesh_storage_url: str) -> None:
+    async def main() -> None:
+        handling = asyncio.Event()
+
+        async def handle(uow: AsyncUnitOfWork, _: Delivery) -> None:
+            await uow.state.put("effect", b"")
+            handling.set()
+            await asyncio.sleep(3600)
+
+        async with AsyncMeshStorage.open(mesh_storage_url) as storage:
+            await send(storage, 1)
+            task = asyncio.create_task(storage.consume("b", handle))
+            await handling.wait()
+            for _ in range(2):
+                task.cancel()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            found = await backlog(storage)
+            assert (found.due, found.leased) == (1, 0)
+            async with storage.begin(read_only=True) as uow:
+                assert await uow.state.find("effect") is None
+
+    asyncio.run(main())
+
+
+def test_several_tasks_share_the_work(mesh_storage_url: str) -> None:
+    handled: list[str] = []
+
+    async def main() -> None:
+        stop = asyncio.Event()
+
+        async def handle(_: AsyncUnitOfWork, delivery: Delivery) -> None:
+            handled.append(delivery.message.id)
+            if len(handled) == 40:
+                stop.set()
+
+        async with AsyncMeshStorage.open(mesh_storage_url) as storage:
+            await send(storage, *range(40))
+            async with asyncio.TaskGroup() as group:
+                for _ in range(4):
+                    group.create_task(storage.consume("b", handle, batch=5, stop=stop))
+            assert (await backlog(storage)).due == 0
+
+    asyncio.run(main())
+    assert sorted(handled) == sorted({f"m-{number}" for number in range(40)})
+
+
+@pytest.mark.parametrize("handle", [None, lambda *_: None])
+def test_what_cannot_be_awaited_is_refused(mesh_storage_url: str, handle: Any) -> None:
+    async def main() -> None:
+        async with AsyncMeshStorage.open(mesh_storage_url) as storage:
+            with pytest.raises(InvalidInputError, match="coroutine function"):
+                await storage.consume("b", handle)
+
+    asyncio.run(main())

@@ -1,0 +1,262 @@
+"""Deliveries: what they refuse, how they stand races, and what a claim looks at."""
+
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import text
+
+from mesh_storage import AlreadyExistsError, Delivery, InvalidInputError, MeshStorage, Message, UnitOfWork
+from mesh_storage.postgres import floors
+from mesh_storage.postgres.floors import BEGINNING, Floors
+from tests.processes import eventually
+
+
+def message(number: object, to: str = "b") -> Message:
+    return Message(id=f"m-{number}", from_node="a", to_node=to, content=b"")
+
+
+def send(storage: MeshStorage, *numbers: int, **given: Any) -> None:
+    with storage.begin() as uow:
+        for number in numbers:
+            uow.messages.send(message(number), **given)
+
+
+def take(storage: MeshStorage, limit: int = 1) -> list[str]:
+    """Claim and acknowledge."""
+    with storage.begin() as uow:
+        deliveries = uow.messages.claim("b", limit=limit)
+    with storage.begin() as uow:
+        uow.messages.ack(deliveries)
+    return [each.message.id for each in deliveries]
+
+
+# What is refused
+
+LEASED = Delivery(message(1), "b", 1, 1, datetime(2026, 1, 1, tzinfo=UTC))
+LONG = timedelta(days=36_501)
+REFUSED: dict[str, tuple[str, Any]] = {
+    "no receiver": ("receiver", lambda messages: messages.claim("")),
+    "a long receiver": ("receiver", lambda messages: messages.claim("x" * 65)),
+    "a receiver that is no text": ("receiver", lambda messages: messages.backlog(5)),
+    "a limit of 0": ("limit", lambda messages: messages.claim("b", limit=0)),
+    "a large limit": ("limit", lambda messages: messages.claim("b", limit=10_001)),
+    "no lease": ("lease", lambda messages: messages.claim("b", lease=timedelta(0))),
+    "a lease in seconds": ("lease", lambda messages: messages.claim("b", lease=30)),
+    "a long lease": ("lease", lambda messages: messages.extend([LEASED], LONG)),
+    "no attempts": ("max_attempts", lambda messages: messages.claim("b", max_attempts=0)),
+    "no delivery": ("deliveries", lambda messages: messages.ack([message(1)])),
+    "no iterable": ("deliveries", lambda messages: messages.ack(LEASED)),
+    "a delay in seconds": ("delay", lambda messages: messages.nack([LEASED], delay=5)),
+    "a negative delay": ("delay", lambda messages: messages.send(message(1), delay=timedelta(seconds=-1))),
+    "a long delay": ("delay", lambda messages: messages.send_many([message(1)], delay=LONG)),
+    "an empty key": ("key", lambda messages: messages.send(message(1), key="")),
+    "a long key": ("key", lambda messages: messages.send(message(1), key="x" * 256)),
+    "a key with a NUL": ("key", lambda messages: messages.send(message(1), key="\0")),
+    "no receivers": ("receivers", lambda messages: messages.send(message(1), receivers=[])),
+    "receivers that are a text": ("receivers", lambda messages: messages.send(message(1), receivers="bc")),
+    "a bad receiver of many": ("receivers", lambda messages: messages.send(message(1), receivers=["b", ""])),
+    "no reason": ("reason", lambda messages: messages.bury([LEASED], "")),
+    "a long reason": ("reason", lambda messages: messages.bury([LEASED], "x" * 10_001)),
+    "ids that are a text": ("ids", lambda messages: messages.redrive("b", "m-1")),
+    "ids to delete that are a text": ("ids", lambda messages: messages.delete_many("m-1")),
+    "a time that is no number": ("before", lambda messages: messages.purge(datetime(2026, 1, 1, tzinfo=UTC))),
+    "a time to queue from": ("since", lambda messages: messages.enqueue(since="now")),
+    "a cursor of another listing": ("after", lambda messages: messages.dead(after="WyJhIl0=")),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_makes_no_sense_is_refused_by_name(uow: UnitOfWork, what: str) -> None:
+    field, call = REFUSED[what]
+    with pytest.raises(InvalidInputError) as error:
+        call(uow.messages)
+    assert error.value.field == field
+    assert uow.messages.count() == 0  # the unit of work goes on
+
+
+def test_nothing_is_settled_without_a_delivery(uow: UnitOfWork) -> None:
+    uow.messages.ack([])
+    uow.messages.nack([])
+    uow.messages.bury([], "reason")
+    assert uow.messages.extend([], timedelta(seconds=1)) == []
+    assert uow.messages.send_many([]) == 0
+    assert uow.messages.delete_many([]) == 0
+    assert uow.messages.redrive("b", []) == 0
+
+
+def test_a_different_message_among_many_is_refused(storage: MeshStorage) -> None:
+    send(storage, 1)
+    other = Message(id="m-1", from_node="a", to_node="b", content=b"other")
+    with pytest.raises(AlreadyExistsError), storage.begin() as uow:
+        uow.messages.send_many([message(2), other])
+    assert take(storage, 10) == ["m-1"]
+
+
+def test_many_are_delivered_in_the_order_given(storage: MeshStorage) -> None:
+    numbers = random.Random(1).sample(range(100), 100)
+    with storage.begin() as uow:
+        uow.messages.store(message(numbers[3]))  # comes behind those that are new
+        assert uow.messages.send_many(map(message, numbers)) == 100
+    expected = [f"m-{number}" for number in numbers if number != numbers[3]]
+    assert take(storage, 1000) == [*expected, f"m-{numbers[3]}"]
+
+
+# Races
+
+
+def test_who_sends_to_a_key_waits_for_who_did_before(storage: MeshStorage) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        with storage.begin() as uow:
+            uow.messages.send(message(1), key="k")
+            second = threads.submit(send, storage, 2, key="k")
+            with storage.begin(read_only=True) as beside:
+                waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+                assert eventually(lambda: beside.session.execute(waits).scalar_one() == 1)
+            send(storage, 3, key="another")  # which does not
+        second.result(30)
+    assert take(storage, 10) == ["m-1", "m-3"]
+    assert take(storage, 10) == ["m-2"]
+
+
+def test_an_acknowledgement_and_a_message_of_its_key_do_not_miss_each_other(storage: MeshStorage) -> None:
+    """Were one missed, the lane would be without a first message for ever."""
+    number, taken = 300, list[str]()
+    together = threading.Barrier(2)
+
+    def sender() -> None:
+        together.wait(30)
+        for each in range(number):
+            send(storage, each, key="k")
+
+    def receiver() -> None:
+        together.wait(30)
+        assert eventually(lambda: taken.extend(take(storage, 5)) or len(taken) == number, 60)
+
+    with ThreadPoolExecutor(2) as threads:
+        for working in [threads.submit(sender), threads.submit(receiver)]:
+            working.result(90)
+    assert taken == [f"m-{each}" for each in range(number)]
+
+
+@pytest.mark.parametrize("first", ["delete", "ack"])
+def test_a_waiting_message_that_is_deleted_while_its_turn_comes_leaves_no_gap(storage: MeshStorage, first: str) -> None:
+    send(storage, 1, 2, 3, key="k")
+    with storage.begin() as uow:
+        deliveries = uow.messages.claim("b")
+
+    def other() -> None:
+        with storage.begin() as uow:
+            uow.messages.ack(deliveries) if first == "delete" else uow.messages.delete("m-2")
+
+    with ThreadPoolExecutor(1) as threads:
+        with storage.begin() as uow:
+            uow.messages.delete("m-2") if first == "delete" else uow.messages.ack(deliveries)
+            waiting = threads.submit(other)
+            with storage.begin(read_only=True) as beside:
+                waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+                assert eventually(lambda: beside.session.execute(waits).scalar_one() == 1)
+        waiting.result(30)
+    assert take(storage, 10) == ["m-3"]
+
+
+def test_a_message_is_not_purged_while_it_is_queued(storage: MeshStorage) -> None:
+    with storage.begin() as uow:
+        uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"", timestamp=1))
+
+    def purge() -> int:
+        with storage.begin() as uow:
+            return uow.messages.purge(10)
+
+    with ThreadPoolExecutor(1) as threads:
+        with storage.begin() as uow:
+            assert uow.messages.enqueue(since=0) == 1
+            assert threads.submit(purge).result(30) == 0
+        assert purge() == 0
+    assert take(storage) == ["m"]
+
+
+# What a claim looks at
+
+
+def test_a_claim_does_not_look_at_those_that_wait_behind_a_key(storage: MeshStorage) -> None:
+    send(storage, 0, key="hot")
+    fill = """
+        WITH stored AS (
+            INSERT INTO mesh_messages (id, from_node, to_node, content, queued)
+            SELECT 'm-' || n, 'a', 'b', '', true FROM generate_series(1, 20000) AS n RETURNING id
+        )
+        INSERT INTO mesh_deliveries (message_id, receiver, key, state, available_at)
+        SELECT id, 'b', 'hot', 'waiting', now() FROM stored
+    """
+    with storage.begin() as uow:
+        uow.session.execute(text(fill))
+        uow.session.execute(text("ANALYZE mesh_messages, mesh_deliveries, mesh_delivery_lanes"))
+    with storage.unit_of_work() as uow:
+        for number in range(3):
+            (delivery,) = uow.messages.claim("b", limit=100)
+            assert (delivery.message.id, delivery.attempts) == (f"m-{number}", 1)
+            uow.messages.ack([delivery])
+        query = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'mesh_deliveries'"
+        assert uow.session.execute(text(query)).scalar_one() < 50
+
+
+def test_behind_an_old_snapshot_a_look_begins_where_the_last_one_did(
+    storage: MeshStorage, mesh_storage_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(floors, "_FROM_THE_BEGINNING_S", 60.0)
+    with storage.begin() as uow:
+        uow.messages.send_many(map(message, range(600)))
+        uow.messages.send_many(message(number) for number in range(600, 1200))
+    with psycopg.connect(mesh_storage_url) as holder:
+        holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        holder.execute("SELECT FROM mesh_deliveries")
+        while len(take(storage, 100)) and take(storage, 100)[-1] != "m-799":
+            pass
+        with storage.unit_of_work() as uow:
+            before = fetched(uow)
+            assert [each.message.id for each in uow.messages.claim("b", limit=2)] == ["m-800", "m-801"]
+            assert fetched(uow) - before < 250  # those of the second sending, and none of the first
+
+
+def fetched(uow: UnitOfWork) -> int:
+    """Return how many index entries of deliveries this transaction has read."""
+    query = """
+        SELECT sum(pg_stat_get_xact_tuples_returned(indexrelid))::bigint FROM pg_index
+        WHERE indrelid = 'mesh_deliveries'::regclass
+    """
+    return int(uow.session.execute(text(query)).scalar_one())
+
+
+def test_what_was_committed_late_with_an_early_time_is_not_missed(storage: MeshStorage) -> None:
+    with storage.unit_of_work() as late:
+        late.messages.send(message("late"))
+        send(storage, 1, 2)
+        assert take(storage) == ["m-1"]
+        late.commit()
+    assert take(storage, 10) == ["m-late", "m-2"] or take(storage, 10) == []
+
+
+def test_a_floor_holds_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: moment[0])
+    made, noon = Floors(), datetime(2026, 1, 1, 12, tzinfo=UTC)
+    assert made.of("b") == BEGINNING
+    made.note("b", noon, BEGINNING)
+    assert (made.of("b"), made.of("c")) == (noon, BEGINNING)
+    moment[0] += 0.2
+    made.note("b", noon + timedelta(hours=1), noon)  # a later look from there is not one from the beginning
+    assert made.of("b") == noon + timedelta(hours=1)
+    moment[0] += 0.2
+    assert made.of("b") == BEGINNING
+    for number in range(5000):
+        made.note(str(number), noon, BEGINNING)
+    assert len(made._known) <= 1000
+    made.forget("4999")
+    assert made.of("4999") == BEGINNING

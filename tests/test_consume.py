@@ -1,0 +1,260 @@
+"""The worker loop: its end, outages, lost leases and lost connections, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import text
+
+from mesh_storage import (
+    Backlog,
+    ClosedError,
+    Delivery,
+    InvalidInputError,
+    MeshStorage,
+    Message,
+    SchemaMismatchError,
+    SerializationError,
+    UnavailableError,
+    UnitOfWork,
+)
+from tests.processes import eventually
+
+EMPTY = Backlog(0, 0, 0, 0, 0, None, ())
+
+
+@pytest.fixture
+def raw(mesh_storage_url: str) -> Any:
+    """Yield a connection of somebody else."""
+    with psycopg.connect(mesh_storage_url, autocommit=True) as connection:
+        yield connection
+
+
+def send(storage: MeshStorage, *numbers: int, **given: Any) -> None:
+    with storage.begin() as uow:
+        for number in numbers:
+            uow.messages.send(Message(id=f"m-{number}", from_node="a", to_node="b", content=b"secret"), **given)
+
+
+def backlog(storage: MeshStorage) -> Backlog:
+    with storage.begin(read_only=True) as uow:
+        return uow.messages.backlog("b")
+
+
+def until_empty(storage: MeshStorage, handle: Callable[[UnitOfWork, Delivery], object], **given: Any) -> None:
+    """Consume until nothing is left."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        working = threads.submit(storage.consume, "b", handle, poll=0.02, stop=stop, **given)
+        try:
+            assert eventually(lambda: working.done() or backlog(storage) == EMPTY)
+        finally:
+            stop.set()
+        working.result(30)
+
+
+def consuming(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [vars(record) for record in caplog.records if vars(record).get("event") == "consume"]
+
+
+def test_while_the_server_is_away_it_waits_and_says_so_once(
+    storage: MeshStorage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "mesh_storage")
+    send(storage, 1)
+    acquire, attempts = storage._pool.acquire, itertools.count(1)
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if next(attempts) <= 5:
+            raise UnavailableError("away", sqlstate="57P03")
+        return acquire(*args, **kwargs)
+
+    stop = threading.Event()
+    monkeypatch.setattr(storage._pool, "acquire", refused)
+    storage.consume("b", lambda _uow, _delivery: stop.set(), stop=stop)
+    lost, back = consuming(caplog)
+    assert (lost["error"], lost["sqlstate"], lost["receiver"]) == ("UnavailableError", "57P03", "b")
+    assert back["attempts"] == 5
+    assert backlog(storage) == EMPTY
+
+
+def test_a_connection_lost_while_it_is_handled_makes_no_effect_twice(storage: MeshStorage, raw: Any) -> None:
+    raw.execute("CREATE TABLE effects (id text)")
+    struck: list[str] = []
+
+    def handle(uow: UnitOfWork, delivery: Delivery) -> None:
+        uow.session.execute(text("INSERT INTO effects VALUES (:id)"), {"id": delivery.message.id})
+        if delivery.message.id not in struck:
+            struck.append(delivery.message.id)
+            pid = uow.session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+            raw.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+
+    send(storage, 1, 2, 3)
+    until_empty(storage, handle, batch=3)
+    assert raw.execute("SELECT id FROM effects ORDER BY id").fetchall() == [("m-1",), ("m-2",), ("m-3",)]
+
+
+def test_an_acknowledgement_whose_commit_was_lost_is_not_made_again(
+    storage: MeshStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server committed, but the client does not know."""
+    from mesh_storage.postgres.transaction import UnitOfWorkTransaction
+
+    commit, lost = UnitOfWorkTransaction.commit, []
+
+    def commit_and_lose(transaction: Any) -> None:
+        commit(transaction)
+        if handled and not lost:
+            lost.append(True)
+            transaction._driver.connection.close()
+            raise psycopg.OperationalError("connection lost")
+
+    handled: list[int] = []
+    send(storage, 1)
+    monkeypatch.setattr(UnitOfWorkTransaction, "commit", commit_and_lose)
+    until_empty(storage, lambda _uow, delivery: handled.append(delivery.attempts))
+    assert (handled, lost) == ([1], [True])
+
+
+def test_a_lease_that_was_lost_has_no_effect_and_is_logged(
+    storage: MeshStorage, raw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    handled: list[int] = []
+
+    def handle(uow: UnitOfWork, delivery: Delivery) -> None:
+        handled.append(delivery.attempts)
+        uow.state.put(f"effect {delivery.attempts}", b"")
+        if delivery.attempts == 1:
+            raw.execute("UPDATE mesh_deliveries SET available_at = clock_timestamp()")
+
+    send(storage, 1)
+    until_empty(storage, handle)
+    assert handled == [1, 2]
+    with storage.begin(read_only=True) as uow:
+        assert [entry.key for entry in uow.state.stream()] == ["effect 2"]
+    (record,) = consuming(caplog)
+    assert "lost" in record["msg"]
+    assert (record["message_id"], record["attempts"]) == ("m-1", 1)
+
+
+def test_what_the_database_says_may_be_tried_again_is_at_once(storage: MeshStorage) -> None:
+    handled: list[int] = []
+
+    def handle(_: UnitOfWork, delivery: Delivery) -> None:
+        handled.append(delivery.attempts)
+        if delivery.attempts < 4:
+            raise SerializationError
+
+    send(storage, 1)
+    until_empty(storage, handle)
+    assert handled == [1, 2, 3, 4]
+
+
+def test_a_failure_is_tried_again_later_and_the_last_time_set_aside(
+    storage: MeshStorage, raw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def handle(_: UnitOfWork, __: Delivery) -> None:
+        raise ValueError("secret \0 \ud800" + "x" * 5000)
+
+    send(storage, 1, key="k")
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        working = threads.submit(storage.consume, "b", handle, poll=0.02, max_attempts=2, stop=stop)
+        assert eventually(lambda: backlog(storage).delayed == 1)
+        assert backlog(storage).held == ("k",)
+        raw.execute("UPDATE mesh_deliveries SET available_at = clock_timestamp()")
+        assert eventually(lambda: backlog(storage).dead == 1)
+        stop.set()
+        working.result(30)
+    with storage.begin(read_only=True) as uow:
+        (dead,) = uow.messages.dead("b").items
+    assert (dead.attempts, str(dead.reason)[:20]) == (2, "ValueError: secret  ")
+    assert [(record["attempts"], record["dead"]) for record in consuming(caplog)] == [(1, False), (2, True)]
+    assert all("secret" not in str(record) for record in consuming(caplog))
+
+
+def test_an_error_that_will_not_pass_is_raised(storage: MeshStorage, raw: Any) -> None:
+    raw.execute("ALTER TABLE mesh_deliveries RENAME TO elsewhere")
+    with pytest.raises(SchemaMismatchError):
+        storage.consume("b", lambda *_: None)
+
+
+def test_a_worker_ends_with_its_storage(mesh_storage_url: str) -> None:
+    with ThreadPoolExecutor(1) as threads, MeshStorage.open(mesh_storage_url) as storage:
+        send(storage, 1)
+        handling, closed = threading.Event(), threading.Event()
+
+        def handle(_: UnitOfWork, __: Delivery) -> None:
+            handling.set()
+            assert closed.wait(30)
+
+        working = threads.submit(storage.consume, "b", handle)
+        assert handling.wait(30)
+        storage.close()
+        closed.set()
+        working.result(30)
+        with pytest.raises(ClosedError):
+            storage.consume("b", handle)
+    with MeshStorage.open(mesh_storage_url) as storage:
+        assert backlog(storage) == EMPTY
+
+
+def test_an_interrupt_gives_back_what_is_in_hand(storage: MeshStorage) -> None:
+    def handle(uow: UnitOfWork, _: Delivery) -> None:
+        uow.state.put("effect", b"")
+        raise KeyboardInterrupt
+
+    send(storage, 1, 2)
+    with pytest.raises(KeyboardInterrupt):
+        storage.consume("b", handle, batch=2)
+    assert (backlog(storage).due, backlog(storage).leased) == (2, 0)
+    with storage.begin(read_only=True) as uow:
+        assert uow.state.find("effect") is None
+
+
+def test_no_thread_is_left_behind(storage: MeshStorage) -> None:
+    send(storage, 1)
+    stop = threading.Event()
+    before = threading.active_count()
+    storage.consume("b", lambda *_: stop.set(), stop=stop)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("receiver", ""),
+        ("receiver", "x" * 65),
+        ("handle", None),
+        ("batch", 0),
+        ("batch", 10_001),
+        ("lease", timedelta(seconds=0.01)),
+        ("lease", 30),
+        ("poll", 0),
+        ("poll", 61),
+        ("poll", True),
+        ("max_attempts", 0),
+        ("stop", object()),
+    ],
+)
+def test_what_makes_no_sense_is_refused(storage: MeshStorage, field: str, value: Any) -> None:
+    given = {"receiver": "b", "handle": lambda *_: None} | {field: value}
+    with pytest.raises(InvalidInputError) as error:
+        storage.consume(**given)
+    assert error.value.field == field
+
+
+def test_a_coroutine_function_is_refused(storage: MeshStorage) -> None:
+    async def handle(*_: object) -> None:
+        raise AssertionError("never called")
+
+    with pytest.raises(InvalidInputError, match="AsyncMeshStorage"):
+        storage.consume("b", handle)
