@@ -115,12 +115,12 @@ def _queued(database: Database, number: int) -> None:
         connection.execute("DELETE FROM mesh_messages WHERE id LIKE 'queued-%'")
         connection.execute(
             "INSERT INTO mesh_messages (id, from_node, to_node, content, queued) "
-            "SELECT 'queued-' || n, 'a', %s, %s, true FROM generate_series(1, %s) AS n",
+            "SELECT 'queued-' || lpad(n::text, 8, '0'), 'a', %s, %s, true FROM generate_series(1, %s) AS n",
             [queues.RECEIVER, b"x" * 128, number],
         )
         connection.execute(
             "INSERT INTO mesh_deliveries (message_id, receiver, available_at) "
-            "SELECT 'queued-' || n, %s, clock_timestamp() FROM generate_series(1, %s) AS n",
+            "SELECT 'queued-' || lpad(n::text, 8, '0'), %s, clock_timestamp() FROM generate_series(1, %s) AS n",
             [queues.RECEIVER, number],
         )
         connection.execute("VACUUM ANALYZE mesh_messages, mesh_deliveries")

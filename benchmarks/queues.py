@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -80,9 +81,20 @@ class Ours(Queue):
                         uow.messages.ack(claimed)
                     done += len(claimed)
 
-            with storage.begin() as uow:
-                uow.messages.claim("nobody")
+            _warm_up(storage)
             yield drain
+
+
+def _warm_up(storage: MeshStorage) -> None:
+    """Deliver a message to a receiver of this process alone, so that all statements are compiled."""
+    receiver = f"warm-up-{os.getpid()}"
+    with storage.begin() as uow:
+        uow.messages.send(Message(id=receiver, from_node="a", to_node=receiver, content=b""))
+    for _ in range(2):
+        with storage.begin() as uow:
+            claimed = uow.messages.claim(receiver)
+        with storage.begin() as uow:
+            uow.messages.ack(claimed)
 
 
 class Consuming(Ours):
@@ -110,6 +122,7 @@ class Consuming(Ours):
                         self._set = not backlog.due and not backlog.leased
                     return self._set
 
+            _warm_up(storage)
             empty = Empty()
 
             def handle(_uow: object, _delivery: object) -> None:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
 from mesh_storage.errors import ClosedError, ConflictError, MeshStorageError
@@ -20,6 +21,9 @@ from mesh_storage.postgres.pool import Pool
 from mesh_storage.repositories.consuming import Terms, delay_after, reason_of
 from mesh_storage.repositories.deliveries import Delivery
 from mesh_storage.unit_of_work import Scope, UnitOfWork
+
+if TYPE_CHECKING:  # OpenTelemetry is an extra
+    from mesh_storage.telemetry.observed import Observed
 
 logger = logging.getLogger("mesh_storage")
 
@@ -40,10 +44,15 @@ class Consumer:
         pool: Pool,
         handle: Callable[[UnitOfWork, Delivery], object],
         terms: Terms,
+        *,
+        scope: type[Scope],
+        observed: Observed | None,
         slow: float,
     ) -> None:
         self._storage = storage  # keeps the bundled server running
         self._pool = pool
+        self._scope = scope
+        self._observed = observed
         self._handle = handle
         self._terms = terms
         self._slow = slow
@@ -125,6 +134,7 @@ class Consumer:
                         "attempts": delivery.attempts,
                     },
                 )
+                self._count(error, "lost")
                 return
             self._log(delivery, error)
             self._give_back(delivery, error)
@@ -182,6 +192,11 @@ class Consumer:
             },
         )
         logger.debug("delivery failed", exc_info=error)
+        self._count(error, "dead" if self._terms.is_last(delivery.attempts) else "retried")
+
+    def _count(self, error: Exception, outcome: str) -> None:
+        if self._observed is not None:
+            self._observed.count_delivery_failure(error, outcome)
 
     def _sleep(self, seconds: float) -> None:
         due = time.monotonic() + seconds
@@ -196,5 +211,6 @@ class Consumer:
         return self._terms.lease.total_seconds() / 3
 
     def _unit_of_work(self, characteristics: Characteristics, *, beside: bool = False) -> Scope:
-        slow = 0.0 if beside else self._slow
-        return Scope(self._storage, self._pool, characteristics, slow, commits=True, beside=beside)
+        if beside:  # in the background, as the renewal of a lease
+            return Scope(self._storage, self._pool, characteristics, 0.0, commits=True, beside=True)
+        return self._scope(self._storage, self._pool, characteristics, self._slow, commits=True)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
 from mesh_storage.aio.postgres.concurrency import AsyncRepeated, to_the_end
@@ -19,6 +20,9 @@ from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.outage import ConsumingOutage
 from mesh_storage.repositories.consuming import Terms, delay_after, reason_of
 from mesh_storage.repositories.deliveries import Delivery
+
+if TYPE_CHECKING:  # OpenTelemetry is an extra
+    from mesh_storage.telemetry.observed import Observed
 
 logger = logging.getLogger("mesh_storage")
 
@@ -39,10 +43,15 @@ class AsyncConsumer:
         pool: AsyncPool,
         handle: Callable[[AsyncUnitOfWork, Delivery], Awaitable[object]],
         terms: Terms,
+        *,
+        scope: type[AsyncScope],
+        observed: Observed | None,
         slow: float,
     ) -> None:
         self._storage = storage  # keeps the bundled server running
         self._pool = pool
+        self._scope = scope
+        self._observed = observed
         self._handle = handle
         self._terms = terms
         self._slow = slow
@@ -124,6 +133,7 @@ class AsyncConsumer:
                         "attempts": delivery.attempts,
                     },
                 )
+                self._count(error, "lost")
                 return
             self._log(delivery, error)
             await self._give_back(delivery, error)
@@ -181,6 +191,11 @@ class AsyncConsumer:
             },
         )
         logger.debug("delivery failed", exc_info=error)
+        self._count(error, "dead" if self._terms.is_last(delivery.attempts) else "retried")
+
+    def _count(self, error: Exception, outcome: str) -> None:
+        if self._observed is not None:
+            self._observed.count_delivery_failure(error, outcome)
 
     async def _sleep(self, seconds: float) -> None:
         due = time.monotonic() + seconds
@@ -195,5 +210,6 @@ class AsyncConsumer:
         return self._terms.lease.total_seconds() / 3
 
     def _unit_of_work(self, characteristics: Characteristics, *, beside: bool = False) -> AsyncScope:
-        slow = 0.0 if beside else self._slow
-        return AsyncScope(self._storage, self._pool, characteristics, slow, commits=True, beside=beside)
+        if beside:  # in the background, as the renewal of a lease
+            return AsyncScope(self._storage, self._pool, characteristics, 0.0, commits=True, beside=True)
+        return self._scope(self._storage, self._pool, characteristics, self._slow, commits=True)

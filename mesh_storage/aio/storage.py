@@ -246,7 +246,15 @@ class AsyncMeshStorage:
             getattr(handle, "__call__", None)  # noqa: B004 - what is called, not whether it can be
         ):
             raise InvalidInputError("handle must be a coroutine function (async def)", field="handle")
-        await AsyncConsumer(self, self._pool, handle, terms, self._settings.slow_unit_of_work).run()
+        await AsyncConsumer(
+            self,
+            self._pool,
+            handle,
+            terms,
+            scope=self._scope,
+            observed=self._observed,
+            slow=self._settings.slow_unit_of_work,
+        ).run()
 
     async def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.

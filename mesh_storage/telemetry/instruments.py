@@ -109,6 +109,9 @@ class Instruments:
         self.lost_leases = self._meter.create_counter(
             "mesh_storage.lease.lost", "{lease}", "Leases that were lost before they were given back."
         )
+        self.failed_deliveries = self._meter.create_counter(
+            "mesh_storage.delivery.failures", "{delivery}", "Deliveries that `consume` could not have handled."
+        )
         gauge = self._meter.create_observable_gauge
         gauge(
             "mesh_storage.watch.lag",

@@ -141,6 +141,11 @@ class Observed:
         attributes = {"db.operation.name": operation, "mesh_storage.cache.result": "hit" if hit else "miss"}
         self.instruments.deferred.add(self.instruments.cache_lookups.add, 1, self.pool_attributes | attributes)
 
+    def count_delivery_failure(self, error: BaseException, outcome: str) -> None:
+        """Count a delivery that was not handled: it will be `retried`, is `dead`, or its lease was `lost`."""
+        attributes = {"error.type": type(error).__qualname__, "mesh_storage.delivery.outcome": outcome}
+        self.instruments.failed_deliveries.add(1, self.pool_attributes | attributes)
+
     def _open_pool(self) -> ObservedPool | None:
         pool = None if self._pool is None else self._pool()
         return None if pool is None or pool.closed else pool

@@ -20,6 +20,7 @@ from mesh_storage.postgres.timed import TimedConnection
 
 logger = logging.getLogger("mesh_storage")
 
+_MOST_RECEIVERS = 10_000
 _TIMEOUT_S = 2.0
 """Longest time that one collection waits for the server, connecting included."""
 
@@ -38,6 +39,18 @@ COLLECTIONS = {
 _HOT = ("state", "node_states", "routing_table", "runtime_config")
 """The repositories that update the same rows all the time."""
 _TABLES = f"unnest(ARRAY[{', '.join(repr(COLLECTIONS[name]) for name in _HOT)}]) AS name, to_regclass(name) AS id"
+
+_CLAIMABLE = "SELECT receiver, available_at FROM mesh_deliveries WHERE state IN ('queued', 'leased')"
+# From receiver to receiver by the index of claims, whose first row of each is the one that was due first.
+_FIRST_DUE = f"""
+    WITH RECURSIVE first (receiver, due, number) AS (
+        (SELECT *, 1 FROM ({_CLAIMABLE} ORDER BY receiver, available_at LIMIT 1) AS one)
+        UNION ALL
+        SELECT next.*, number + 1 FROM first, LATERAL (
+            {_CLAIMABLE} AND mesh_deliveries.receiver > first.receiver ORDER BY receiver, available_at LIMIT 1
+        ) AS next WHERE number < {_MOST_RECEIVERS}
+    ) SELECT due FROM first
+"""  # noqa: S608 - our own names
 
 
 class Gauge(NamedTuple):
@@ -58,6 +71,18 @@ GAUGES = (
         "{change}",
         "Changes that are kept for watchers, estimated.",
         "SELECT NULL, pg_stat_get_live_tuples(to_regclass('mesh_changes'))",
+    ),
+    Gauge(
+        "mesh_storage.delivery.backlog",
+        "{delivery}",
+        "Deliveries that are not acknowledged yet, dead ones too, estimated.",
+        "SELECT NULL, pg_stat_get_live_tuples(to_regclass('mesh_deliveries'))",
+    ),
+    Gauge(
+        "mesh_storage.delivery.oldest_age",
+        "s",
+        "How long the delivery has been due that was due first; 0 if none is.",
+        f"SELECT NULL, greatest(0, extract(epoch FROM clock_timestamp() - min(due))) FROM ({_FIRST_DUE}) AS first",  # noqa: S608
     ),
     Gauge(
         "mesh_storage.table.dead_rows",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bulk, caching, growth, limits, single, startup, telemetry, threads, versions, watching
+from benchmarks import bulk, caching, delivery, growth, limits, single, startup, telemetry, threads, versions, watching
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def figures(quick_run: Path) -> dict[str, Any]:
 
 def test_every_workload_runs_and_gives_positive_numbers(figures: dict[str, Any]) -> None:
     aio = pytest.importorskip("benchmarks.aio")
-    parts = [single, bulk, threads, versions, startup, aio]
+    parts = [single, bulk, threads, versions, startup, delivery, aio]
     workloads = [workload for part in parts for workload in part.WORKLOADS]
     assert {one["workload"] for one in figures["comparisons"]} == {workload.name for workload in workloads}
     for one in figures["comparisons"]:
@@ -57,7 +57,7 @@ def test_every_workload_runs_and_gives_positive_numbers(figures: dict[str, Any])
 
 
 def test_every_limit_is_measured(figures: dict[str, Any]) -> None:
-    parts = [limits, watching, telemetry, caching]
+    parts = [limits, watching, telemetry, caching, delivery]
     assert len(figures["facts"]) == sum(len(part.FACTS) for part in parts)
     assert all(0 < fact["value"] < math.inf for fact in figures["facts"])
 

@@ -15,6 +15,7 @@ from tests.schema import legacy
 pytestmark = pytest.mark.slow
 
 MESSAGES = 1_000_000
+SUM = "count(*), sum(hashtext((id, from_node, to_node, content, timestamp, created_at)::text))"
 WRITERS = 2
 LONGEST_WAIT_S = 1.0
 """How long a statement may take beyond its normal time."""
@@ -74,7 +75,7 @@ def test_a_million_messages_are_taken_over_while_writers_go_on(
         "INSERT INTO mesh_consensus_log SELECT 1 + n / 1000, 10 + n, '{}' FROM generate_series(1, 50000) AS n"
     )
     connection.execute("ANALYZE")
-    before = connection.execute("SELECT count(*), sum(hashtext(m::text)) FROM mesh_messages AS m").fetchone()
+    before = connection.execute(f"SELECT {SUM} FROM mesh_messages").fetchone()
     # A service beside them that locks tables for a while, as one does that does much in one transaction.
     ends = threading.Event()
     transactions = 0
@@ -120,9 +121,7 @@ def test_a_million_messages_are_taken_over_while_writers_go_on(
         f"longest wait beyond normal {max(waits) * 1000:.0f} ms; {sum(w.rounds for w in writers) - rounds} rounds"
     )
     assert max(waits) < LONGEST_WAIT_S, legacy.STATEMENTS[waits.index(max(waits))][0]
-    after = connection.execute(
-        "SELECT count(*), sum(hashtext(m::text)) FROM mesh_messages AS m WHERE id NOT LIKE 'go-%' AND id <> 'long'"
-    ).fetchone()
+    after = connection.execute(f"SELECT {SUM} FROM mesh_messages WHERE id NOT LIKE 'go-%' AND id <> 'long'").fetchone()
     assert after == before
     logged = connection.execute(
         "SELECT count(*) FROM mesh_consensus_log WHERE index >= %s AND term = 9000000", [legacy.FIRST_LOG_INDEX]

@@ -8,8 +8,9 @@ from datetime import timedelta
 import psycopg
 import pytest
 
-from mesh_storage import MeshStorage
+from mesh_storage import Delivery, MeshStorage, SerializationError, UnitOfWork
 from mesh_storage.models.base import new_id
+from mesh_storage.testing import MessageFactory
 from tests.processes import eventually
 from tests.telemetry.recorder import Recorder
 
@@ -91,6 +92,28 @@ def test_hits_and_misses_of_a_cache_are_counted(measured: MeshStorage, recorder:
         ("state.find", "hit"): 2,
         ("meshes.find", "miss"): 1,
     }
+
+
+def test_failed_deliveries_are_counted_by_what_becomes_of_them(measured: MeshStorage, recorder: Recorder) -> None:
+    with measured.begin() as uow:
+        uow.messages.send_many([MessageFactory.build(id=name, to_node="a") for name in ("good", "bad")])
+    stop, failed = threading.Event(), 0
+
+    def handle(_uow: UnitOfWork, delivery: Delivery) -> None:
+        nonlocal failed
+        if delivery.message.id == "bad":
+            failed += 1
+            if failed == 2:
+                stop.set()
+            raise SerializationError(sqlstate="40001") if failed == 1 else ValueError("it is bad")
+
+    measured.consume("a", handle, poll=0.01, max_attempts=2, stop=stop)
+    attributes = ("error.type", "mesh_storage.delivery.outcome")
+    assert recorder.by("mesh_storage.delivery.failures", *attributes) == {
+        ("SerializationError", "retried"): 1,
+        ("ValueError", "dead"): 1,
+    }
+    assert recorder.by("db.client.operation.duration", "db.operation.name")["messages.ack"] == 1
 
 
 @pytest.mark.parametrize("closed", [True, False])

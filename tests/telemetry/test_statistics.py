@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -14,6 +15,7 @@ from mesh_storage import MeshStorage, schema
 from mesh_storage.embedded.server import programs
 from mesh_storage.postgres.timed import TimedConnection
 from mesh_storage.telemetry.statistics import QUERY
+from mesh_storage.testing import MessageFactory
 from tests.processes import eventually
 from tests.servers import PASSWORD, PostgresServer, new_server, unused_port
 from tests.telemetry.recorder import Recorder
@@ -21,6 +23,8 @@ from tests.telemetry.recorder import Recorder
 TABLE = "db.collection.name"
 NAMES = {
     "mesh_storage.changes.length",
+    "mesh_storage.delivery.backlog",
+    "mesh_storage.delivery.oldest_age",
     "mesh_storage.table.dead_rows",
     "mesh_storage.table.hot_ratio",
     "mesh_storage.transaction.oldest_age",
@@ -78,10 +82,29 @@ def test_they_are_what_the_server_says(observed: MeshStorage, recorder: Recorder
     units = {name: metric.unit for name, metric in recorder.metrics().items() if name in NAMES}
     assert units == {
         "mesh_storage.changes.length": "{change}",
+        "mesh_storage.delivery.backlog": "{delivery}",
+        "mesh_storage.delivery.oldest_age": "s",
         "mesh_storage.table.dead_rows": "{row}",
         "mesh_storage.table.hot_ratio": "1",
         "mesh_storage.transaction.oldest_age": "s",
     }
+
+
+def test_the_backlog_of_deliveries_and_the_age_of_the_oldest(
+    observed: MeshStorage, recorder: Recorder, raw: psycopg.Connection[Any]
+) -> None:
+    assert recorder.by("mesh_storage.delivery.oldest_age") == {(): 0}
+    with observed.begin() as uow:
+        for number, receiver in enumerate(["a", "b", "b", "c"]):
+            uow.messages.send(MessageFactory.build(id=f"m{number}", to_node=receiver))
+        uow.messages.send(MessageFactory.build(id="later", to_node="0"), delay=timedelta(hours=1))
+    raw.execute("UPDATE mesh_deliveries SET available_at = now() - interval '1 hour' WHERE message_id = 'm2'")
+    raw.execute(
+        "UPDATE mesh_deliveries SET available_at = now() - interval '2 hours', state = 'dead' WHERE receiver = 'c'"
+    )
+    raw.execute("SELECT pg_stat_force_next_flush()")
+    assert eventually(lambda: recorder.by("mesh_storage.delivery.backlog") == {(): 5})
+    assert 3600 <= recorder.by("mesh_storage.delivery.oldest_age")[()] < 7000
 
 
 def test_the_oldest_transaction_is_seen_by_its_age(
