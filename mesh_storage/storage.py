@@ -292,7 +292,15 @@ class MeshStorage:
             raise InvalidInputError(
                 "handle must be a plain function; for a coroutine function, use AsyncMeshStorage", field="handle"
             )
-        Consumer(self, self._pool, self._scope, self._observed, handle, terms, self._settings.slow_unit_of_work).run()
+        Consumer(
+            self,
+            self._pool,
+            handle,
+            terms,
+            scope=self._scope,
+            observed=self._observed,
+            slow=self._settings.slow_unit_of_work,
+        ).run()
 
     def health(self) -> Health:
         """Check that the database responds, accepts writes and has the current schema; takes at most 2 s.
