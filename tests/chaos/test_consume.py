@@ -22,9 +22,10 @@ import pytest
 
 from mesh_storage import Backlog, MeshStorage, MeshStorageError, Message, schema
 from tests.chaos.consumer import settings
-from tests.chaos.disturber import Cluster, Disturber, new_cluster
+from tests.chaos.disturber import Disturber
 from tests.chaos.record import Record
 from tests.processes import ROOT, eventually
+from tests.servers import Cluster, new_cluster
 from tools.test_matrix import find
 
 pytestmark = pytest.mark.slow
