@@ -111,14 +111,19 @@ def test_many_are_delivered_in_the_order_given(storage: MeshStorage) -> None:
 # Races
 
 
+def waiting(storage: MeshStorage) -> int:
+    """Count the sessions of the database that wait for a lock, as of a new transaction, since each looks only once."""
+    with storage.begin(read_only=True) as beside:
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        return int(beside.session.execute(text(waits)).scalar_one())
+
+
 def test_who_sends_to_a_key_waits_for_who_did_before(storage: MeshStorage) -> None:
     with ThreadPoolExecutor(1) as threads:
         with storage.begin() as uow:
             uow.messages.send(message(1), key="k")
             second = threads.submit(send, storage, 2, key="k")
-            with storage.begin(read_only=True) as beside:
-                waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-                assert eventually(lambda: beside.session.execute(waits).scalar_one() == 1)
+            assert eventually(lambda: waiting(storage) == 1)
             send(storage, 3, key="another")  # which does not
         second.result(30)
     assert take(storage, 10) == ["m-1", "m-3"]
@@ -158,11 +163,9 @@ def test_a_waiting_message_that_is_deleted_while_its_turn_comes_leaves_no_gap(st
     with ThreadPoolExecutor(1) as threads:
         with storage.begin() as uow:
             uow.messages.delete("m-2") if first == "delete" else uow.messages.ack(deliveries)
-            waiting = threads.submit(other)
-            with storage.begin(read_only=True) as beside:
-                waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-                assert eventually(lambda: beside.session.execute(waits).scalar_one() == 1)
-        waiting.result(30)
+            second = threads.submit(other)
+            assert eventually(lambda: waiting(storage) == 1)
+        second.result(30)
     assert take(storage, 10) == ["m-3"]
 
 
