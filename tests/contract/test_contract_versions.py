@@ -269,6 +269,7 @@ def test_many_are_read_and_deleted_in_one_call(
         ("ttl", lambda own: own.put("k", b"", ttl=5)),
         ("ttl", lambda own: own.put_many({"k": b""}, ttl=-DAY)),
         ("ttl", lambda own: own.touch("k", if_version=1, ttl=timedelta.max)),
+        ("ttl", lambda own: own.put("k", b"", ttl=timedelta(days=36_500, microseconds=1))),
         ("keys", lambda own: own.get_many("abc")),
         ("version", lambda own: own.check("k", version=0)),
     ],
