@@ -121,7 +121,7 @@ def test_a_turn_that_was_lost_is_noticed_before_the_next_revision_counts(
 
 
 def run_until(url: str, statement: int, when: str, seen: Any) -> None:
-    """Migrate, and be killed at a statement; in a child process."""
+    """Migrate, and be killed at a statement; in a child process, which shares a number."""
 
     def count(*_: Any) -> None:
         seen.value += 1
@@ -130,16 +130,15 @@ def run_until(url: str, statement: int, when: str, seen: Any) -> None:
 
     event.listen(sqlalchemy.Engine, f"{when}_cursor_execute", count)
     schema.upgrade(url)
-    os._exit(0)
 
 
-def run(url: str, statement: int, when: str) -> int | None:
-    """Return the number of statements, or how the process ended if it was killed at one."""
+def run(url: str, statement: int, when: str) -> tuple[int, int | None]:
+    """Return how many statements a child process executed, and how it ended."""
     seen = FORK.Value("i", 0)
     process = FORK.Process(target=run_until, args=[url, statement, when, seen])
     process.start()
     process.join(60)
-    return seen.value if statement == 0 and process.exitcode == 0 else process.exitcode
+    return seen.value, process.exitcode
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +161,14 @@ def test_a_migrator_that_is_killed_at_any_point_leaves_what_the_next_one_complet
         name = connection.info.dbname
     with mesh_storage_databases.fresh(with_schema=False) as url:
         copy(name, url)
-        statements = run(url, 0, when)
-    assert statements is not None
+        statements, status = run(url, 0, when)
+    assert status == 0
     assert statements > 60
     stopped_at = set()
     for statement in range(first, statements + 1, EVERY):
         with mesh_storage_databases.fresh(with_schema=False) as url:
             copy(name, url)
-            assert run(url, statement, when) == -signal.SIGKILL, statement
+            assert run(url, statement, when) == (statement, -signal.SIGKILL)
             with psycopg.connect(url, autocommit=True) as connection:
                 if legacy.exists(connection, "mesh_alembic_version"):
                     stopped_at.add(connection.execute("SELECT max(version_num) FROM mesh_alembic_version").fetchone())
