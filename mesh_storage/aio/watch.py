@@ -7,10 +7,11 @@ import time
 from collections.abc import AsyncGenerator
 
 from mesh_storage.aio.postgres.pool import AsyncPool
-from mesh_storage.errors import ClosedError, InvalidInputError, MeshStorageError
+from mesh_storage.errors import ClosedError, MeshStorageError
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.outage import Outage
 from mesh_storage.postgres.spool import Spool
+from mesh_storage.repositories import checks
 from mesh_storage.repositories.changelog import (
     BEGINNING,
     FETCH,
@@ -57,11 +58,7 @@ class AsyncWatch:
         self._selection = select(aggregates)
         self._prefix = key_range(prefix)
         self._cursor: Cursor | None = decode("after", after)
-        if isinstance(poll, bool) or not isinstance(poll, (int, float)) or not 0 < poll <= _LONGEST_POLL_S:
-            raise InvalidInputError(
-                f"poll must be a number of seconds, more than 0 and at most {_LONGEST_POLL_S:g}", field="poll"
-            )
-        self._poll = poll
+        self._poll = checks.seconds("poll", poll, _LONGEST_POLL_S)
         self.seen_at: float | None = None
         """The time, by `time.monotonic()`, up to which the caller has seen everything; None before the first look."""
 

@@ -71,6 +71,21 @@ class CachedRepository(Generic[M]):
             raise NotFoundError(self._aggregate.name, key)
         return found
 
+    def _get_by_name(self, name: str, get: Callable[[UnitOfWorkConnection], M]) -> M:
+        """Return the aggregate that `get` returns from the database."""
+        checks.text("name", name, 255)
+
+        def load(connection: UnitOfWorkConnection) -> list[M]:
+            try:
+                return [get(connection)]
+            except NotFoundError:
+                return []
+
+        found = self._reader.read(Slot(self._name, "get_by_name", (name,)), self._encoding, load)
+        if not found:
+            raise NotFoundError(self._aggregate.name, name)
+        return found[0]
+
 
 class CachedMeshes(CachedRepository[Mesh]):
     """The meshes, read through the cache."""
@@ -81,18 +96,7 @@ class CachedMeshes(CachedRepository[Mesh]):
         Raises:
             NotFoundError: There is none.
         """
-        checks.text("name", name, 255)
-
-        def load(connection: UnitOfWorkConnection) -> list[Mesh]:
-            try:
-                return [MeshRepository(connection).get_by_name(name)]
-            except NotFoundError:
-                return []
-
-        found = self._reader.read(Slot(self._name, "get_by_name", (name,)), self._encoding, load)
-        if not found:
-            raise NotFoundError(self._aggregate.name, name)
-        return found[0]
+        return self._get_by_name(name, lambda connection: MeshRepository(connection).get_by_name(name))
 
 
 class CachedNodes(CachedRepository[Node]):
@@ -104,18 +108,7 @@ class CachedNodes(CachedRepository[Node]):
         Raises:
             NotFoundError: There is none.
         """
-        checks.text("name", name, 255)
-
-        def load(connection: UnitOfWorkConnection) -> list[Node]:
-            try:
-                return [NodeRepository(connection).get_by_name(name)]
-            except NotFoundError:
-                return []
-
-        found = self._reader.read(Slot(self._name, "get_by_name", (name,)), self._encoding, load)
-        if not found:
-            raise NotFoundError(self._aggregate.name, name)
-        return found[0]
+        return self._get_by_name(name, lambda connection: NodeRepository(connection).get_by_name(name))
 
 
 class CachedRoutes(CachedRepository[Route]):

@@ -15,7 +15,7 @@ from pydantic_core import to_json
 from mesh_storage.cache.encoding import LAYOUT, Encoding
 from mesh_storage.cache.entries import Entries
 from mesh_storage.cache.sparing import Sparing
-from mesh_storage.cache.view import Position, Slot, View, seconds
+from mesh_storage.cache.view import Position, Slot, View
 from mesh_storage.errors import ClosedError, MeshStorageError, StorageTimeoutError
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.concurrency import Repeated
@@ -23,6 +23,7 @@ from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.ownership import Ownership
 from mesh_storage.postgres.pool import Pool, keep_for_parent
 from mesh_storage.postgres.tenure import now
+from mesh_storage.repositories import checks
 from mesh_storage.repositories.loading import M
 from mesh_storage.repositories.positions import NEWS, read
 
@@ -61,8 +62,8 @@ class Reader:
         self._pool = pool
         self._observed = observed
         self._url = url
-        self._max_age = seconds("max_age", max_age, _LONGEST_AGE_S)
-        self._poll = seconds("poll", poll, _LONGEST_POLL_S)
+        self._max_age = checks.seconds("max_age", max_age, _LONGEST_AGE_S)
+        self._poll = checks.seconds("poll", poll, _LONGEST_POLL_S)
         self._fresh = min(poll + _LATE_S, max_age)
         self.closed = False
         self._prepare()

@@ -10,7 +10,6 @@ import threading
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from mesh_storage.errors import InvalidInputError
 from mesh_storage.postgres.tenure import now
 from mesh_storage.repositories.positions import News
 
@@ -141,16 +140,3 @@ class View:
             self._floor, self._next_floor = self._next_floor, self._position.number
             self._next_floor_at = now() + self._kept
             self._keys = {key: number for key, number in self._keys.items() if number > self._floor}
-
-
-def seconds(field: str, value: object, longest: float) -> float:
-    """Check a number of seconds.
-
-    Raises:
-        InvalidInputError: It is no number, or out of range; names the field.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= longest:
-        raise InvalidInputError(
-            f"{field} must be a number of seconds, more than 0 and at most {longest:g}", field=field
-        )
-    return value

@@ -93,6 +93,15 @@ def time(field: str, value: object) -> datetime:
     return moment if type(moment) is datetime else datetime.combine(moment.date(), moment.time(), UTC)
 
 
+def seconds(field: str, value: object, longest: float) -> float:
+    """Check a number of seconds, more than 0 and at most `longest`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= longest:
+        raise InvalidInputError(
+            f"{field} must be a number of seconds, more than 0 and at most {longest:g}", field=field
+        )
+    return value
+
+
 def flag(field: str, value: object) -> bool:
     """Check a bool."""
     if not isinstance(value, bool):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self
 
@@ -69,6 +69,21 @@ class AsyncCachedRepository(Generic[M]):
             raise NotFoundError(self._aggregate.name, key)
         return found
 
+    async def _get_by_name(self, name: str, get: Callable[[AsyncUnitOfWorkConnection], Awaitable[M]]) -> M:
+        """Return the aggregate that `get` returns from the database."""
+        checks.text("name", name, 255)
+
+        async def load(connection: AsyncUnitOfWorkConnection) -> list[M]:
+            try:
+                return [await get(connection)]
+            except NotFoundError:
+                return []
+
+        found = await self._reader.read(Slot(self._name, "get_by_name", (name,)), self._encoding, load)
+        if not found:
+            raise NotFoundError(self._aggregate.name, name)
+        return found[0]
+
 
 class AsyncCachedMeshes(AsyncCachedRepository[Mesh]):
     """The meshes, read through the cache."""
@@ -79,18 +94,7 @@ class AsyncCachedMeshes(AsyncCachedRepository[Mesh]):
         Raises:
             NotFoundError: There is none.
         """
-        checks.text("name", name, 255)
-
-        async def load(connection: AsyncUnitOfWorkConnection) -> list[Mesh]:
-            try:
-                return [await AsyncMeshRepository(connection).get_by_name(name)]
-            except NotFoundError:
-                return []
-
-        found = await self._reader.read(Slot(self._name, "get_by_name", (name,)), self._encoding, load)
-        if not found:
-            raise NotFoundError(self._aggregate.name, name)
-        return found[0]
+        return await self._get_by_name(name, lambda connection: AsyncMeshRepository(connection).get_by_name(name))
 
 
 class AsyncCachedNodes(AsyncCachedRepository[Node]):
@@ -102,18 +106,7 @@ class AsyncCachedNodes(AsyncCachedRepository[Node]):
         Raises:
             NotFoundError: There is none.
         """
-        checks.text("name", name, 255)
-
-        async def load(connection: AsyncUnitOfWorkConnection) -> list[Node]:
-            try:
-                return [await AsyncNodeRepository(connection).get_by_name(name)]
-            except NotFoundError:
-                return []
-
-        found = await self._reader.read(Slot(self._name, "get_by_name", (name,)), self._encoding, load)
-        if not found:
-            raise NotFoundError(self._aggregate.name, name)
-        return found[0]
+        return await self._get_by_name(name, lambda connection: AsyncNodeRepository(connection).get_by_name(name))
 
 
 class AsyncCachedRoutes(AsyncCachedRepository[Route]):
