@@ -51,3 +51,15 @@ def has_ended(url: str, backend: int) -> bool:
     """Return whether a session has ended, by the process id of its backend."""
     with psycopg.connect(url) as connection:
         return connection.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [backend]).fetchone() is None
+
+
+def changes_are_over(url: str) -> bool:
+    """Return whether no transaction on the server, also in other databases, is older than one whose change is logged.
+
+    Until then none of those changes is removed; other tests write on the same server.
+    """
+    with psycopg.connect(url) as connection:
+        (over,) = connection.execute(
+            "SELECT count(*) = 0 FROM mesh_changes WHERE xid >= pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+        ).fetchone() or (None,)
+    return over is True

@@ -29,6 +29,7 @@ from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.settings import Settings
 from mesh_storage.testing import Databases
+from tests.processes import changes_are_over, eventually
 
 SECRET = "hush-hush"  # noqa: S105 - what must not be printed
 ROOT = Path(__file__).parents[1]
@@ -402,6 +403,7 @@ def test_maintain_removes_what_is_over(url: str, call: Call) -> None:
         uow.state.put("k", b"", ttl=timedelta(microseconds=1))
         uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"", timestamp=1))
     assert call("maintain") == (Exit.OK, "removed: 1 expired, 0 changes, 0 messages\n", "")
+    assert eventually(lambda: changes_are_over(url))
     status, out, _ = call("maintain", "--json", "--changes-older-than", 0, "--messages-older-than", 1)
     assert (status, json.loads(out)) == (Exit.OK, {"expired": 0, "changes": 2, "messages": 1})
     for arguments in (["--every", "-1"], ["--changes-older-than", "soon"]):

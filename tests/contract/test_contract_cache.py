@@ -26,6 +26,7 @@ from mesh_storage import (
 )
 from mesh_storage.cache import cached as module
 from tests.contract.conftest import Open
+from tests.processes import changes_are_over, eventually
 
 POLL = 0.1
 LATEST = POLL + 0.1
@@ -360,11 +361,14 @@ def test_more_changes_than_are_read_at_once_are_seen(cached: Cached, raw: psycop
     assert cached.state.find("20000") is not None
 
 
-def test_compacted_changes_are_no_loss(storage: MeshStorage, redis_url: str, raw: psycopg.Connection[Any]) -> None:
+def test_compacted_changes_are_no_loss(
+    storage: MeshStorage, redis_url: str, mesh_storage_url: str, raw: psycopg.Connection[Any]
+) -> None:
     cached = storage.cached(redis_url, poll=NEVER)
     assert cached.state.find("a") is None
     raw.execute("INSERT INTO mesh_state (key, value) VALUES ('a', '')")
-    storage.maintain(changes_older_than=timedelta(0))
+    assert eventually(lambda: changes_are_over(mesh_storage_url))
+    assert storage.maintain(changes_older_than=timedelta(0)).changes == 1
     assert cached.state.find("a") is not None
 
 

@@ -26,6 +26,7 @@ from mesh_storage import (
     UnitOfWork,
 )
 from tests.contract.conftest import Open
+from tests.processes import changes_are_over, eventually
 
 DAY = timedelta(days=1)
 MOMENT = timedelta(microseconds=1)
@@ -329,6 +330,7 @@ def test_maintenance_removes_what_is_over(storage: MeshStorage, mesh_storage_url
     assert (made.expired, made.changes, made.messages) == (21, 0, 0)
     with psycopg.connect(mesh_storage_url) as connection:
         assert connection.execute("SELECT key FROM mesh_state").fetchall() == [("kept",)]
+    assert eventually(lambda: changes_are_over(mesh_storage_url))
     assert storage.maintain(changes_older_than=timedelta(0)).changes == 43
     assert not storage.maintain()
     for ages in ({"changes_older_than": -DAY}, {"messages_older_than": 5}):
