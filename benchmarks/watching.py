@@ -13,7 +13,8 @@ from benchmarks.limits import Fact
 _POLL_S = 0.1
 _CHANGES = 200
 _PER_SECOND = 200
-_MANY = 20_000
+_MANY = 200_000
+_ROUNDS = 3
 
 
 def latency(database: Database) -> Fact:
@@ -44,15 +45,23 @@ def latency(database: Database) -> Fact:
 
 
 def catch_up(database: Database) -> Fact:
-    """Measure the time for many changes as a multiple of selecting their rows by a server-side cursor."""
+    """Measure the time for many changes as a multiple of selecting their rows by a server-side cursor, in turns."""
     with database.storage.begin() as uow:
         cursor = uow.changes.cursor()
         uow.state.put_many({f"many/{number}": b"x" * 16 for number in range(_MANY)})
+    ours, theirs = zip(*((_watch(database, cursor), _select(database)) for _ in range(_ROUNDS)), strict=True)
+    return Fact("catching up, against a SELECT", min(ours) / min(theirs), "x", limit=2)
+
+
+def _watch(database: Database, cursor: str) -> float:
     begun = time.perf_counter()
     for batch in database.storage.watch("state", prefix="many/", after=cursor):
         if not batch.more:
             break
-    ours = time.perf_counter() - begun
+    return time.perf_counter() - begun
+
+
+def _select(database: Database) -> float:
     begun = time.perf_counter()
     with database.connection() as connection, connection.cursor("rows") as rows:
         rows.itersize = 1000
@@ -62,7 +71,7 @@ def catch_up(database: Database) -> Fact:
         )
         for _ in rows:
             pass
-    return Fact("catching up, against a SELECT", ours / (time.perf_counter() - begun), "x", limit=2)
+    return time.perf_counter() - begun
 
 
 FACTS: dict[str, Callable[[Database], Fact]] = {"watch: latency": latency, "watch: catching up": catch_up}

@@ -15,9 +15,9 @@ from mesh_storage.postgres.spool import Spool
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.changelog import (
     BEGINNING,
-    FETCH,
     MOMENT,
     PART,
+    WHOLE,
     Batch,
     Cursor,
     decode,
@@ -95,11 +95,11 @@ class Watch:
         """Write what changed to the spool, and return the cursor of that moment."""
         connection = self._pool.acquire(_POLLING)
         try:
-            rows = connection.fetch_all(self._selection.whole(self._cursor), self._parameters(PART + 1))
+            rows = connection.fetch_all(self._selection.whole(self._cursor), self._parameters(WHOLE + 1))
         finally:
             self._pool.release(connection)
         now, number, changed = self._selection.read(rows, self._cursor)
-        if number > PART:
+        if number > WHOLE:
             return self._read_in_parts(spool)
         if changed:
             spool.append(changed)
@@ -112,9 +112,8 @@ class Watch:
             row = connection.fetch_one(MOMENT)
             assert row is not None, "the statement always returns one row"
             now = position(row, self._cursor)
-            connection.execute(self._selection.declare(self._cursor), self._parameters(None))
-            while rows := connection.fetch_all(FETCH):
-                spool.append(rows)
+            statement = self._selection.streamed(self._cursor)
+            connection.stream(statement, self._parameters(None), spool.append, PART)
         finally:
             self._pool.release(connection)
         return now

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg
 
@@ -53,13 +54,12 @@ def has_ended(url: str, backend: int) -> bool:
         return connection.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [backend]).fetchone() is None
 
 
-def changes_are_over(url: str) -> bool:
+def changes_are_over(connection: psycopg.Connection[Any]) -> bool:
     """Return whether no transaction on the server, also in other databases, is older than one whose change is logged.
 
-    Until then none of those changes is removed; other tests write on the same server.
+    Until then none of those changes is removed, and cursors go back to before them; other tests write on the server.
     """
-    with psycopg.connect(url) as connection:
-        (over,) = connection.execute(
-            "SELECT count(*) = 0 FROM mesh_changes WHERE xid >= pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
-        ).fetchone() or (None,)
+    (over,) = connection.execute(
+        "SELECT count(*) = 0 FROM mesh_changes WHERE xid >= pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+    ).fetchone() or (None,)
     return over is True

@@ -403,7 +403,8 @@ def test_maintain_removes_what_is_over(url: str, call: Call) -> None:
         uow.state.put("k", b"", ttl=timedelta(microseconds=1))
         uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"", timestamp=1))
     assert call("maintain") == (Exit.OK, "removed: 1 expired, 0 changes, 0 messages\n", "")
-    assert eventually(lambda: changes_are_over(url))
+    with psycopg.connect(url, autocommit=True) as connection:
+        assert eventually(lambda: changes_are_over(connection))
     status, out, _ = call("maintain", "--json", "--changes-older-than", 0, "--messages-older-than", 1)
     assert (status, json.loads(out)) == (Exit.OK, {"expired": 0, "changes": 2, "messages": 1})
     for arguments in (["--every", "-1"], ["--changes-older-than", "soon"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -23,7 +24,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from mesh_storage import Batch, ConfigurationError, MeshStorage, UnavailableError, schema, watch
+from mesh_storage import (
+    Batch,
+    ConfigurationError,
+    MeshStorage,
+    MeshStorageError,
+    UnavailableError,
+    schema,
+    watch,
+)
+from mesh_storage.postgres.spool import Spool
 from mesh_storage.testing import Databases
 from tests.processes import eventually
 from tests.servers import PASSWORD, new_cluster
@@ -93,6 +103,53 @@ def test_while_the_server_is_away_it_waits_and_says_so_once(
     assert (lost["error"], lost["sqlstate"]) == ("UnavailableError", "57P03")
     assert back["attempts"] == 5
     assert back["duration_s"] > 0
+
+
+def test_a_session_that_ends_in_the_middle_of_a_large_batch_is_replaced(
+    storage: MeshStorage, raw: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.execute(
+        "INSERT INTO mesh_state (key, value) SELECT n, repeat('x', 200)::bytea FROM generate_series(1, 30000) n"
+    )
+    append, parts = Spool.append, itertools.count(1)
+
+    def terminate(spool: Spool, rows: Any) -> None:
+        if next(parts) == 2:
+            raw.execute(
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        append(spool, rows)
+
+    monkeypatch.setattr(Spool, "append", terminate)
+    seen: list[str] = []
+    for batch in storage.watch("state", poll=POLL):
+        seen += keys(batch)
+        if not batch.more:
+            break
+    assert len(seen) == len(set(seen)) == 30_000
+    assert next(parts) > 30_000 / 250
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_connection_usable(
+    storage: MeshStorage, raw: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.execute(
+        "INSERT INTO mesh_state (key, value) SELECT n, repeat('x', 200)::bytea FROM generate_series(1, 30000) n"
+    )
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Spool, "append", refuse)
+    with pytest.raises(MeshStorageError, match="OSError") as error:
+        next(storage.watch("state", poll=POLL))
+    assert isinstance(error.value.__cause__, OSError)
+    with storage.begin(read_only=True) as uow:
+        assert uow.state.get("1").value == b"x" * 200
+    assert raw.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND datname = current_database()"
+    ).fetchone() == (1,)
 
 
 def test_an_error_that_will_not_pass_is_raised(storage: MeshStorage, raw: psycopg.Connection[Any]) -> None:

@@ -14,9 +14,9 @@ from mesh_storage.postgres.spool import Spool
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.changelog import (
     BEGINNING,
-    FETCH,
     MOMENT,
     PART,
+    WHOLE,
     Batch,
     Cursor,
     decode,
@@ -94,11 +94,11 @@ class AsyncWatch:
         """Write what changed to the spool, and return the cursor of that moment."""
         connection = await self._pool.acquire(_POLLING)
         try:
-            rows = await connection.fetch_all(self._selection.whole(self._cursor), self._parameters(PART + 1))
+            rows = await connection.fetch_all(self._selection.whole(self._cursor), self._parameters(WHOLE + 1))
         finally:
             await self._pool.release(connection)
         now, number, changed = self._selection.read(rows, self._cursor)
-        if number > PART:
+        if number > WHOLE:
             return await self._read_in_parts(spool)
         if changed:
             spool.append(changed)
@@ -111,9 +111,8 @@ class AsyncWatch:
             row = await connection.fetch_one(MOMENT)
             assert row is not None, "the statement always returns one row"
             now = position(row, self._cursor)
-            await connection.execute(self._selection.declare(self._cursor), self._parameters(None))
-            while rows := await connection.fetch_all(FETCH):
-                spool.append(rows)
+            statement = self._selection.streamed(self._cursor)
+            await connection.stream(statement, self._parameters(None), spool.append, PART)
         finally:
             await self._pool.release(connection)
         return now

@@ -97,6 +97,15 @@ class UnitOfWorkConnection:
         """Execute a statement and return the number of rows selected or affected."""
         return (self._run(statement, parameters))[1]
 
+    def stream(
+        self, statement: Statement, parameters: Parameters, take: Callable[[list[Row]], None], size: int
+    ) -> None:
+        """Execute a query and hand its rows over in parts of a size, without ever having all of them in memory.
+
+        Their times must be within the range of Python's datetime.
+        """
+        self.perform(self._stream, statement.sql, parameters, take, size)
+
     def copy(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows by COPY, encoding each while the server processes the previous ones."""
         self.characteristics.check_writable()
@@ -286,6 +295,10 @@ class UnitOfWorkConnection:
     def _execute_in_transaction(self, sql: bytes, parameters: Parameters | None) -> tuple[list[Row], int]:
         self._transaction.begin()
         return self.driver.execute(sql, parameters)
+
+    def _stream(self, sql: bytes, parameters: Parameters, take: Callable[[list[Row]], None], size: int) -> None:
+        self._transaction.begin()
+        self.driver.stream(sql, parameters, take, size)
 
     def _copy(self, sql: bytes, rows: Iterable[Row]) -> None:
         self._transaction.begin()

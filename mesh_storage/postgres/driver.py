@@ -10,10 +10,14 @@ without a result object per call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+from typing import cast
 
 import psycopg
+from psycopg import capabilities
 from psycopg.errors import Diagnostic
+from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection
 
 from mesh_storage.postgres import jsonb, timestamps
@@ -93,6 +97,31 @@ class Driver:
             except BaseException:  # ending the COPY would wait for the server
                 self.connection.hurry()
                 raise
+
+    def stream(
+        self, sql: bytes, parameters: Parameters | None, take: Callable[[list[Row]], None], size: int, /
+    ) -> None:
+        """Execute a query; its rows are taken in parts of a size while the server goes on with the next ones."""
+        if self._events.listened:
+            sql, parameters = self._events.before(self._cursor, sql, parameters)
+        at_once = size if capabilities.has_stream_chunked() else 1  # before libpq 17
+        stream = self._cursor.stream(sql, parameters, binary=True, size=at_once)
+        with closing(cast(Generator[Row, None, None], stream)) as rows:
+            try:
+                part: list[Row] = []
+                for row in rows:
+                    part.append(row)
+                    if len(part) == size:
+                        take(part)
+                        part = []
+            except BaseException:  # the rest of the rows would have to be received
+                if self.status() == TransactionStatus.ACTIVE:
+                    self.connection.hurry()
+                raise
+        if part:
+            take(part)
+        if self._events.listened:
+            self._events.after(self._cursor, sql, parameters)
 
     def execute_script(self, sql: bytes, /) -> None:
         """Execute several statements without parameters or results, in one round trip."""

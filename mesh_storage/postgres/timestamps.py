@@ -72,6 +72,12 @@ def register(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any])
     connection.adapters.register_loader(_TYPE, _TextLoader)
 
 
+def nearest(time: str) -> str:
+    """Return SQL for a time that is at least `FIRST` and at most `LAST`."""
+    first, last = (f"CAST('{limit.isoformat()}' AS timestamptz)" for limit in (FIRST, LAST))
+    return f"CASE WHEN {time} < {first} THEN {first} WHEN {time} > {last} THEN {last} ELSE {time} END"
+
+
 def read_again(cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any]) -> list[tuple[Any, ...]]:
     """Return all rows of a result in which psycopg's own loader failed on such a time."""
     adapters = AdaptersMap(cursor.adapters)

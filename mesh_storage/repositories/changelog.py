@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
-from sqlalchemy import text
+from sqlalchemy import DateTime, text
 
 from mesh_storage.errors import CompactedError, ConfigurationError, InvalidInputError
 from mesh_storage.models import ConfigEntry, Mesh, Node, Route, RoutingEntry, StateEntry
+from mesh_storage.postgres import timestamps
 from mesh_storage.postgres.statement import Row, Statement
 from mesh_storage.repositories import checks
 from mesh_storage.repositories.aggregates import Aggregate
@@ -241,10 +242,14 @@ _LATEST_READ = f"""greatest(
 _COLUMNS_OF_MOMENT = len(_Moment._fields)
 MOMENT = Statement(lambda: text(_moment(_LATEST)), writes=False)
 """Returns the row from which `position` makes a cursor."""
-FETCH = Statement(lambda: text("FETCH FORWARD 1000 FROM mesh_batch"), writes=False)
-"""Returns the next part of a batch that was declared."""
-PART = 1000
-"""The number of changes from which on a batch is read in parts."""
+WHOLE = 1000
+"""The number of changes up to which a batch is read as a whole."""
+PART = 250
+"""The number of changes in a part of a larger one.
+
+Of so few objects, most are gone before Python's garbage collector has seen them twice; parts of 1,000 take half as much
+CPU again.
+"""
 
 
 class Selection:
@@ -259,16 +264,16 @@ class Selection:
             end = self._columns[name].stop
         self._changed = Statement(lambda: text(self._whole(self._log(limited=True), _LAST, _LATEST_READ)), writes=False)
         self._present = Statement(lambda: text(self._whole(self._tables(limited=True), _ALL, _LATEST)), writes=False)
-        self._declare_changed = Statement(lambda: text(self._declare(self._log(limited=False), _LAST)), writes=False)
-        self._declare_present = Statement(lambda: text(self._declare(self._tables(limited=False), _ALL)), writes=False)
+        self._stream_changed = Statement(lambda: text(self._streamed(self._log(limited=False), _LAST)), writes=False)
+        self._stream_present = Statement(lambda: text(self._streamed(self._tables(limited=False), _ALL)), writes=False)
 
     def whole(self, since: Cursor | None) -> Statement:
         """Return the statement that reads a whole batch, or only its moment if there are `limit` changes or more."""
         return self._present if since is None else self._changed
 
-    def declare(self, since: Cursor | None) -> Statement:
-        """Return the statement that declares a batch for `FETCH`."""
-        return self._declare_present if since is None else self._declare_changed
+    def streamed(self, since: Cursor | None) -> Statement:
+        """Return the statement that reads a batch of any size, for `stream`."""
+        return self._stream_present if since is None else self._stream_changed
 
     def read(self, rows: Sequence[Row], since: Cursor | None) -> tuple[Cursor, int, list[Row]]:
         """Return the cursor, the number of changes in the log, and the rows of `changes`, from those of `whole`.
@@ -289,7 +294,7 @@ class Selection:
         return now, number, [] if first is None else [row[end + 1 :] for row in rows]
 
     def changes(self, rows: Sequence[Row]) -> list[Change]:
-        """Return the changes of the rows of `FETCH`."""
+        """Return the changes of the rows of a batch."""
         entries: list[Entry | None] = [None] * len(rows)
         for name, columns in self._columns.items():
             # The key comes first, and is NULL where there is no entry.
@@ -312,10 +317,9 @@ class Selection:
             ) AS batch ON true ORDER BY batch.number
         """  # noqa: S608 - our own names
 
-    def _declare(self, log: str, changed: str) -> str:
-        """Return the SQL that declares a batch of any size; only numbers and keys are sorted, so parts come soon."""
+    def _streamed(self, log: str, changed: str) -> str:
+        """Return the SQL of a batch of any size, of which only numbers and keys are sorted, so rows come soon."""
         return f"""
-            DECLARE mesh_batch NO SCROLL CURSOR FOR
             WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), log AS NOT MATERIALIZED ({log})
             {self._batch(changed)} ORDER BY changed.number
         """
@@ -323,7 +327,7 @@ class Selection:
     def _batch(self, changed: str) -> str:
         """Return the SQL of the changes, each with its entry, found by its key: the planner unfolds no OFFSET."""
         version = f"coalesce({', '.join(f'{name}.version' for name in self._columns)}, changed.number) AS version"
-        lists = ", ".join(["changed.aggregate, changed.key", version, *map(_list, self._columns), "changed.number"])
+        lists = ", ".join(["changed.aggregate, changed.key", version, *map(_readable, self._columns), "changed.number"])
         entries = " ".join(map(_entry, self._columns))
         return f"SELECT {lists} FROM ({changed} ORDER BY number OFFSET 0) AS changed {entries}"  # noqa: S608 - our own names
 
@@ -362,7 +366,8 @@ _GIVEN = """
     SELECT CAST(:snapshot AS pg_snapshot) AS snapshot, CAST(:start AS text) AS start, CAST(:stop AS text) AS stop,
         CAST(:limit AS bigint) AS most
 """
-_LAST = "SELECT aggregate, key, max(number) AS number FROM log GROUP BY aggregate, key"
+# Keys differ, which aggregates rarely do, so that they are sorted by the key first.
+_LAST = "SELECT aggregate, key, max(number) AS number FROM log GROUP BY key, aggregate"
 _ALL = "SELECT aggregate, key, number FROM log"
 
 
@@ -388,6 +393,12 @@ def _key(name: str) -> str:
 
 def _list(name: str) -> str:
     return ", ".join(f"{name}.{column.name}" for column in AGGREGATES[name].table.columns)
+
+
+def _readable(name: str) -> str:
+    columns = AGGREGATES[name].table.columns
+    listed = ((f"{name}.{column.name}", isinstance(column.type, DateTime)) for column in columns)
+    return ", ".join(timestamps.nearest(column) if is_time else column for column, is_time in listed)
 
 
 def _entry(name: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -384,6 +385,35 @@ def test_cancelled_while_streaming(run: Run, mesh_storage_url: str, watch: Watch
                 await eventually(watch.waiting)
                 await cancelled(reading)
                 await eventually(lambda: not watch.waiting())
+
+    run(main())
+
+
+def test_cancelled_while_a_large_batch_is_read(run: Run, mesh_storage_url: str, watch: Watch) -> None:
+    watch.other.execute("INSERT INTO mesh_state (key, value) SELECT n, 'x' FROM generate_series(1, 10000) n")
+
+    async def main() -> None:
+        async with storage_at_rest(mesh_storage_url, watch, pool_size=1) as storage:
+
+            async def follow() -> int:
+                seen = 0
+                async with aclosing(storage.watch("state")) as batches:
+                    async for batch in batches:
+                        seen += len(batch.changes)
+                        if not batch.more:
+                            break
+                return seen
+
+            begun = time.monotonic()
+            assert await follow() == 10_000
+            whole = time.monotonic() - begun
+            for share in range(20):
+                task = asyncio.create_task(follow())
+                await asyncio.sleep(whole * share / 20)
+                if not task.done():
+                    await cancelled(task)
+                async with storage.begin(read_only=True) as uow:
+                    assert await uow.state.count() == 10_000
 
     run(main())
 

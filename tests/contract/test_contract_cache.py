@@ -361,13 +361,11 @@ def test_more_changes_than_are_read_at_once_are_seen(cached: Cached, raw: psycop
     assert cached.state.find("20000") is not None
 
 
-def test_compacted_changes_are_no_loss(
-    storage: MeshStorage, redis_url: str, mesh_storage_url: str, raw: psycopg.Connection[Any]
-) -> None:
+def test_compacted_changes_are_no_loss(storage: MeshStorage, redis_url: str, raw: psycopg.Connection[Any]) -> None:
     cached = storage.cached(redis_url, poll=NEVER)
     assert cached.state.find("a") is None
     raw.execute("INSERT INTO mesh_state (key, value) VALUES ('a', '')")
-    assert eventually(lambda: changes_are_over(mesh_storage_url))
+    assert eventually(lambda: changes_are_over(raw))
     assert storage.maintain(changes_older_than=timedelta(0)).changes == 1
     assert cached.state.find("a") is not None
 

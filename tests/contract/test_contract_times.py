@@ -96,6 +96,26 @@ def test_ordinary_rows_beside_such_a_row_are_read_exactly(
     assert (c.created_at, c.updated_at) == (None, datetime(2026, 1, 2, 3, 4, 5, 0, UTC))
 
 
+@pytest.mark.parametrize("count", [2, 2000])
+def test_a_watch_reads_such_times_too(storage: MeshStorage, legacy: psycopg.Connection[Any], count: int) -> None:
+    legacy.execute(
+        "INSERT INTO mesh_state (key, value, created_at, updated_at, expires_at)"
+        " SELECT n, '', '-infinity', '2026-01-02 03:04:05.000006+00',"
+        " (ARRAY['infinity', NULL]::timestamptz[])[n %% 2 + 1]"
+        " FROM generate_series(1, %s) n",
+        [count],
+    )
+    entries: list[StateEntry] = []
+    for batch in storage.watch("state"):
+        entries += [change.entry for change in batch.changes if isinstance(change.entry, StateEntry)]
+        if not batch.more:
+            break
+    assert len(entries) == count
+    assert {entry.created_at for entry in entries} == {FIRST}
+    assert {entry.updated_at for entry in entries} == {datetime(2026, 1, 2, 3, 4, 5, 6, UTC)}
+    assert {entry.expires_at for entry in entries} == {LAST, None}
+
+
 def test_a_write_that_gives_such_a_time_back_is_made_once(
     storage: MeshStorage, legacy: psycopg.Connection[Any]
 ) -> None:

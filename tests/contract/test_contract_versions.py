@@ -330,7 +330,7 @@ def test_maintenance_removes_what_is_over(storage: MeshStorage, mesh_storage_url
     assert (made.expired, made.changes, made.messages) == (21, 0, 0)
     with psycopg.connect(mesh_storage_url) as connection:
         assert connection.execute("SELECT key FROM mesh_state").fetchall() == [("kept",)]
-    assert eventually(lambda: changes_are_over(mesh_storage_url))
+        assert eventually(lambda: changes_are_over(connection))
     assert storage.maintain(changes_older_than=timedelta(0)).changes == 43
     assert not storage.maintain()
     for ages in ({"changes_older_than": -DAY}, {"messages_older_than": 5}):

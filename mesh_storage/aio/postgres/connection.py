@@ -95,6 +95,15 @@ class AsyncUnitOfWorkConnection:
         """Execute a statement and return the number of rows selected or affected."""
         return (await self._run(statement, parameters))[1]
 
+    async def stream(
+        self, statement: Statement, parameters: Parameters, take: Callable[[list[Row]], None], size: int
+    ) -> None:
+        """Execute a query and hand its rows over in parts of a size, without ever having all of them in memory.
+
+        Their times must be within the range of Python's datetime.
+        """
+        await self.perform(self._stream, statement.sql, parameters, take, size)
+
     async def copy(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows by COPY, encoding each while the server processes the previous ones."""
         self.characteristics.check_writable()
@@ -284,6 +293,10 @@ class AsyncUnitOfWorkConnection:
     async def _execute_in_transaction(self, sql: bytes, parameters: Parameters | None) -> tuple[list[Row], int]:
         await self._transaction.begin()
         return await self.driver.execute(sql, parameters)
+
+    async def _stream(self, sql: bytes, parameters: Parameters, take: Callable[[list[Row]], None], size: int) -> None:
+        await self._transaction.begin()
+        await self.driver.stream(sql, parameters, take, size)
 
     async def _copy(self, sql: bytes, rows: Iterable[Row]) -> None:
         await self._transaction.begin()

@@ -8,10 +8,14 @@ without a result object per call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
+from typing import cast
 
 import psycopg
+from psycopg import capabilities
 from psycopg.errors import Diagnostic
+from psycopg.pq import TransactionStatus
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from mesh_storage.aio.postgres.concurrency import sync_connection
@@ -91,6 +95,31 @@ class AsyncDriver:
             except BaseException:  # ending the COPY would wait for the server
                 await self.connection.hurry()
                 raise
+
+    async def stream(
+        self, sql: bytes, parameters: Parameters | None, take: Callable[[list[Row]], None], size: int, /
+    ) -> None:
+        """Execute a query; its rows are taken in parts of a size while the server goes on with the next ones."""
+        if self._events.listened:
+            sql, parameters = self._events.before(self._cursor, sql, parameters)
+        at_once = size if capabilities.has_stream_chunked() else 1  # before libpq 17
+        stream = self._cursor.stream(sql, parameters, binary=True, size=at_once)
+        async with aclosing(cast(AsyncGenerator[Row, None], stream)) as rows:
+            try:
+                part: list[Row] = []
+                async for row in rows:
+                    part.append(row)
+                    if len(part) == size:
+                        take(part)
+                        part = []
+            except BaseException:  # the rest of the rows would have to be received
+                if self.status() == TransactionStatus.ACTIVE:
+                    await self.connection.hurry()
+                raise
+        if part:
+            take(part)
+        if self._events.listened:
+            self._events.after(self._cursor, sql, parameters)
 
     async def execute_script(self, sql: bytes, /) -> None:
         """Execute several statements without parameters or results, in one round trip."""
