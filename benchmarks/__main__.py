@@ -50,13 +50,13 @@ def _sizes(given: argparse.Namespace) -> list[int]:
 
 def _workloads() -> list[Workload]:
     found = [*single.WORKLOADS, *bulk.WORKLOADS, *threads.WORKLOADS, *versions.WORKLOADS, *startup.WORKLOADS]
-    found += delivery.WORKLOADS
     try:
         from benchmarks import aio
     except ImportError as error:
         print(f"skipping asyncio: {error}")
-        return found
-    return [*found, *aio.WORKLOADS]
+    else:
+        found += aio.WORKLOADS
+    return [*found, *delivery.WORKLOADS]  # the last, since they empty the messages
 
 
 def _parser() -> argparse.ArgumentParser:

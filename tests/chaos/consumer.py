@@ -12,12 +12,13 @@ import random
 import signal
 import sys
 import threading
+from contextlib import suppress
 from datetime import timedelta
 
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from mesh_storage import Delivery, MeshStorage, Settings, UnitOfWork
+from mesh_storage import Delivery, MeshStorage, Settings, UnavailableError, UnitOfWork
 from tests.chaos.disturber import APPLICATION
 
 EFFECT = text("INSERT INTO effects (id, key, content) VALUES (:id, :key, :content)")
@@ -59,7 +60,13 @@ def main(url: str, receiver: str, lease: str) -> None:
         stop.set()
 
     threading.Thread(target=wait, daemon=True).start()
-    with MeshStorage.open(settings=settings(url)) as storage:
+    storage = None
+    while storage is None and not stop.wait(0.1):
+        with suppress(UnavailableError):  # it may begin while there is no primary
+            storage = MeshStorage.open(settings=settings(url))
+    if storage is None:
+        return
+    with storage:
         seconds = timedelta(seconds=float(lease))
         storage.consume(receiver, handle, batch=5, lease=seconds, poll=0.05, max_attempts=50, stop=stop)
 

@@ -61,13 +61,17 @@ def each(name: str, aggregates: Iterable[Any]) -> list[Any]:
     return [getattr(aggregate, name) for aggregate in aggregates]
 
 
-def test_this_file_and_that_of_versions_call_every_method_of_every_repository() -> None:
-    here, versions = Path(__file__).read_text(), Path(__file__).with_name("test_contract_versions.py").read_text()
-    called = set(re.findall(r"\buow\.(\w+)\.(\w+)\(", here + versions))
+def test_this_file_and_those_of_versions_and_deliveries_call_every_method_of_every_repository() -> None:
+    here, versions, deliveries = (
+        Path(__file__).with_name(f"test_contract_{name}.py").read_text()
+        for name in ("repositories", "versions", "deliveries")
+    )
+    called = set(re.findall(r"\buow\.(\w+)\.(\w+)\(", here + versions + deliveries))
     # There, most tests are run with each of the two.
     called |= {
         (name, method) for name in ("state", "runtime_config") for method in re.findall(r"\bown\.(\w+)\(", versions)
     }
+    called |= {("messages", method) for method in re.findall(r'\bsettle\(storage, "(\w+)"', deliveries)}
     methods = {
         (name, method)
         for name, repository in REPOSITORIES.items()
