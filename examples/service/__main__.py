@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -27,6 +28,7 @@ async def main() -> int:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--play", action="store_true", help="play the nodes of a network")
     given = parser.parse_args()
+    logging.basicConfig(format="%(levelname)s: %(name)s: %(message)s")
     os.environ.setdefault("MESH_STORAGE_URL", "memory:")
     failed = asyncio.Event()
 

@@ -160,9 +160,7 @@ async def set_config(name: str, value: Annotated[JSON, Body()], storage: Storage
 
 
 @router.get("/overview")
-async def get_overview(
-    storage: Storage, config: Settings, table: RoutingTable, response: Response
-) -> dict[str, Any]:
+async def get_overview(storage: Storage, config: Settings, table: RoutingTable, response: Response) -> dict[str, Any]:
     """Return what the page shows."""
     response.headers["Cache-Control"] = "no-store"
     return await overview(storage, config.silent_after_s, table)

@@ -1,4 +1,4 @@
-"""What the service does on its own: it follows its configuration, carries messages, leads in its turn, and tidies up."""
+"""What the service does on its own: follow its configuration, carry messages, lead in its turn, and tidy up."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ async def running(*works: Coroutine[Any, Any, None], on_failure: Callable[[], No
 
     def look_at(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.critical("%s failed for good", task.get_name(), exc_info=error)
+            logger.critical("work in the background failed for good", exc_info=error)
             on_failure()
 
-    tasks = [asyncio.create_task(work, name=work.__qualname__) for work in works]
+    tasks = [asyncio.create_task(work) for work in works]
     for task in tasks:
         task.add_done_callback(look_at)
     try:

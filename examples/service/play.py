@@ -79,7 +79,7 @@ class Play:
         return response
 
 
-async def act(acting: Play, cities: list[str], turn: int) -> None:
+async def take_turn(acting: Play, cities: list[str], turn: int) -> None:
     """Act for a second, in a round of thirty."""
     city = cities[turn // 30 % len(cities)]
     match turn % 30:
@@ -103,7 +103,7 @@ async def play(url: str, network: Path = NETWORK) -> None:
         for turn in itertools.count():
             begun = time.monotonic()
             try:
-                await act(acting, shown.cities, turn)
+                await take_turn(acting, shown.cities, turn)
             except httpx.HTTPError as error:
                 logger.warning("the service does not answer as it should: %s", error)
             await asyncio.sleep(max(0.0, begun + _REPORT_EVERY_S - time.monotonic()))
