@@ -1,4 +1,4 @@
-"""The HTTP interface: nodes join and report, links and settings are configured, messages are kept."""
+"""The HTTP interface: nodes join and report, links and settings are configured, messages are sent."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pydantic import BaseModel, Field
 
 from mesh_storage import JSON, AlreadyExistsError, Mesh, Message, Node, Route
 from mesh_storage.aio import AsyncMeshStorage
+from service import arrivals
 from service.background import PREFIX, Config
 from service.overview import overview
-from service.routing import DOWN, UP, follow
+from service.routing import DOWN, UP, follow, routing_table
 
 router = APIRouter()
 
@@ -29,8 +30,14 @@ def the_config(request: Request) -> Config:
     return config
 
 
+async def the_routing_table(request: Request) -> dict[str, JSON]:
+    """Return the best routes as they are now."""
+    return await routing_table(request.app.state.storage, request.app.state.cached)
+
+
 Storage = Annotated[AsyncMeshStorage, Depends(the_storage)]
 Settings = Annotated[Config, Depends(the_config)]
+RoutingTable = Annotated[dict[str, JSON], Depends(the_routing_table)]
 
 
 class NewMesh(BaseModel):
@@ -114,10 +121,9 @@ async def set_link(link: Link, storage: Storage) -> None:
 
 
 @router.get("/paths/{source}/{target}")
-async def path(source: str, target: str, storage: Storage) -> list[str]:
+async def path(source: str, target: str, table: RoutingTable) -> list[str]:
     """Return the nodes along the best route between two nodes."""
-    async with storage.begin(read_only=True) as uow:
-        found = follow(await uow.routing_table.all(), source, target)
+    found = follow(table, source, target)
     if not found:
         raise HTTPException(status.HTTP_404_NOT_FOUND, "no route leads there")
     return found
@@ -125,11 +131,25 @@ async def path(source: str, target: str, storage: Storage) -> list[str]:
 
 @router.post("/messages", status_code=status.HTTP_202_ACCEPTED)
 async def send(new: NewMessage, storage: Storage) -> None:
-    """Keep a message for its receiver; the same one may be sent again."""
+    """Take a message for its receiver, where it arrives once, although the same one may be sent again."""
+    message = Message(id=new.id, from_node=new.from_node, to_node=new.to_node, content=new.text.encode())
     async with storage.begin() as uow:
-        await uow.messages.store(
-            Message(id=new.id, from_node=new.from_node, to_node=new.to_node, content=new.text.encode())
-        )
+        await arrivals.send(uow, message)
+
+
+@router.get("/messages/dead")
+async def dead(storage: Storage, after: str | None = None) -> dict[str, Any]:
+    """Return the messages that were set aside, a hundred at a time, and where the next ones begin."""
+    async with storage.begin(read_only=True) as uow:
+        page = await uow.messages.dead(arrivals.QUEUE, after=after)
+    return {"dead": [arrivals.dead_as_json(delivery) for delivery in page.items], "next": page.next}
+
+
+@router.post("/messages/redrive")
+async def redrive(storage: Storage, ids: Annotated[list[str] | None, Body()] = None) -> int:
+    """Drive messages back that were set aside, some or all, and return how many."""
+    async with storage.begin() as uow:
+        return await uow.messages.redrive(arrivals.QUEUE, ids)
 
 
 @router.put("/config/{name}", status_code=status.HTTP_204_NO_CONTENT)
@@ -140,7 +160,7 @@ async def set_config(name: str, value: Annotated[JSON, Body()], storage: Storage
 
 
 @router.get("/overview")
-async def get_overview(storage: Storage, config: Settings, response: Response) -> dict[str, Any]:
+async def get_overview(storage: Storage, config: Settings, table: RoutingTable, response: Response) -> dict[str, Any]:
     """Return what the page shows."""
     response.headers["Cache-Control"] = "no-store"
-    return await overview(storage, config.silent_after_s)
+    return await overview(storage, config.silent_after_s, table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from mesh_storage import (
 from mesh_storage.aio import AsyncMeshStorage
 from service import migration
 from service.api import router
-from service.background import Config, maintain, running, stand_for_leader
+from service.background import Config, maintain, running, stand_for_leader, workers
 
 _PAGE = Path(__file__).parent / "page.html"
 _STATUS: dict[type[MeshStorageError], int] = {
@@ -47,15 +47,24 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     meters = MeterProvider([PrometheusMetricReader()])
     async with AsyncMeshStorage.open(telemetry=Telemetry(meters)) as storage:
         await migration.upgrade(storage)
+        redis_url = os.environ.get("REDIS_URL")
         app.state.storage, app.state.config = storage, config
-        async with running(config.follow(storage), stand_for_leader(storage, name, config), maintain(storage)):
+        app.state.cached = storage.cached(redis_url) if redis_url else None
+        works = [config.follow(storage), stand_for_leader(storage, name, config), maintain(storage), *workers(storage)]
+        async with running(*works, on_failure=app.state.on_failure):
             yield
     meters.shutdown()
 
 
-def create_app() -> FastAPI:
-    """Return the application; the database is that of the environment's `MESH_STORAGE_URL`."""
+def create_app(on_failure: Callable[[], None]) -> FastAPI:
+    """Return the application; the database is that of the environment's `MESH_STORAGE_URL`, and Redis of `REDIS_URL`.
+
+    If the work in the background fails for good, as it does without a privilege, `on_failure` is called. It should end
+    the process, for whoever started it to start it anew: one that answers requests but does nothing else is worse than
+    none, and to be not ready would keep it as it is.
+    """
     app = FastAPI(title="mesh", lifespan=lifespan)
+    app.state.on_failure = on_failure
     app.include_router(router)
 
     @app.get("/", include_in_schema=False)

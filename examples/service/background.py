@@ -1,17 +1,18 @@
-"""What the service does on its own: it follows its configuration, leads if it is its turn, and tidies up."""
+"""What the service does on its own: follow its configuration, carry messages, lead in its turn, and tidy up."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
 from mesh_storage import ConfigEntry, MeshStorageError
 from mesh_storage.aio import AsyncLease, AsyncMeshStorage
 from service.alerts import update_alerts
+from service.arrivals import QUEUE, carry
 from service.routing import best_routes
 
 logger = logging.getLogger("service")
@@ -22,6 +23,11 @@ _TTL = timedelta(seconds=5)
 _LOOK_EVERY_S = 0.5
 _MAINTAIN_EVERY_S = 60.0
 _PAUSE_S = 1.0
+_WORKERS = 2
+_MOST_ATTEMPTS = 4
+"""A message that finds no route is tried again for some seconds; then an operator has to look at it."""
+_HANDOVER = timedelta(seconds=10)
+"""How long the message in the hands of a process that was killed waits for another one."""
 
 
 class Config:
@@ -43,15 +49,31 @@ class Config:
 
 
 @asynccontextmanager
-async def running(*works: Coroutine[Any, Any, None]) -> AsyncGenerator[None, None]:
-    """Let some work go on in the background of a block."""
+async def running(*works: Coroutine[Any, Any, None], on_failure: Callable[[], None]) -> AsyncGenerator[None, None]:
+    """Let some work go on in the background of a block; if it fails for good, that is logged and `on_failure` called.
+
+    At the end of the block a worker finishes the message in hand.
+    """
+
+    def look_at(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.critical("work in the background failed for good", exc_info=error)
+            on_failure()
+
     tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(look_at)
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def workers(storage: AsyncMeshStorage) -> list[Coroutine[Any, Any, None]]:
+    """Return what carries the messages, together with the workers of all other processes."""
+    return [storage.consume(QUEUE, carry, lease=_HANDOVER, max_attempts=_MOST_ATTEMPTS) for _ in range(_WORKERS)]
 
 
 async def stand_for_leader(storage: AsyncMeshStorage, name: str, config: Config) -> None:
@@ -91,6 +113,8 @@ async def watch_over_nodes(storage: AsyncMeshStorage, lease: AsyncLease, config:
 async def maintain(storage: AsyncMeshStorage) -> None:
     """Remove what has expired and what is no longer kept, every minute."""
     while True:
-        with suppress(MeshStorageError):  # an outage: the next time will do
+        try:
             await storage.maintain(messages_older_than=timedelta(days=7))
+        except MeshStorageError as error:  # the next time will do
+            logger.warning("not tidied up: %s", error)
         await asyncio.sleep(_MAINTAIN_EVERY_S)

@@ -1,4 +1,4 @@
-"""Migrates the service's own table; the library's tables are migrated by `mesh-storage upgrade`."""
+"""Migrates the service's own tables; the library's tables are migrated by `mesh-storage upgrade`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def config(connection: Connection) -> Config:
 
 
 async def upgrade(storage: AsyncMeshStorage) -> None:
-    """Bring the service's own table up to date, in one transaction."""
+    """Bring the service's own tables up to date, in one transaction."""
 
     def run(connection: Connection) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
 import time
 import uuid
@@ -12,6 +13,8 @@ from typing import Any
 
 import httpx
 from network import Network, read_network
+
+logger = logging.getLogger("service.play")
 
 NETWORK = Path(__file__).parents[1] / "abilene.graphml"
 _KEY = "the key of this play"
@@ -55,34 +58,54 @@ class Play:
         message = {"id": uuid.uuid4().hex, "from_node": self._ids[a], "to_node": self._ids[b], "text": "hello"}
         await self._send("POST", "/messages", **message)
 
+    async def cut_off(self, city: str, *, up: bool = False) -> None:
+        """Cut all links of a city, or mend them: meanwhile, no message gets there."""
+        for link in self._network.links:
+            if city in (link.a, link.b):
+                await self.set_link(link.a, link.b, link.latency_ms, up=up)
+        (self.silent.discard if up else self.silent.add)(city)
+
+    async def redrive(self) -> None:
+        """Let the messages go on that found no route."""
+        await self._send("POST", "/messages/redrive")
+
     async def close(self) -> None:
         """End the connections."""
         await self._http.aclose()
 
     async def _send(self, method: str, path: str, **body: Any) -> httpx.Response:
-        response = await self._http.request(method, path, json=body)
+        response = await self._http.request(method, path, json=body or None)
         response.raise_for_status()
         return response
 
 
+async def take_turn(acting: Play, cities: list[str], turn: int) -> None:
+    """Act for a second, in a round of thirty."""
+    city = cities[turn // 30 % len(cities)]
+    match turn % 30:
+        case 8:
+            await acting.cut_off(city)
+        case 20:
+            await acting.cut_off(city, up=True)
+        case 26:
+            await acting.redrive()
+    await acting.report()
+    for _ in range(4):
+        await acting.talk()
+
+
 async def play(url: str, network: Path = NETWORK) -> None:
-    """Play until cancelled: now and then a node falls silent for a while, or a link fails."""
+    """Play until cancelled: now and then a city is cut off for a while, and the messages to it and from it wait."""
     shown = read_network(network)
     acting = Play(url, shown)
     try:
         await acting.begin()
         for turn in itertools.count():
             begun = time.monotonic()
-            link = shown.links[turn // 20 % len(shown.links)]
-            if turn % 20 == 10:
-                await acting.set_link(link.a, link.b, link.latency_ms, up=False)
-            if turn % 20 == 0:
-                last = shown.links[(turn // 20 - 1) % len(shown.links)]
-                await acting.set_link(last.a, last.b, last.latency_ms, up=True)
-                acting.silent = {random.choice(shown.cities)}
-            await acting.report()
-            for _ in range(3):
-                await acting.talk()
+            try:
+                await take_turn(acting, shown.cities, turn)
+            except httpx.HTTPError as error:
+                logger.warning("the service does not answer as it should: %s", error)
             await asyncio.sleep(max(0.0, begun + _REPORT_EVERY_S - time.monotonic()))
     finally:
         await acting.close()

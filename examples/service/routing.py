@@ -8,6 +8,7 @@ from typing import Any
 import networkx as nx
 
 from mesh_storage import JSON, Route
+from mesh_storage.aio import AsyncCached, AsyncMeshStorage
 
 UP = "STATUS_CONNECTED"
 DOWN = "STATUS_DISCONNECTED"
@@ -32,6 +33,14 @@ def best_routes(routes: Iterable[Route]) -> dict[str, JSON]:
         for target, path in paths.items()
         if target != source
     }
+
+
+async def routing_table(storage: AsyncMeshStorage, cached: AsyncCached | None) -> dict[str, JSON]:
+    """Return the best routes, from Redis if there is one: they are many, often asked for, and change seldom."""
+    if cached is not None:
+        return await cached.routing_table.all()
+    async with storage.begin(read_only=True) as uow:
+        return await uow.routing_table.all()
 
 
 def follow(table: Mapping[str, Any], source: str, target: str) -> list[str]:

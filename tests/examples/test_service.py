@@ -12,17 +12,20 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psycopg
 import pytest
+import redis
 
 from mesh_storage import MeshStorage
 from mesh_storage.testing import Databases
 from tests.processes import eventually
+from tests.relay import relayed
 
 pytestmark = pytest.mark.slow
 
@@ -33,14 +36,14 @@ KEY = "the join key"
 class Service:
     """A process of the service, and a client of it."""
 
-    def __init__(self, url: str, *arguments: str) -> None:
+    def __init__(self, url: str, *arguments: str, **environment: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "service", "--port", str(port), *arguments],
             cwd=EXAMPLES,
-            env={**os.environ, "MESH_STORAGE_URL": url},
+            env={**os.environ, "MESH_STORAGE_URL": url, **environment},
         )
         self.http = httpx.Client(base_url=self.url, timeout=10)
         assert eventually(self._answers, 30)
@@ -72,6 +75,19 @@ class Service:
     def link(self, source: str, target: str, latency_ms: float, *, up: bool = True) -> None:
         self.send("PUT", "/links", {"source": source, "target": target, "latency_ms": latency_ms, "up": up})
 
+    def routes(self, *pairs: tuple[str, str]) -> bool:
+        return self.sees(lambda mesh: all(f"{a}>{b}" in mesh["routes"] for a, b in pairs))
+
+    def message(self, name: str, source: str, target: str) -> None:
+        self.send("POST", "/messages", {"id": name, "from_node": source, "to_node": target, "text": "hello"}, 202)
+
+    def refuses(self) -> bool:
+        try:
+            httpx.get(f"{self.url}/live")
+        except httpx.TransportError:
+            return True
+        return False
+
     def end(self, signum: signal.Signals = signal.SIGTERM) -> int:
         self.http.close()
         self.process.send_signal(signum)
@@ -87,8 +103,8 @@ def start(mesh_storage_url: str, unmeasured: None) -> Iterator[Start]:
     del unmeasured
     started: list[Service] = []
 
-    def one(*arguments: str, url: str = mesh_storage_url) -> Service:
-        started.append(Service(url, *arguments))
+    def one(*arguments: str, url: str = mesh_storage_url, **environment: str) -> Service:
+        started.append(Service(url, *arguments, **environment))
         return started[-1]
 
     yield one
@@ -97,6 +113,44 @@ def start(mesh_storage_url: str, unmeasured: None) -> Iterator[Start]:
         if service.process.poll() is None:
             service.process.kill()
             service.process.wait()
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Callable[[str], str]:
+    """Return what shows a page to a browser, and returns it as it then is."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        assert not os.environ.get("CI"), "the page must be looked at: apt-get install chromium"
+        pytest.skip("there is no chromium to look at the page with")
+
+    def once(url: str) -> str:
+        profile = f"--user-data-dir={tmp_path / uuid.uuid4().hex}"
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", profile, "--virtual-time-budget=3000"]
+        done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout
+
+    def look(url: str) -> str:
+        # A browser without a window does not always wait for what a page fetches.
+        return next((page for page in (once(url) for _ in range(5)) if "data-name=" in page), "")
+
+    return look
+
+
+@contextmanager
+def no_arrivals(url: str) -> Iterator[None]:
+    """Keep the workers in the middle of their messages for a block."""
+    with psycopg.connect(url) as connection:
+        connection.execute("LOCK TABLE service_arrivals IN SHARE MODE")
+        yield
+
+
+def arrived(url: str) -> list[str]:
+    """Return the messages that arrived, in their order."""
+    with psycopg.connect(url) as connection:
+        return [name for (name,) in connection.execute("SELECT message_id FROM service_arrivals ORDER BY id")]
+
+
+NOTHING = {"due": 0, "leased": 0, "delayed": 0, "waiting": 0, "dead": 0, "oldest_due_s": None}
 
 
 def test_nodes_join_with_the_key_and_report(start: Start) -> None:
@@ -123,6 +177,101 @@ def test_messages_are_kept_once(start: Start, mesh_storage: MeshStorage) -> None
     with mesh_storage.begin(read_only=True) as uow:
         assert [kept.content.decode() for kept in uow.messages.stream()] == ["grüße"]
     assert service.overview()["messages"] == 1
+
+
+def test_messages_arrive_once_and_in_order_whoever_takes_and_carries_them(start: Start, mesh_storage_url: str) -> None:
+    services = start(), start()
+    service = services[0]
+    a, b, c = service.join("north", "a", "b", "c")
+    service.link(a, b, 1)
+    service.link(b, c, 1)
+    pairs = [(a, b), (b, a), (a, c), (c, b)]
+    assert service.routes(*pairs)
+
+    def send(number: int) -> list[str]:
+        names = [f"{number}-{turn:02}" for turn in range(20)]
+        for turn, name in enumerate(names):
+            for one in (services[turn % 2], services[1 - turn % 2]):  # each twice
+                one.message(name, *pairs[number])
+        return names
+
+    with ThreadPoolExecutor() as senders:
+        sent = list(senders.map(send, range(len(pairs))))
+    assert service.sees(lambda mesh: mesh["backlog"] == NOTHING)
+    there = arrived(mesh_storage_url)
+    assert [[name for name in there if name.startswith(f"{number}-")] for number in range(len(pairs))] == sent
+    seen = service.overview()
+    assert (seen["arrived"], seen["messages"], len(there)) == (80, 80, 80)
+    assert seen["arrivals"][0]["id"] == there[-1]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_ends_in_the_middle_of_messages_loses_and_doubles_none(
+    start: Start, mesh_storage_url: str, signum: signal.Signals
+) -> None:
+    first, second = start(), start()
+    nodes = second.join("north", "a", "b", "c")
+    second.link(nodes[0], nodes[1], 1)
+    second.link(nodes[1], nodes[2], 1)
+    pairs = [(a, b) for a in nodes for b in nodes if a != b]
+    assert second.routes(*pairs)
+    with no_arrivals(mesh_storage_url):
+        for number, (a, b) in enumerate(pairs):
+            second.message(f"m{number}", a, b)
+        in_hand = {**NOTHING, "leased": 4, "due": 2}
+        assert second.sees(lambda mesh: {**mesh["backlog"], "oldest_due_s": None} == in_hand), "two workers in each"
+        assert second.overview()["backlog"]["oldest_due_s"] > 0
+        first.http.close()
+        first.process.send_signal(signum)
+        if signum == signal.SIGKILL:
+            first.process.wait()
+        else:
+            assert eventually(first.refuses)
+            assert first.process.poll() is None, "it waits for the messages in hand"
+        assert second.overview()["backlog"]["leased"] == 4
+    assert first.process.wait(30) == -signum
+    assert second.sees(lambda mesh: mesh["backlog"] == NOTHING)
+    assert sorted(arrived(mesh_storage_url)) == [f"m{number}" for number in range(6)]
+
+
+def test_a_message_without_a_route_is_set_aside_and_driven_back(start: Start, mesh_storage_url: str) -> None:
+    service = start()
+    a, b, c = service.join("north", "a", "b", "c")
+    service.link(a, c, 1)
+    assert service.routes((a, c))
+    for name, target in [("m1", b), ("m2", b), ("m3", c)]:
+        service.message(name, a, target)
+    assert service.sees(lambda mesh: mesh["backlog"] == {**NOTHING, "waiting": 1, "dead": 1})
+    assert arrived(mesh_storage_url) == ["m3"]
+    answer = service.http.get("/messages/dead").json()
+    (dead,) = answer["dead"]
+    expected = {"id": "m1", "from": a, "to": b, "attempts": 4, "reason": "NoRouteError: no route leads there"}
+    assert {name: dead[name] for name in expected} == expected
+    assert answer["next"] is None
+    metrics = service.http.get("/metrics").text
+    assert re.search(r'mesh_storage_delivery_failures_total\{.*outcome="dead".*\} 1\.0', metrics), metrics
+    assert re.search(r"^mesh_storage_delivery_backlog\{.*\} \d", metrics, re.MULTILINE), metrics
+
+    service.link(a, b, 1)
+    assert service.routes((a, b))
+    assert service.send("POST", "/messages/redrive", ["m2"], 200) == 0, "it is not dead"
+    assert service.http.post("/messages/redrive").json() == 1
+    assert service.sees(lambda mesh: mesh["backlog"] == NOTHING)
+    assert arrived(mesh_storage_url) == ["m3", "m1", "m2"]
+
+
+def test_the_page_shows_what_is_on_its_way_and_what_is_dead(start: Start, look: Callable[[str], str]) -> None:
+    service = start()
+    a, b = service.join("north", "alpha", "beta")
+    service.message("m1", a, b)
+    service.message("m2", a, b)
+    assert service.sees(lambda mesh: mesh["backlog"]["dead"])
+    page = look(service.url)
+    shown = dict(re.findall(r"<dt>([^<]+)</dt><dd>([^<]+)</dd>", page))
+    assert shown == {"due": "0", "leased": "0", "delayed": "0", "waiting": "1", "dead": "1", "oldest due": "0.0 s"}
+    assert "alpha → beta" in page
+    assert "no route leads there" in page
+    assert re.search(r'<button id="redrive">', page), "it is not hidden"
 
 
 def test_the_best_routes_follow_the_links(start: Start) -> None:
@@ -181,17 +330,50 @@ def test_it_is_shut_down_in_good_order(start: Start, mesh_storage_url: str) -> N
         assert eventually(lambda: connection.execute(left).fetchone() == (0,))
 
 
-def test_without_its_database_it_lives_but_is_not_ready(start: Start, mesh_storage_databases: Databases) -> None:
-    with ExitStack() as stack:
-        service = start(url=stack.enter_context(mesh_storage_databases.fresh()))
+def test_the_best_routes_are_read_from_redis_if_there_is_one(start: Start, redis_url: str) -> None:
+    service = start(REDIS_URL=redis_url)
+    a, b = service.join("north", "a", "b")
+    service.link(a, b, 1)
+    assert service.routes((a, b))
+    assert service.http.get(f"/paths/{a}/{b}").json() == [a, b]
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.keys("mesh:*")
+    service.link(a, b, 1, up=False)
+    assert service.sees(lambda mesh: not mesh["routes"])
+    assert service.http.get(f"/paths/{a}/{b}").status_code == 404
+
+
+def test_an_outage_of_the_database_is_waited_out(start: Start, mesh_storage_url: str, tmp_path: Path) -> None:
+    with relayed(mesh_storage_url, tmp_path) as relay:
+        service = start(url=relay.url)
         assert service.http.get("/ready").json() == {"ready": True, "detail": None}
-        stack.close()
+        a, b = service.join("north", "a", "b")
+        relay.stop()
         answer = service.http.get("/ready")
         assert (answer.status_code, answer.json()["ready"]) == (503, False)
         assert service.http.get("/live").status_code == 200
         refused = service.http.get("/overview")
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        relay.start()
+        assert eventually(lambda: service.http.get("/ready").status_code == 200)
+        service.link(a, b, 1)
+        service.message("m1", a, b)
+        assert service.sees(lambda mesh: mesh["arrived"] == 1)
         assert service.end() == -signal.SIGTERM  # as uvicorn ends, once the application is shut down
+
+
+def test_it_ends_if_its_work_fails_for_good(
+    start: Start, mesh_storage_databases: Databases, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with mesh_storage_databases.fresh() as url:
+        service = start(url=url)
+        with psycopg.connect(url) as connection:
+            connection.execute("ALTER TABLE mesh_deliveries RENAME TO away")
+        assert service.process.wait(30) == 1, "so that it is started anew"
+    said = capfd.readouterr().err
+    assert "CRITICAL: service: work in the background failed for good\nTraceback" in said
+    assert "mesh_deliveries" in said
+    assert "Application shutdown complete" in said
 
 
 def test_its_metrics_are_those_of_the_library(start: Start) -> None:
@@ -219,36 +401,17 @@ def test_its_table_and_ours_are_migrated_side_by_side(start: Start, mesh_storage
         assert storage.health().ok
 
 
-def test_the_page_shows_the_mesh(start: Start, tmp_path: Path) -> None:
-    browser = shutil.which("chromium")
-    if browser is None:
-        assert not os.environ.get("CI"), "the page must be looked at: apt-get install chromium"
-        pytest.skip("there is no chromium to look at the page with")
+def test_the_page_shows_the_mesh(start: Start, look: Callable[[str], str]) -> None:
     service = start("--play")
     assert service.sees(lambda mesh: any("Seattle" in node["name"] for node in mesh["nodes"]))
     assert service.sees(lambda mesh: len(mesh["routes"]) == 110)
-    ids = {node["name"]: node["id"] for node in service.overview()["nodes"]}
-
-    def look(anchor: str) -> str:
-        command = [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path / uuid.uuid4().hex}",
-        ]
-        command += ["--virtual-time-budget=3000", "--dump-dom", f"{service.url}/#{anchor}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        return done.stdout
-
-    def names(page: str) -> set[str]:
-        return set(re.findall(r'data-name="([^"]+)"', page))
-
-    # A browser without a window does not always wait for what a page fetches.
-    page = next((page for page in (look("Denver") for _ in range(5)) if names(page)), "")
-    assert names(page) == set(ids)
+    names = {node["name"] for node in service.overview()["nodes"]}
+    page = look(f"{service.url}/#Denver")
+    assert set(re.findall(r'data-name="([^"]+)"', page)) == names
     assert "Best routes from Denver" in page
     assert len(re.findall(r'class="link[^"]*"', page)) == 14
     assert len(re.findall(r'class="link best"', page)) >= 9, "the best routes are a tree of all cities"
     assert service.overview()["leader"] in page
     assert re.search(r'class="node (up|silent) "', page)
+    assert service.sees(lambda mesh: mesh["backlog"]["dead"], 60), "a city is cut off for a while"
+    assert service.sees(lambda mesh: not mesh["backlog"]["dead"], 60), "and then what did not get there goes on"
