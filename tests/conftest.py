@@ -9,11 +9,16 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from mesh_storage import MeshStorage, UnitOfWork
+from tests import roles
 from tests.redis_server import RedisServer, redis_server
+
+if TYPE_CHECKING:  # imported as a plugin below, so that its assertions are rewritten
+    from mesh_storage.testing import Databases
 
 FROZEN_S = 6.0
 
@@ -46,6 +51,20 @@ def tmp_path() -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="mesh_storage-test-", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
+
+
+@pytest.fixture(scope="session")
+def service(mesh_storage_databases: Databases) -> Iterator[roles.Service]:
+    """Yield the role of a service."""
+    with roles.service_role(mesh_storage_databases) as role:
+        yield role
+
+
+@pytest.fixture
+def mesh_storage(mesh_storage_url: str, service: roles.Service) -> Iterator[MeshStorage]:
+    """Yield a storage opened on a new database."""
+    with MeshStorage.open(service.url(mesh_storage_url) if roles.AS_SERVICE else mesh_storage_url) as opened:
+        yield opened
 
 
 @pytest.fixture

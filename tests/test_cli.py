@@ -33,7 +33,7 @@ from tests.processes import changes_are_over, eventually
 
 SECRET = "hush-hush"  # noqa: S105 - what must not be printed
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("health", "schema", "upgrade", "maintain", "backup", "psql", "restore", "verify", "completion")
+COMMANDS = ("health", "schema", "upgrade", "roles", "maintain", "backup", "psql", "restore", "verify", "completion")
 NOWHERE = f"postgresql://somebody:{SECRET}@127.0.0.1:1/nowhere"
 
 

@@ -97,6 +97,10 @@ def parser(*, directories: object = None) -> argparse.ArgumentParser:
     add("health", "check that the database responds, accepts writes and has the current schema")
     add("schema", "show the current, head and pending schema revisions")
     add("upgrade", "upgrade the schema to the head revision")
+    granting = add("roles", "print what to grant to the roles of a service and of a reader, or grant it")
+    granting.add_argument("--service", metavar="NAME", help="a role that uses the repositories")
+    granting.add_argument("--reader", metavar="NAME", help="a role that reads, and takes backups")
+    granting.add_argument("--apply", action="store_true", help="grant it, all or nothing, as the owner of the tables")
     keeping = add("maintain", "remove what has expired and what is no longer kept, in steps that hold nobody up")
     keeping.add_argument("--every", type=_seconds, metavar="SECONDS", help="stay, and repeat it after so many seconds")
     keeping.add_argument(

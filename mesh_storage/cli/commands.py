@@ -31,6 +31,7 @@ from mesh_storage.errors import (
 from mesh_storage.health import Health
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.schema import roles
 from mesh_storage.settings import Settings, settings_of
 from mesh_storage.storage import MeshStorage
 
@@ -123,6 +124,13 @@ def _upgrade(_given: argparse.Namespace, server: Server) -> Answer:
     schema.upgrade_server(server)
     facts = {"before": before.revision, "current": schema.head()}
     return Exit.OK, facts, f"the schema is at {schema.head()} (it was at {before.revision or 'none'})"
+
+
+def _roles(given: argparse.Namespace, server: Server) -> Answer:
+    statements = roles.grants_on(server, service=given.service, reader=given.reader, apply=given.apply)
+    names = " and ".join(name for name in (given.service, given.reader) if name is not None)
+    words = f"granted to {names}" if given.apply else "".join(f"{each};\n" for each in statements).rstrip()
+    return Exit.OK, {"applied": given.apply, "statements": list(statements)}, words
 
 
 def _backup(given: argparse.Namespace, server: Server) -> Answer:
@@ -231,6 +239,7 @@ _ON_SERVER: dict[str, Callable[[argparse.Namespace, Server], Answer]] = {
     "health": _health,
     "schema": _schema,
     "upgrade": _upgrade,
+    "roles": _roles,
     "maintain": _maintain,
     "backup": _backup,
     "restore": _restore,

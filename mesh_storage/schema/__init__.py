@@ -12,6 +12,7 @@ from mesh_storage.schema.deploy import (
     upgrade,
     upgrade_server,
 )
+from mesh_storage.schema.roles import grants
 from mesh_storage.schema.tables import include_object
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "current",
     "ensure",
     "examine",
+    "grants",
     "head",
     "include_object",
     "revisions",

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from mesh_storage import Delivery, MeshStorage, Settings, UnitOfWork
 from mesh_storage.aio import AsyncLease, AsyncMeshStorage
 from mesh_storage.aio.unit_of_work import AsyncScope
+from tests import roles
 from tests.pgbouncer import pgbouncer
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop] | None] = {"asyncio": None, "uvloop": uvloop.new_event_loop}
@@ -111,12 +112,17 @@ def loop_in_a_thread(factory: Callable[[], asyncio.AbstractEventLoop] | None) ->
 
 
 @pytest.fixture(params=["sync", *LOOPS, "sync behind PgBouncer", "asyncio behind PgBouncer"])
-def open_storage(request: pytest.FixtureRequest, mesh_storage_url: str) -> Iterator[Open]:
-    """Yield what opens a storage: of the sync API, or of the async one behind the same names; both also by a pooler."""
+def open_storage(request: pytest.FixtureRequest, mesh_storage_url: str, service: roles.Service) -> Iterator[Open]:
+    """Yield what opens a storage: of the sync API, or of the async one behind the same names; both also by a pooler.
+
+    The sync API is used by the role of a service, which may do no more than it needs.
+    """
     api, _, pooled = request.param.partition(" behind ")
     with opener(api) as opens:
         if not pooled:
-            yield opens
+            as_service = api == "sync" or roles.AS_SERVICE
+            urls = {mesh_storage_url: service.url(mesh_storage_url)} if as_service else {}
+            yield lambda url, **settings: opens(urls.get(url, url), **settings)
             return
         with pgbouncer(mesh_storage_url, sessions=20) as pooled_url:
             urls = {mesh_storage_url: pooled_url}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -14,7 +15,17 @@ import pytest
 import sqlalchemy
 from alembic import command
 
-from mesh_storage import ConfigurationError, ConflictError, MeshStorage, Settings, backup, schema
+from mesh_storage import (
+    ConfigurationError,
+    ConflictError,
+    InvalidInputError,
+    MeshStorage,
+    MeshStorageError,
+    SchemaMismatchError,
+    Settings,
+    backup,
+    schema,
+)
 from mesh_storage.aio import AsyncMeshStorage
 from mesh_storage.cli import Exit, main
 from mesh_storage.postgres.server import open_server
@@ -31,8 +42,8 @@ from mesh_storage.testing import (
 )
 from tests.processes import ROOT
 
-BEFORE, AFTER = re.findall(
-    r"^```text\n((?:CREATE ROLE|REVOKE).*?)^```",
+BEFORE, PRINTED = re.findall(
+    r"^```text\n((?:CREATE ROLE|GRANT CONNECT).*?)^```",
     (ROOT / "docs" / "operations.md").read_text(),
     re.MULTILINE | re.DOTALL,
 )
@@ -81,6 +92,12 @@ def log_in(url: str, admin: object) -> As:
     return make
 
 
+def grant(log_in: As, *, apply: bool = True) -> tuple[str, ...]:
+    """Grant the service and the reader what they need, as the migrator, and return the statements."""
+    service, reader = (f"mesh_{role}_{os.getpid()}" for role in ("service", "reader"))
+    return schema.grants(log_in("migrator"), service=service, reader=reader, apply=apply)
+
+
 def use(url: str) -> None:
     """Do what a service does: add, change and delete in every repository."""
     with MeshStorage.open(url) as storage:
@@ -115,11 +132,9 @@ def use(url: str) -> None:
             uow.meshes.delete(mesh.id)
 
 
-def test_each_role_has_what_it_needs_and_keeps_it(
-    admin: psycopg.Connection[tuple[object, ...]], log_in: As, tmp_path: Path
-) -> None:
+def test_each_role_has_what_it_needs_and_keeps_it(log_in: As, tmp_path: Path) -> None:
     schema.upgrade(log_in("migrator"))
-    admin.execute(adapted(AFTER, admin.info.dbname))
+    grant(log_in)
     use(log_in("service"))
     backup.backup(open_server(Settings(url=log_in("reader"))), tmp_path / "first")
     command.downgrade(schema.alembic_config(open_server(Settings(url=log_in("migrator"))).connect), "0001")
@@ -129,11 +144,119 @@ def test_each_role_has_what_it_needs_and_keeps_it(
     assert "mesh_consensus_log_stale" in made.rows
 
 
+def test_the_document_shows_what_is_granted(admin: psycopg.Connection[tuple[object, ...]], log_in: As) -> None:
+    schema.upgrade(log_in("migrator"))
+    printed = adapted(PRINTED, admin.info.dbname).decode()
+    assert "".join(f"{each};\n" for each in grant(log_in, apply=False)) == printed
+    with pytest.raises(ConfigurationError, match="permission denied"):
+        use(log_in("service"))
+
+
+def test_what_a_service_has_by_default_on_a_new_table_is_taken_the_next_time(
+    admin: psycopg.Connection[tuple[object, ...]], log_in: As
+) -> None:
+    schema.upgrade(log_in("migrator"))
+    grant(log_in)
+    command.downgrade(schema.alembic_config(open_server(Settings(url=log_in("migrator"))).connect), "base")
+    schema.upgrade(log_in("migrator"))
+    use(log_in("service"))
+    may = "SELECT has_table_privilege(%s, 'mesh_consensus_log_stale', 'SELECT')"
+    service = f"mesh_service_{os.getpid()}"
+    assert admin.execute(may, [service]).fetchone() == (True,)
+    grant(log_in)
+    use(log_in("service"))
+    assert admin.execute(may, [service]).fetchone() == (False,)
+
+
+def test_what_is_not_for_the_migrator_to_grant_is_told(
+    admin: psycopg.Connection[tuple[object, ...]], log_in: As
+) -> None:
+    service = f"mesh_service_{os.getpid()}"
+    schema.upgrade(log_in("migrator"))
+    admin.execute(f"REVOKE USAGE ON SCHEMA public FROM PUBLIC, {service}".encode())
+    with pytest.raises(ConfigurationError, match=f"{service} would still lack USAGE ON the schema"):
+        grant(log_in)
+    may = "SELECT has_table_privilege(%s, 'nodes', 'SELECT')"
+    assert admin.execute(may, [service]).fetchone() == (False,)
+    admin.execute(f"GRANT USAGE ON SCHEMA public TO {service}".encode())
+    grant(log_in)
+    use(log_in("service"))
+
+
+def test_roles_that_cannot_be_granted_anything_are_refused(url: str) -> None:
+    with pytest.raises(SchemaMismatchError):
+        schema.grants(url, service="anybody")
+    schema.upgrade(url)
+    for name in ("", "public", "none", "x" * 64, "a\0", 5):
+        with pytest.raises(InvalidInputError, match="service must be"):
+            schema.grants(url, service=name)  # type: ignore[arg-type] # it is checked
+    for names in ({}, {"service": "a", "reader": "a"}):
+        with pytest.raises(InvalidInputError):
+            schema.grants(url, **names)
+    with pytest.raises(ConfigurationError, match="there is no role No Body"):
+        schema.grants(url, reader="No Body", apply=True)
+    assert "GRANT CONNECT ON DATABASE" in schema.grants(url, reader='a"; DROP TABLE nodes; --')[0]
+    assert schema.grants(url, reader='a"b')[0].endswith('TO "a""b"')
+
+
+def test_the_command(
+    admin: psycopg.Connection[tuple[object, ...]],
+    log_in: As,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MESH_STORAGE_URL", log_in("migrator"))
+    schema.upgrade()
+    names = ["--service", f"mesh_service_{os.getpid()}", "--reader", f"mesh_reader_{os.getpid()}"]
+    assert main(["roles", *names]) == Exit.OK
+    assert capsys.readouterr().out == adapted(PRINTED, admin.info.dbname).decode()
+    assert main(["roles", *names, "--apply"]) == Exit.OK
+    assert capsys.readouterr().out == f"granted to {names[1]} and {names[3]}\n"
+    use(log_in("service"))
+    assert main(["roles", "--json", *names]) == Exit.OK
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["applied"], tuple(answer["statements"])) == (False, grant(log_in, apply=False))
+    assert main(["roles"]) == Exit.FAILED
+
+
+def test_policies_of_row_level_security_stay_and_are_obeyed(
+    admin: psycopg.Connection[tuple[object, ...]], log_in: As, tmp_path: Path
+) -> None:
+    service, reader = (f"mesh_{role}_{os.getpid()}" for role in ("service", "reader"))
+    schema.upgrade(log_in("migrator"))
+    admin.execute("ALTER TABLE mesh_messages ENABLE ROW LEVEL SECURITY")
+    admin.execute(f"CREATE POLICY own ON mesh_messages TO {service} USING (to_node = 'own')".encode())
+    policies = "SELECT polname, polroles, pg_get_expr(polqual, polrelid) FROM pg_policy"
+    before = admin.execute(policies).fetchall()
+    grant(log_in)
+    with MeshStorage.open(log_in("service")) as storage:
+        with storage.begin() as uow:
+            uow.messages.send(MessageFactory.build(id="seen", to_node="own"))
+            assert [delivery.message.id for delivery in uow.messages.claim("own")] == ["seen"]
+        admin.execute(
+            "INSERT INTO mesh_messages (id, from_node, to_node, content, timestamp) VALUES ('hidden', 'a', 'b', '', 1)"
+        )
+        with storage.begin() as uow:
+            assert [message.id for message in uow.messages.stream()] == ["seen"]
+            assert uow.messages.find("hidden") is None
+        with pytest.raises(ConfigurationError, match="row-level security"), storage.begin() as uow:
+            uow.messages.store(MessageFactory.build(to_node="b"))
+    with pytest.raises(MeshStorageError) as refused:
+        backup.backup(open_server(Settings(url=log_in("reader"))), tmp_path / "refused")
+    assert "row-level security" in str(refused.value)
+    admin.execute(f"ALTER ROLE {reader} BYPASSRLS".encode())
+    made = backup.backup(open_server(Settings(url=log_in("reader"))), tmp_path / "whole")
+    assert made.rows["mesh_messages"] == 2
+    command.downgrade(schema.alembic_config(open_server(Settings(url=log_in("migrator"))).connect), "0006")
+    schema.upgrade(log_in("migrator"))
+    assert admin.execute(policies).fetchall() == before
+
+
 def test_health_tells_which_privileges_a_role_lacks(
     admin: psycopg.Connection[tuple[object, ...]], log_in: As, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schema.upgrade(log_in("migrator"))
-    admin.execute(adapted(AFTER, admin.info.dbname))
+    grant(log_in)
     service = f"mesh_service_{os.getpid()}"
     with MeshStorage.open(log_in("service")) as storage, MeshStorage.open(log_in("reader")) as reader:
         assert (storage.health().ok, storage.health().missing_privileges) == (True, ())
@@ -164,6 +287,7 @@ def test_health_tells_that_a_downgrade_has_dropped_the_grants(
     """Those that ALTER DEFAULT PRIVILEGES does not restore."""
     migrator = f"mesh_migrator_{os.getpid()}"
     schema.upgrade(log_in("migrator"))
+    grant(log_in)
     tables = f"DEFAULT PRIVILEGES FOR ROLE {migrator} IN SCHEMA public REVOKE ALL ON TABLES FROM"
     admin.execute(f"ALTER {tables} mesh_service_{os.getpid()}".encode())
     with MeshStorage.open(log_in("service")) as storage:
@@ -174,9 +298,10 @@ def test_health_tells_that_a_downgrade_has_dropped_the_grants(
     assert (health.ok, len(health.missing_privileges), health.error) == (False, 11, None)
 
 
-def test_no_role_has_more(admin: psycopg.Connection[tuple[object, ...]], log_in: As) -> None:
-    schema.upgrade(log_in("migrator"), "0006")
-    admin.execute(adapted(AFTER, admin.info.dbname))
+def test_no_role_has_more(log_in: As) -> None:
+    schema.upgrade(log_in("migrator"))
+    grant(log_in)
+    command.downgrade(schema.alembic_config(open_server(Settings(url=log_in("migrator"))).connect), "0006")
     for role in ("service", "reader"):
         with pytest.raises(ConflictError, match="may not alter it"):
             schema.upgrade(log_in(role))
