@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -263,3 +265,60 @@ def test_a_floor_holds_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(made._known) <= 1000
     made.forget("4999")
     assert made.of("4999") == BEGINNING
+
+
+def in_between(storage: MeshStorage, monkeypatch: pytest.MonkeyPatch, number: int, work: Callable[[], object]) -> None:
+    """Have another unit of work do something between two statements of the next one."""
+    from mesh_storage.postgres.connection import UnitOfWorkConnection
+
+    run, calls = UnitOfWorkConnection._run, itertools.count(1)
+
+    def run_between(connection: Any, *args: Any) -> Any:
+        if next(calls) == number:
+            monkeypatch.undo()
+            work()
+        return run(connection, *args)
+
+    monkeypatch.setattr(UnitOfWorkConnection, "_run", run_between)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("meanwhile", ["deleted", "queued"])
+def test_a_stored_message_that_changes_while_it_is_sent_is_sent_once(
+    storage: MeshStorage, monkeypatch: pytest.MonkeyPatch, meanwhile: str, many: bool
+) -> None:
+    given = message(1)
+    with storage.begin() as uow:
+        uow.messages.store(given)
+
+    def work() -> None:
+        with storage.begin() as other:
+            assert other.messages.delete_many(["m-1"]) if meanwhile == "deleted" else other.messages.enqueue(since=0)
+
+    in_between(storage, monkeypatch, 3, work)
+    with storage.begin() as uow:
+        if many:
+            assert uow.messages.send_many([given]) == (1 if meanwhile == "deleted" else 0)
+        else:
+            uow.messages.send(given)
+    assert take(storage, 10) == ["m-1"]
+
+
+def test_an_acknowledgement_of_several_receivers_and_a_message_to_them_do_not_deadlock(storage: MeshStorage) -> None:
+    with storage.begin() as uow:
+        uow.messages.send(message(1), key="k", receivers=["b", "c"])
+    with storage.begin() as uow:
+        deliveries = [*uow.messages.claim("c"), *uow.messages.claim("b")]
+
+    def acknowledge() -> None:
+        with storage.begin() as uow:
+            uow.messages.ack(deliveries)
+
+    with ThreadPoolExecutor(1) as threads:
+        with storage.begin() as uow:
+            uow.messages.send(message(2), key="k", receivers=["b"])
+            acknowledging = threads.submit(acknowledge)
+            assert eventually(lambda: waiting(storage) == 1)
+            uow.messages.send(message(3), key="k", receivers=["c"])
+        acknowledging.result(30)
+    assert take(storage, 10) == ["m-2"]

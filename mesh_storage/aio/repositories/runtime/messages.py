@@ -162,11 +162,18 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
             return 0
         places = {key: place for place, key in reversed(list(enumerate(given["id"])))}
         parameters = {"position": [places[key] for key in columns["id"]], "delay": check_delay(delay)}
-        queued = int(await self._fetch_value(queueing.SEND_MANY, **columns, **parameters))
-        if queued < len(columns["id"]):
-            await self._check_same(columns)
-            queued += int(await self._fetch_value(queueing.QUEUE_MANY, id=columns["id"], **parameters))
-        return queued
+        queued = 0
+        for _ in range(3):  # what is there may be deleted before it is queued
+            queued += int(await self._fetch_value(queueing.SEND_MANY, **columns, **parameters))
+            if queued == len(columns["id"]):
+                return queued
+            found = await self._check_same(columns)
+            left = sum(not row[_QUEUED] for row in found)
+            again = int(await self._fetch_value(queueing.QUEUE_MANY, id=columns["id"], **parameters)) if left else 0
+            queued += again
+            if len(found) == len(columns["id"]) and again == left:
+                return queued
+        raise ConflictError("some of the messages are being stored and deleted concurrently", retryable=True)
 
     async def enqueue(self, *, since: int, limit: int = 10_000) -> int:
         """Queue up to `limit` stored messages that never were, each for its `to_node`, and return their number.
@@ -263,17 +270,22 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
                     raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
                 row = (found.timestamp, found.created_at)
                 if store_again is not None and not there[_QUEUED]:
-                    await self._connection.fetch_one(store_again, {"id": message.id, **parameters})
+                    again = await self._connection.fetch_one(store_again, {"id": message.id, **parameters})
+                    if again is None:  # queued or deleted meanwhile
+                        continue
             given.update(timestamp=row[0], created_at=row[1])
             mark_written(message, self._connection.writes)
             return
         raise ConflictError(f"message {message.id!r} is being stored and deleted concurrently", retryable=True)
 
-    async def _check_same(self, columns: dict[str, list[Any]]) -> None:
+    async def _check_same(self, columns: dict[str, list[Any]]) -> list[Row]:
+        """Return the rows that are there, after a check that each is the same as the message given."""
         by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
-        for found in await self._fetch_all(_SELECT_MANY, ids=list(by_id)):
+        rows = await self._connection.fetch_all(_SELECT_MANY, {"ids": list(by_id)})
+        for found in _MESSAGES.load.many(rows):
             if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
                 raise self._connection.fail(AlreadyExistsError(f"a different message with id {found.id!r} exists"))
+        return rows
 
     async def _delete(self, statement: Statement, ids: list[str]) -> int:
         row = await self._connection.fetch_one(statement, {"id": ids})
