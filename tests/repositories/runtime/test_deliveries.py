@@ -322,3 +322,25 @@ def test_an_acknowledgement_of_several_receivers_and_a_message_to_them_do_not_de
             uow.messages.send(message(3), key="k", receivers=["c"])
         acknowledging.result(30)
     assert take(storage, 10) == ["m-2"]
+
+
+@pytest.mark.parametrize("how", ["ack", "delete"])
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_in_an_old_snapshot_no_lane_is_taken_for_empty(storage: MeshStorage, isolation: Any, how: str) -> None:
+    """Those sent since would wait for ever."""
+    send(storage, 1, key="k")
+    with storage.begin() as uow:
+        deliveries = uow.messages.claim("b")
+    attempts = []
+
+    def settle(uow: UnitOfWork) -> None:
+        attempts.append(uow.messages.count())
+        if len(attempts) == 1:
+            send(storage, 2, key="k")
+        uow.messages.ack(deliveries) if how == "ack" else uow.messages.delete("m-1")
+
+    storage.run(settle, isolation=isolation)
+    assert attempts == [1, 2]
+    assert take(storage, 10) == ["m-2"]
+    send(storage, 3, key="k")
+    assert take(storage, 10) == ["m-3"]
