@@ -134,7 +134,8 @@ ENQUEUE = statement(
 
 
 def _delete(condition: str) -> Statement:
-    # The lanes are locked before, as by an acknowledgement.
+    # The lanes are locked before, as by an acknowledgement. A message that was queued since the snapshot, and whose
+    # deliveries are not seen therefore, is found to be so once its row is locked.
     return statement(
         f"""
         WITH lanes AS MATERIALIZED (
@@ -142,7 +143,11 @@ def _delete(condition: str) -> Statement:
             JOIN mesh_deliveries AS d ON d.receiver = lane.receiver AND d.key = lane.key
             WHERE d.message_id = ANY(:id) ORDER BY lane.receiver, lane.key FOR UPDATE OF lane
         ),
-        deleted AS (DELETE FROM mesh_messages AS m WHERE m.id = ANY(:id) AND {condition} RETURNING m.id),
+        old AS MATERIALIZED (SELECT id, queued FROM mesh_messages WHERE id = ANY(:id)),
+        deleted AS (
+            DELETE FROM mesh_messages AS m USING old
+            WHERE m.id = old.id AND m.queued = old.queued AND {condition} RETURNING m.id
+        ),
         cancelled AS (
             DELETE FROM mesh_deliveries AS d USING deleted
             WHERE (SELECT count(*) FROM lanes) >= 0 AND d.message_id = deleted.id
@@ -155,10 +160,18 @@ def _delete(condition: str) -> Statement:
     )
 
 
-# OFFSET 0 keeps the server from reading all deliveries instead of those of each message; likewise below.
+# OFFSET 0 keeps the server from reading all deliveries instead of those of each message; likewise below. A dead one
+# that was driven back since the snapshot is not dead any more once its row is locked.
 DELETE = _delete("true")
 DELETE_SETTLED = _delete(
-    "NOT EXISTS (SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id AND d.state <> 'dead' OFFSET 0)"
+    """
+    NOT EXISTS (
+        SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id AND NOT EXISTS (
+            SELECT FROM mesh_deliveries AS dead
+            WHERE dead.message_id = d.message_id AND dead.receiver = d.receiver AND dead.state = 'dead' FOR UPDATE
+        ) OFFSET 0
+    )
+    """
 )
 
 

@@ -192,7 +192,9 @@ class MessageRepository(DeliveryRepository):
         Raises:
             NotFoundError: There is none.
         """
-        if not self._delete(queueing.DELETE, [self._aggregate.check_key(key)]):
+        checked = [self._aggregate.check_key(key)]
+        # One that is queued meanwhile is not deleted at first, since its deliveries are not seen.
+        if not self._delete(queueing.DELETE, checked) and not self._delete(queueing.DELETE, checked):
             raise NotFoundError(self._aggregate.name, key)
 
     def delete_many(self, ids: Iterable[str]) -> int:

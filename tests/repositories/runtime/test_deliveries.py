@@ -344,3 +344,46 @@ def test_in_an_old_snapshot_no_lane_is_taken_for_empty(storage: MeshStorage, iso
     assert take(storage, 10) == ["m-2"]
     send(storage, 3, key="k")
     assert take(storage, 10) == ["m-3"]
+
+
+def beside(storage: MeshStorage, first: Callable[[UnitOfWork], object], second: Callable[[UnitOfWork], Any]) -> Any:
+    """Return what a unit of work gets that has to wait for another one."""
+
+    def work() -> Any:
+        with storage.begin() as uow:
+            return second(uow)
+
+    with ThreadPoolExecutor(1) as threads:
+        with storage.begin() as uow:
+            first(uow)
+            working = threads.submit(work)
+            assert eventually(lambda: waiting(storage) == 1)
+        return working.result(30)
+
+
+def test_a_message_that_is_queued_while_it_is_deleted_stays_or_takes_its_delivery_along(storage: MeshStorage) -> None:
+    given = [message(1), message(2)]
+    with storage.begin() as uow:
+        uow.messages.store_many(given)
+
+    def send_first(uow: UnitOfWork) -> None:
+        uow.messages.send(given[0], key="k")
+
+    assert beside(storage, send_first, lambda uow: uow.messages.delete_many(["m-1"])) == 0
+    assert beside(storage, lambda uow: uow.messages.enqueue(since=0), lambda uow: uow.messages.delete("m-2")) is None
+    with storage.begin(read_only=True) as uow:
+        assert (uow.messages.count(), uow.messages.backlog().due) == (1, 1)
+    assert take(storage, 10) == ["m-1"]
+
+
+def test_a_dead_one_that_is_driven_back_while_it_is_deleted_stays(storage: MeshStorage) -> None:
+    send(storage, 1, 2)
+    with storage.begin() as uow:
+        uow.messages.bury(uow.messages.claim("b", limit=2), "reason")
+    drive_back = ["m-1"]
+    ids = ["m-1", "m-2"]
+    deleted = beside(
+        storage, lambda uow: uow.messages.redrive("b", drive_back), lambda uow: uow.messages.delete_many(ids)
+    )
+    assert deleted == 1
+    assert take(storage, 10) == ["m-1"]

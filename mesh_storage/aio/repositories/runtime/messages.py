@@ -190,7 +190,9 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         Raises:
             NotFoundError: There is none.
         """
-        if not await self._delete(queueing.DELETE, [self._aggregate.check_key(key)]):
+        checked = [self._aggregate.check_key(key)]
+        # One that is queued meanwhile is not deleted at first, since its deliveries are not seen.
+        if not await self._delete(queueing.DELETE, checked) and not await self._delete(queueing.DELETE, checked):
             raise NotFoundError(self._aggregate.name, key)
 
     async def delete_many(self, ids: Iterable[str]) -> int:
