@@ -23,6 +23,13 @@ _NEW = f"""
 """  # noqa: S608 - our own names
 # Of two that queue the same message at once, one waits for the other here and then finds it queued.
 _STORED = "UPDATE mesh_messages SET queued = true WHERE id = :id AND NOT queued RETURNING id, timestamp, created_at"
+# Another service may have deleted an earlier message with this id, and nobody has noticed yet: its delivery becomes that
+# of the new one, in its old place.
+_INSTEAD = """
+    ON CONFLICT (message_id, receiver) DO UPDATE SET
+        state = CASE WHEN d.state = 'waiting' THEN d.state ELSE 'queued' END, attempts = 0,
+        available_at = excluded.available_at, reason = NULL, dead_at = NULL
+"""
 
 
 def _send(stored: str) -> Statement:
@@ -30,9 +37,9 @@ def _send(stored: str) -> Statement:
         f"""
         WITH stored AS ({stored}),
         queued AS (
-            INSERT INTO mesh_deliveries (message_id, receiver, available_at)
+            INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
             SELECT stored.id, input.receiver, {MOMENT} + :delay
-            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver)
+            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver) {_INSTEAD}
         )
         SELECT timestamp, created_at FROM stored
         """,  # noqa: S608 - our own names
@@ -56,12 +63,12 @@ def _send_keyed(stored: str) -> Statement:
             ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key RETURNING receiver, xmax = 0 AS is_new
         ),
         queued AS (
-            INSERT INTO mesh_deliveries (message_id, receiver, key, state, available_at)
+            INSERT INTO mesh_deliveries AS d (message_id, receiver, key, state, available_at)
             SELECT stored.id, lanes.receiver, CAST(:key AS text),
                 CASE WHEN lanes.is_new THEN 'queued' ELSE 'waiting' END, {MOMENT} + :delay
-            FROM stored CROSS JOIN lanes
+            FROM stored CROSS JOIN lanes {_INSTEAD} RETURNING d.key
         )
-        SELECT timestamp, created_at FROM stored
+        SELECT timestamp, created_at, (SELECT bool_or(key IS DISTINCT FROM CAST(:key AS text)) FROM queued) FROM stored
         """,  # noqa: S608 - our own names
         receivers=TEXTS,
         delay=Interval,
@@ -82,10 +89,10 @@ SEND_MANY = statement(
         ON CONFLICT DO NOTHING RETURNING id, to_node
     ),
     queued AS (
-        INSERT INTO mesh_deliveries (message_id, receiver, available_at)
+        INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
         SELECT stored.id, stored.to_node, {MOMENT} + :delay
         FROM stored JOIN unnest(:id, :position) AS input (id, position) ON input.id = stored.id
-        ORDER BY input.position
+        ORDER BY input.position {_INSTEAD}
     )
     SELECT count(*) FROM stored
     """,  # noqa: S608 - our own names
@@ -103,10 +110,10 @@ QUEUE_MANY = statement(
         UPDATE mesh_messages SET queued = true WHERE id = ANY(:id) AND NOT queued RETURNING id, to_node
     ),
     queued AS (
-        INSERT INTO mesh_deliveries (message_id, receiver, available_at)
+        INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
         SELECT stored.id, stored.to_node, {MOMENT} + :delay
         FROM stored JOIN unnest(:id, :position) AS input (id, position) ON input.id = stored.id
-        ORDER BY input.position
+        ORDER BY input.position {_INSTEAD}
     )
     SELECT count(*) FROM stored
     """,  # noqa: S608 - our own names
@@ -125,8 +132,8 @@ ENQUEUE = statement(
         RETURNING id, to_node, timestamp
     ),
     queued AS (
-        INSERT INTO mesh_deliveries (message_id, receiver, available_at)
-        SELECT id, to_node, {MOMENT} FROM stored ORDER BY timestamp, id
+        INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
+        SELECT id, to_node, {MOMENT} FROM stored ORDER BY timestamp, id {_INSTEAD}
     )
     SELECT count(*) FROM stored
     """  # noqa: S608 - our own names

@@ -136,6 +136,8 @@ class MessageRepository(DeliveryRepository):
 
         Raises:
             AlreadyExistsError: A different message has this id.
+            ConflictError: An earlier message with this id was deleted beside this library, and its delivery, which
+                nobody has claimed since, has another key. The unit of work can only be rolled back.
             InvalidInputError: A value is invalid; names the field.
         """
         (given,) = _MESSAGES.attributes("message", [message])
@@ -272,11 +274,19 @@ class MessageRepository(DeliveryRepository):
                 found = _MESSAGES.load.of_values(there)
                 if not _same(found, values):
                     raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
-                row = (found.timestamp, found.created_at)
-                if store_again is not None and not there[_QUEUED]:
-                    again = self._connection.fetch_one(store_again, {"id": message.id, **parameters})
-                    if again is None:  # queued or deleted meanwhile
+                if store_again is None or there[_QUEUED]:
+                    row = (found.timestamp, found.created_at)
+                else:
+                    row = self._connection.fetch_one(store_again, {"id": message.id, **parameters})
+                    if row is None:  # queued or deleted meanwhile
                         continue
+            if len(row) > 2 and row[2]:
+                raise self._connection.fail(
+                    ConflictError(
+                        f"the delivery of an earlier message {message.id!r}, which was deleted beside this library, has "
+                        "another key"
+                    )
+                )
             given.update(timestamp=row[0], created_at=row[1])
             mark_written(message, self._connection.writes)
             return

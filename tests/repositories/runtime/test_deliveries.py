@@ -14,7 +14,15 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from mesh_storage import AlreadyExistsError, Delivery, InvalidInputError, MeshStorage, Message, UnitOfWork
+from mesh_storage import (
+    AlreadyExistsError,
+    ConflictError,
+    Delivery,
+    InvalidInputError,
+    MeshStorage,
+    Message,
+    UnitOfWork,
+)
 from mesh_storage.postgres import floors
 from mesh_storage.postgres.floors import BEGINNING, Floors
 from tests.processes import eventually
@@ -387,3 +395,71 @@ def test_a_dead_one_that_is_driven_back_while_it_is_deleted_stays(storage: MeshS
     )
     assert deleted == 1
     assert take(storage, 10) == ["m-1"]
+
+
+STATES = {"queued": [], "leased": [], "dead": [], "waiting": [message(0)]}
+KEYED = [(state, key) for state in STATES for key in (None, "k") if key or state != "waiting"]
+
+
+@pytest.mark.parametrize("how", ["send", "send_many", "enqueue"])
+@pytest.mark.parametrize(("state", "key"), KEYED)
+def test_the_delivery_of_a_message_that_another_service_deleted_becomes_that_of_a_new_one(
+    storage: MeshStorage, mesh_storage_url: str, key: str | None, state: str, how: str
+) -> None:
+    with storage.begin() as uow:
+        for each in [*STATES[state], message(1)]:
+            uow.messages.send(each, key=key)
+        if state in ("leased", "dead"):
+            claimed = uow.messages.claim("b")
+        if state == "dead":
+            uow.messages.bury(claimed, "reason")
+    with psycopg.connect(mesh_storage_url, autocommit=True) as other:
+        other.execute("DELETE FROM mesh_messages WHERE id = 'm-1'")
+    new = Message(id="m-1", from_node="a", to_node="b", content=b"new")
+    with storage.begin() as uow:
+        if how == "send":
+            uow.messages.send(new, key=key)
+        elif how == "send_many":
+            assert uow.messages.send_many([new]) == 1
+        else:
+            uow.messages.store(new)
+            assert uow.messages.enqueue(since=0) == 1
+    if state == "leased":
+        with pytest.raises(ConflictError), storage.begin() as uow:
+            uow.messages.ack(claimed)
+    if state == "waiting":
+        assert take(storage, 10) == ["m-0"]
+    with storage.begin() as uow:
+        (delivery,) = uow.messages.claim("b", limit=10)
+        uow.messages.ack([delivery])
+    assert (delivery.message.content, delivery.attempts, delivery.key) == (b"new", 1, key)
+    send(storage, 2, key="k")  # whose lane is as it was
+    assert take(storage, 10) == ["m-2"]
+
+
+@pytest.mark.parametrize("former", [None, "another"])
+def test_such_a_delivery_under_another_key_is_a_conflict(
+    storage: MeshStorage, mesh_storage_url: str, former: str | None
+) -> None:
+    send(storage, 1, key=former)
+    with psycopg.connect(mesh_storage_url, autocommit=True) as other:
+        other.execute("DELETE FROM mesh_messages")
+    with pytest.raises(ConflictError, match="m-1"):
+        send(storage, 1, key="k")
+    assert take(storage) == []  # it is removed
+    send(storage, 1, key="k")
+    send(storage, 2, key="k")
+    assert (take(storage), take(storage)) == (["m-1"], ["m-2"])
+
+
+def test_a_dead_one_whose_message_another_service_deleted_goes_when_it_is_driven_back(
+    storage: MeshStorage, mesh_storage_url: str
+) -> None:
+    send(storage, 1, 2, key="k")
+    with storage.begin() as uow:
+        uow.messages.bury(uow.messages.claim("b"), "reason")
+    with psycopg.connect(mesh_storage_url, autocommit=True) as other:
+        other.execute("DELETE FROM mesh_messages WHERE id = 'm-1'")
+    with storage.begin() as uow:
+        assert uow.messages.redrive("b") == 1
+    assert take(storage) == ["m-2"]
