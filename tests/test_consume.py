@@ -263,7 +263,7 @@ def test_a_coroutine_function_is_refused(storage: MeshStorage) -> None:
         storage.consume("b", handle)
 
 
-class Speechless(Exception):
+class SpeechlessError(Exception):
     """An error without a text."""
 
     def __str__(self) -> str:
@@ -273,7 +273,7 @@ class Speechless(Exception):
 def test_an_error_without_a_text_stops_nothing(storage: MeshStorage) -> None:
     def handle(_: UnitOfWork, delivery: Delivery) -> None:
         if delivery.message.id == "m-1":
-            raise Speechless
+            raise SpeechlessError
 
     send(storage, 1, 2)
     stop = threading.Event()
@@ -283,7 +283,7 @@ def test_an_error_without_a_text_stops_nothing(storage: MeshStorage) -> None:
         stop.set()
         working.result(30)
     with storage.begin(read_only=True) as uow:
-        assert [each.reason for each in uow.messages.dead("b").items] == ["Speechless: no text"]
+        assert [each.reason for each in uow.messages.dead("b").items] == ["SpeechlessError: no text"]
 
 
 def test_a_conflict_of_the_effects_is_no_lost_lease(storage: MeshStorage, caplog: pytest.LogCaptureFixture) -> None:

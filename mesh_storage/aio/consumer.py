@@ -120,7 +120,9 @@ class AsyncConsumer:
             async with self._unit_of_work(_HANDLING) as uow:
                 await apart(self._handle, uow, delivery)
                 await uow.messages.ack([delivery])
-        except ConflictError as error:  # of the handler's effects, or since the lease was lost: then it is not given back
+        except (
+            ConflictError
+        ) as error:  # of the handler's effects, or since the lease was lost: then it is not given back
             if await self._give_back(delivery, error):
                 self._log(delivery, error)
             else:

@@ -23,8 +23,9 @@ _NEW = f"""
 """  # noqa: S608 - our own names
 # Of two that queue the same message at once, one waits for the other here and then finds it queued.
 _STORED = "UPDATE mesh_messages SET queued = true WHERE id = :id AND NOT queued RETURNING id, timestamp, created_at"
-# Another service may have deleted an earlier message with this id, and nobody has noticed yet: its delivery becomes that
-# of the new one, in its old place.
+
+# Another service may have deleted an earlier message with this id, and nobody has noticed yet: then its delivery
+# becomes that of the new one, in its old place.
 _INSTEAD = """
     ON CONFLICT (message_id, receiver) DO UPDATE SET
         state = CASE WHEN d.state = 'waiting' THEN d.state ELSE 'queued' END, attempts = 0,

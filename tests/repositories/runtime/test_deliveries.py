@@ -275,7 +275,7 @@ def test_a_floor_holds_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> Non
     assert made.of("4999") == BEGINNING
 
 
-def in_between(storage: MeshStorage, monkeypatch: pytest.MonkeyPatch, number: int, work: Callable[[], object]) -> None:
+def in_between(monkeypatch: pytest.MonkeyPatch, number: int, work: Callable[[], object]) -> None:
     """Have another unit of work do something between two statements of the next one."""
     from mesh_storage.postgres.connection import UnitOfWorkConnection
 
@@ -303,7 +303,7 @@ def test_a_stored_message_that_changes_while_it_is_sent_is_sent_once(
         with storage.begin() as other:
             assert other.messages.delete_many(["m-1"]) if meanwhile == "deleted" else other.messages.enqueue(since=0)
 
-    in_between(storage, monkeypatch, 3, work)
+    in_between(monkeypatch, 3, work)
     with storage.begin() as uow:
         if many:
             assert uow.messages.send_many([given]) == (1 if meanwhile == "deleted" else 0)

@@ -278,14 +278,15 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
                     row = await self._connection.fetch_one(store_again, {"id": message.id, **parameters})
                     if row is None:  # queued or deleted meanwhile
                         continue
-            if len(row) > 2 and row[2]:
+            timestamp, created_at, *under_another_key = row
+            if any(under_another_key):
                 raise self._connection.fail(
                     ConflictError(
-                        f"the delivery of an earlier message {message.id!r}, which was deleted beside this library, has "
-                        "another key"
+                        f"an earlier message with id {message.id!r} was deleted beside this library, and its delivery "
+                        "has another key"
                     )
                 )
-            given.update(timestamp=row[0], created_at=row[1])
+            given.update(timestamp=timestamp, created_at=created_at)
             mark_written(message, self._connection.writes)
             return
         raise ConflictError(f"message {message.id!r} is being stored and deleted concurrently", retryable=True)
