@@ -259,7 +259,7 @@ def backlog(row: Row) -> Backlog:
 
 
 def by_receiver(deliveries: Iterable[Delivery]) -> dict[str, list[Delivery]]:
-    """Group deliveries by receiver, each in the order in which rows are locked, without repetitions.
+    """Group deliveries by receiver, all in the order in which rows are locked, without repetitions.
 
     Raises:
         InvalidInputError: They are not deliveries.
@@ -269,7 +269,7 @@ def by_receiver(deliveries: Iterable[Delivery]) -> dict[str, list[Delivery]]:
         if not isinstance(each, Delivery):
             raise InvalidInputError(f"a Delivery is required, not {type(each).__name__}", field="deliveries")
         found.setdefault(each.receiver, {})[each.message.id, each.token] = each
-    return {receiver: [group[key] for key in sorted(group)] for receiver, group in found.items()}
+    return {receiver: [group[key] for key in sorted(group)] for receiver, group in sorted(found.items())}
 
 
 def leases(deliveries: list[Delivery]) -> dict[str, object]:

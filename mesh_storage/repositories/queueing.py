@@ -24,15 +24,23 @@ _NEW = f"""
 # Of two that queue the same message at once, one waits for the other here and then finds it queued.
 _STORED = "UPDATE mesh_messages SET queued = true WHERE id = :id AND NOT queued RETURNING id, timestamp, created_at"
 
+# Another service may have deleted an earlier message with this id, and nobody has noticed yet: then its delivery
+# becomes that of the new one, in its old place.
+_INSTEAD = """
+    ON CONFLICT (message_id, receiver) DO UPDATE SET
+        state = CASE WHEN d.state = 'waiting' THEN d.state ELSE 'queued' END, attempts = 0,
+        available_at = excluded.available_at, reason = NULL, dead_at = NULL
+"""
+
 
 def _send(stored: str) -> Statement:
     return statement(
         f"""
         WITH stored AS ({stored}),
         queued AS (
-            INSERT INTO mesh_deliveries (message_id, receiver, available_at)
+            INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
             SELECT stored.id, input.receiver, {MOMENT} + :delay
-            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver)
+            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver) {_INSTEAD}
         )
         SELECT timestamp, created_at FROM stored
         """,  # noqa: S608 - our own names
@@ -43,7 +51,9 @@ def _send(stored: str) -> Statement:
 
 def _send_keyed(stored: str) -> Statement:
     # A lane is there for as long as its key has a delivery, and is locked until the commit, so the numbers that the
-    # deliveries of a key get are in the order of their commits. WHERE false locks an existing one without writing it.
+    # deliveries of a key get are in the order of their commits. One that is there is written all the same: so who
+    # acknowledges in a snapshot from before cannot take it for empty, but has a serialization failure. Only the xmax of
+    # a row that was just inserted is 0.
     return statement(
         f"""
         WITH stored AS ({stored}),
@@ -51,16 +61,15 @@ def _send_keyed(stored: str) -> Statement:
             INSERT INTO mesh_delivery_lanes (receiver, key)
             SELECT input.receiver, CAST(:key AS text)
             FROM stored CROSS JOIN unnest(:receivers) AS input (receiver) ORDER BY input.receiver
-            ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key WHERE false RETURNING receiver
+            ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key RETURNING receiver, xmax = 0 AS is_new
         ),
         queued AS (
-            INSERT INTO mesh_deliveries (message_id, receiver, key, state, available_at)
-            SELECT stored.id, input.receiver, CAST(:key AS text),
-                CASE WHEN lanes.receiver IS NULL THEN 'waiting' ELSE 'queued' END, {MOMENT} + :delay
-            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver)
-            LEFT JOIN lanes ON lanes.receiver = input.receiver
+            INSERT INTO mesh_deliveries AS d (message_id, receiver, key, state, available_at)
+            SELECT stored.id, lanes.receiver, CAST(:key AS text),
+                CASE WHEN lanes.is_new THEN 'queued' ELSE 'waiting' END, {MOMENT} + :delay
+            FROM stored CROSS JOIN lanes {_INSTEAD} RETURNING d.key
         )
-        SELECT timestamp, created_at FROM stored
+        SELECT timestamp, created_at, (SELECT bool_or(key IS DISTINCT FROM CAST(:key AS text)) FROM queued) FROM stored
         """,  # noqa: S608 - our own names
         receivers=TEXTS,
         delay=Interval,
@@ -81,10 +90,10 @@ SEND_MANY = statement(
         ON CONFLICT DO NOTHING RETURNING id, to_node
     ),
     queued AS (
-        INSERT INTO mesh_deliveries (message_id, receiver, available_at)
+        INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
         SELECT stored.id, stored.to_node, {MOMENT} + :delay
         FROM stored JOIN unnest(:id, :position) AS input (id, position) ON input.id = stored.id
-        ORDER BY input.position
+        ORDER BY input.position {_INSTEAD}
     )
     SELECT count(*) FROM stored
     """,  # noqa: S608 - our own names
@@ -102,10 +111,10 @@ QUEUE_MANY = statement(
         UPDATE mesh_messages SET queued = true WHERE id = ANY(:id) AND NOT queued RETURNING id, to_node
     ),
     queued AS (
-        INSERT INTO mesh_deliveries (message_id, receiver, available_at)
+        INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
         SELECT stored.id, stored.to_node, {MOMENT} + :delay
         FROM stored JOIN unnest(:id, :position) AS input (id, position) ON input.id = stored.id
-        ORDER BY input.position
+        ORDER BY input.position {_INSTEAD}
     )
     SELECT count(*) FROM stored
     """,  # noqa: S608 - our own names
@@ -124,8 +133,8 @@ ENQUEUE = statement(
         RETURNING id, to_node, timestamp
     ),
     queued AS (
-        INSERT INTO mesh_deliveries (message_id, receiver, available_at)
-        SELECT id, to_node, {MOMENT} FROM stored ORDER BY timestamp, id
+        INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
+        SELECT id, to_node, {MOMENT} FROM stored ORDER BY timestamp, id {_INSTEAD}
     )
     SELECT count(*) FROM stored
     """  # noqa: S608 - our own names
@@ -133,7 +142,8 @@ ENQUEUE = statement(
 
 
 def _delete(condition: str) -> Statement:
-    # The lanes are locked before, as by an acknowledgement.
+    # The lanes are locked before, as by an acknowledgement. A message that was queued since the snapshot, and whose
+    # deliveries are not seen therefore, is found to be so once its row is locked.
     return statement(
         f"""
         WITH lanes AS MATERIALIZED (
@@ -141,7 +151,11 @@ def _delete(condition: str) -> Statement:
             JOIN mesh_deliveries AS d ON d.receiver = lane.receiver AND d.key = lane.key
             WHERE d.message_id = ANY(:id) ORDER BY lane.receiver, lane.key FOR UPDATE OF lane
         ),
-        deleted AS (DELETE FROM mesh_messages AS m WHERE m.id = ANY(:id) AND {condition} RETURNING m.id),
+        old AS MATERIALIZED (SELECT id, queued FROM mesh_messages WHERE id = ANY(:id)),
+        deleted AS (
+            DELETE FROM mesh_messages AS m USING old
+            WHERE m.id = old.id AND m.queued = old.queued AND {condition} RETURNING m.id
+        ),
         cancelled AS (
             DELETE FROM mesh_deliveries AS d USING deleted
             WHERE (SELECT count(*) FROM lanes) >= 0 AND d.message_id = deleted.id
@@ -154,10 +168,18 @@ def _delete(condition: str) -> Statement:
     )
 
 
-# OFFSET 0 keeps the server from reading all deliveries instead of those of each message; likewise below.
+# OFFSET 0 keeps the server from reading all deliveries instead of those of each message; likewise below. A dead one
+# that was driven back since the snapshot is not dead any more once its row is locked.
 DELETE = _delete("true")
 DELETE_SETTLED = _delete(
-    "NOT EXISTS (SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id AND d.state <> 'dead' OFFSET 0)"
+    """
+    NOT EXISTS (
+        SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id AND NOT EXISTS (
+            SELECT FROM mesh_deliveries AS dead
+            WHERE dead.message_id = d.message_id AND dead.receiver = d.receiver AND dead.state = 'dead' FOR UPDATE
+        ) OFFSET 0
+    )
+    """
 )
 
 

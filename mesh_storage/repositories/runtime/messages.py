@@ -136,6 +136,8 @@ class MessageRepository(DeliveryRepository):
 
         Raises:
             AlreadyExistsError: A different message has this id.
+            ConflictError: An earlier message with this id was deleted beside this library, and its delivery, which
+                nobody has claimed since, has another key. The unit of work can only be rolled back.
             InvalidInputError: A value is invalid; names the field.
         """
         (given,) = _MESSAGES.attributes("message", [message])
@@ -164,11 +166,18 @@ class MessageRepository(DeliveryRepository):
             return 0
         places = {key: place for place, key in reversed(list(enumerate(given["id"])))}
         parameters = {"position": [places[key] for key in columns["id"]], "delay": check_delay(delay)}
-        queued = int(self._fetch_value(queueing.SEND_MANY, **columns, **parameters))
-        if queued < len(columns["id"]):
-            self._check_same(columns)
-            queued += int(self._fetch_value(queueing.QUEUE_MANY, id=columns["id"], **parameters))
-        return queued
+        queued = 0
+        for _ in range(3):  # what is there may be deleted before it is queued
+            queued += int(self._fetch_value(queueing.SEND_MANY, **columns, **parameters))
+            if queued == len(columns["id"]):
+                return queued
+            found = self._check_same(columns)
+            left = sum(not row[_QUEUED] for row in found)
+            again = int(self._fetch_value(queueing.QUEUE_MANY, id=columns["id"], **parameters)) if left else 0
+            queued += again
+            if len(found) == len(columns["id"]) and again == left:
+                return queued
+        raise ConflictError("some of the messages are being stored and deleted concurrently", retryable=True)
 
     def enqueue(self, *, since: int, limit: int = 10_000) -> int:
         """Queue up to `limit` stored messages that never were, each for its `to_node`, and return their number.
@@ -185,7 +194,9 @@ class MessageRepository(DeliveryRepository):
         Raises:
             NotFoundError: There is none.
         """
-        if not self._delete(queueing.DELETE, [self._aggregate.check_key(key)]):
+        checked = [self._aggregate.check_key(key)]
+        # One that is queued meanwhile is not deleted at first, since its deliveries are not seen.
+        if not self._delete(queueing.DELETE, checked) and not self._delete(queueing.DELETE, checked):
             raise NotFoundError(self._aggregate.name, key)
 
     def delete_many(self, ids: Iterable[str]) -> int:
@@ -263,19 +274,33 @@ class MessageRepository(DeliveryRepository):
                 found = _MESSAGES.load.of_values(there)
                 if not _same(found, values):
                     raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
-                row = (found.timestamp, found.created_at)
-                if store_again is not None and not there[_QUEUED]:
-                    self._connection.fetch_one(store_again, {"id": message.id, **parameters})
-            given.update(timestamp=row[0], created_at=row[1])
+                if store_again is None or there[_QUEUED]:
+                    row = (found.timestamp, found.created_at)
+                else:
+                    row = self._connection.fetch_one(store_again, {"id": message.id, **parameters})
+                    if row is None:  # queued or deleted meanwhile
+                        continue
+            timestamp, created_at, *under_another_key = row
+            if any(under_another_key):
+                raise self._connection.fail(
+                    ConflictError(
+                        f"an earlier message with id {message.id!r} was deleted beside this library, and its delivery "
+                        "has another key"
+                    )
+                )
+            given.update(timestamp=timestamp, created_at=created_at)
             mark_written(message, self._connection.writes)
             return
         raise ConflictError(f"message {message.id!r} is being stored and deleted concurrently", retryable=True)
 
-    def _check_same(self, columns: dict[str, list[Any]]) -> None:
+    def _check_same(self, columns: dict[str, list[Any]]) -> list[Row]:
+        """Return the rows that are there, after a check that each is the same as the message given."""
         by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
-        for found in self._fetch_all(_SELECT_MANY, ids=list(by_id)):
+        rows = self._connection.fetch_all(_SELECT_MANY, {"ids": list(by_id)})
+        for found in _MESSAGES.load.many(rows):
             if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
                 raise self._connection.fail(AlreadyExistsError(f"a different message with id {found.id!r} exists"))
+        return rows
 
     def _delete(self, statement: Statement, ids: list[str]) -> int:
         row = self._connection.fetch_one(statement, {"id": ids})
