@@ -125,7 +125,8 @@ ACK = statement(f"DELETE FROM mesh_deliveries AS d USING {_LEASED} WHERE {_HELD}
 ACK_KEYED = statement(
     f"""
     WITH lanes AS MATERIALIZED (
-        SELECT key FROM mesh_delivery_lanes WHERE receiver = :receiver AND key = ANY(:key) ORDER BY key FOR UPDATE
+        SELECT key FROM mesh_delivery_lanes WHERE receiver = :receiver AND key = ANY(:key)
+        ORDER BY key COLLATE "C" FOR UPDATE
     )
     DELETE FROM mesh_deliveries AS d USING {_LEASED} WHERE (SELECT count(*) FROM lanes) >= 0 AND {_HELD}
     RETURNING d.receiver, d.key, d.seq, d.state

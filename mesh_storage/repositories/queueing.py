@@ -60,7 +60,7 @@ def _send_keyed(stored: str) -> Statement:
         lanes AS (
             INSERT INTO mesh_delivery_lanes (receiver, key)
             SELECT input.receiver, CAST(:key AS text)
-            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver) ORDER BY input.receiver
+            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver) ORDER BY input.receiver COLLATE "C"
             ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key RETURNING receiver, xmax = 0 AS is_new
         ),
         queued AS (
@@ -149,7 +149,7 @@ def _delete(condition: str) -> Statement:
         WITH lanes AS MATERIALIZED (
             SELECT lane.receiver, lane.key FROM mesh_delivery_lanes AS lane
             JOIN mesh_deliveries AS d ON d.receiver = lane.receiver AND d.key = lane.key
-            WHERE d.message_id = ANY(:id) ORDER BY lane.receiver, lane.key FOR UPDATE OF lane
+            WHERE d.message_id = ANY(:id) ORDER BY lane.receiver COLLATE "C", lane.key COLLATE "C" FOR UPDATE OF lane
         ),
         old AS MATERIALIZED (SELECT id, queued FROM mesh_messages WHERE id = ANY(:id)),
         deleted AS (
