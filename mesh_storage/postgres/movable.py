@@ -18,8 +18,8 @@ _LOCK_NOT_AVAILABLE = "55P03"
 class MovableConnection(UnitOfWorkConnection):
     """Executes statements on a replica, until one fails; that one and all after it are executed on the primary.
 
-    At READ COMMITTED this is invisible: every statement has a snapshot of its own, and the primary's is the newest. With
-    a snapshot for all, only the first statement moves. What a session executes does not move.
+    At READ COMMITTED this is invisible: every statement has a snapshot of its own, and the primary's is the newest.
+    With a snapshot for all, only the first statement moves. What a session executes does not move.
     """
 
     move: Callable[[UnitOfWorkConnection], UnitOfWorkConnection] | None = None

@@ -106,6 +106,11 @@ class Wanted:
                 )
             self.max_age = self._max_lag.total_seconds()
 
+    @property
+    def is_demanding(self) -> bool:
+        """Whether a replica may have too little of the log."""
+        return self.after is not None or self.max_age < math.inf
+
     def judge(self, standing: Standing, samples: Samples) -> Reason | None:
         """Return why a replica is not good enough, or None if it is."""
         primary = samples.newest

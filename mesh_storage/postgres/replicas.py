@@ -233,7 +233,8 @@ class Reading:
         else:
             replica.retreat.succeed()
         if reason is None:
-            replica.retreat.hope()
+            if self._wanted.is_demanding:
+                replica.retreat.hope()
             self._replica, connection.move = replica, self._move
         return reason or connection
 
