@@ -8,7 +8,9 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -31,6 +33,7 @@ from mesh_storage.postgres.reading import Wanted
 from mesh_storage.postgres.replicas import Reading
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.postgres.wal import STANDING, Standing, standing
 from mesh_storage.repositories.changelog import Batch
 from mesh_storage.repositories.consuming import Stop, Terms
 from mesh_storage.repositories.deliveries import LEASE, Delivery
@@ -351,7 +354,21 @@ class MeshStorage:
         Raises:
             ClosedError: The storage was closed.
         """
+        replicas = list(self._replicas)
+        if not replicas:
+            return self._check_primary()[0]
+        with ThreadPoolExecutor(len(replicas)) as executor:  # one that does not answer holds up no other
+            asked = [executor.submit(each.check, health.TIMEOUT_S) for each in replicas]
+            found, primary = self._check_primary()
+            checked = [
+                health.of_replica(each.address, answer.result(), primary)
+                for each, answer in zip(replicas, asked, strict=True)
+            ]
+        return replace(found, replicas=tuple(checked))
+
+    def _check_primary(self) -> tuple[Health, Standing | None]:
         pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
+        primary: Standing | None = None
         try:
             connection = self._pool.acquire(Characteristics(read_only=True, timeout=health.TIMEOUT_S), beside=True)
             try:
@@ -361,16 +378,18 @@ class MeshStorage:
                 revision, unclear = None, None
                 missing: tuple[str, ...] = ()
                 try:
+                    if len(self._replicas):
+                        primary = standing(connection.ask(STANDING), time.monotonic())
                     revision, missing = connection.perform(schema.examine, connection.driver.sqlalchemy)
                 except MeshStorageError as error:
                     unclear = error
             finally:
                 self._pool.release(connection)
-            return health.answered(row, revision, missing, unclear, round_trip_ms=round_trip_ms, **pool)
+            return health.answered(row, revision, missing, unclear, round_trip_ms=round_trip_ms, **pool), primary
         except ClosedError:
             raise
         except MeshStorageError as error:
-            return health.unreachable(error, **pool)
+            return health.unreachable(error, **pool), None
 
     def maintain(
         self, *, changes_older_than: timedelta = KEPT, messages_older_than: timedelta | None = None

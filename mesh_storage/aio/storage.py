@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -36,6 +37,7 @@ from mesh_storage.postgres.pool import check_open
 from mesh_storage.postgres.reading import Wanted
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.postgres.wal import STANDING, Standing, standing
 from mesh_storage.repositories.changelog import Batch
 from mesh_storage.repositories.consuming import Stop, Terms
 from mesh_storage.repositories.deliveries import LEASE, Delivery
@@ -295,7 +297,18 @@ class AsyncMeshStorage:
         Raises:
             ClosedError: The storage was closed.
         """
+        replicas = list(self._replicas)
+        (found, primary), *answers = await asyncio.gather(
+            self._check_primary(), *(each.check(health.TIMEOUT_S) for each in replicas)
+        )
+        checked = [
+            health.of_replica(each.address, answer, primary) for each, answer in zip(replicas, answers, strict=True)
+        ]
+        return replace(found, replicas=tuple(checked)) if checked else found
+
+    async def _check_primary(self) -> tuple[Health, Standing | None]:
         pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
+        primary: Standing | None = None
         try:
             connection = await self._pool.acquire(
                 Characteristics(read_only=True, timeout=health.TIMEOUT_S), beside=True
@@ -308,16 +321,18 @@ class AsyncMeshStorage:
                 revision, unclear = None, None
                 missing: tuple[str, ...] = ()
                 try:
+                    if len(self._replicas):
+                        primary = standing(await connection.ask(STANDING), time.monotonic())
                     revision, missing = await connection.perform(in_greenlet, schema.examine, database)
                 except MeshStorageError as error:
                     unclear = error
             finally:
                 await self._pool.release(connection)
-            return health.answered(row, revision, missing, unclear, round_trip_ms=round_trip_ms, **pool)
+            return health.answered(row, revision, missing, unclear, round_trip_ms=round_trip_ms, **pool), primary
         except ClosedError:
             raise
         except MeshStorageError as error:
-            return health.unreachable(error, **pool)
+            return health.unreachable(error, **pool), None
 
     async def maintain(
         self, *, changes_older_than: timedelta = KEPT, messages_older_than: timedelta | None = None

@@ -9,7 +9,7 @@ import time
 from datetime import timedelta
 from typing import Literal
 
-from mesh_storage.errors import ConflictError, InvalidInputError, UnavailableError
+from mesh_storage.errors import ConflictError, InvalidInputError
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.wal import Position, Standing, parse
 
@@ -26,10 +26,6 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 _HOPELESS_S = 5.0
 _LOG_EVERY_S = 60.0
-
-
-class DemotedError(UnavailableError):
-    """The server that the URL leads to is a standby, or a demoted primary."""
 
 
 class Samples:
@@ -132,20 +128,19 @@ class Wanted:
         primary = samples.newest
         return self.after is not None and primary is not None and self.after.system != primary.position.system
 
-    def check_primary(self, standing: Standing) -> None:
-        """Raise if the server that `url` leads to cannot answer.
+    def may_ask(self, primary: Standing) -> bool:
+        """Return whether the server that the URL leads to can answer; if not, it is no primary, or not any more.
 
         Raises:
             InvalidInputError: The position is of another cluster.
-            DemotedError: The server is not the primary, or not any more.
             ConflictError: What was committed at the position is lost.
         """
-        if self.after is None or standing.has(self.after):
-            return
-        if standing.position.system != self.after.system:
+        if self.after is None or primary.has(self.after):
+            return True
+        if primary.position.system != self.after.system:
             raise InvalidInputError("after is a position of another database cluster", field="after")
-        if standing.standby or standing.position.timeline < self.after.timeline:
-            raise DemotedError("the server has not the position yet: it is a standby, or a demoted primary")
+        if primary.standby or primary.position.timeline < self.after.timeline:
+            return False
         raise ConflictError(
             "what was committed at this position is lost: by a failover, or by a crash soon after a relaxed commit"
         )

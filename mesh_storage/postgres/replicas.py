@@ -9,12 +9,12 @@ import random
 import time
 from collections.abc import Iterator
 
-from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageError
+from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageError, UnavailableError
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.movable import MovableConnection
 from mesh_storage.postgres.pool import Pool
-from mesh_storage.postgres.reading import FRESH_S, DemotedError, Fallbacks, Reason, Retreat, Samples, Wanted
+from mesh_storage.postgres.reading import FRESH_S, Fallbacks, Reason, Retreat, Samples, Wanted
 from mesh_storage.postgres.server import Server, replica_settings
 from mesh_storage.postgres.wal import REPLAYED, STANDING, Standing, replayed, standing
 from mesh_storage.settings import Settings
@@ -38,6 +38,17 @@ class Replica:
     def is_busy(self) -> bool:
         """Whether all connections are in use."""
         return self.pool.in_use >= self.pool.size
+
+    def check(self, timeout: float) -> Standing | MeshStorageError:
+        """Return where it stands, or why it does not answer within a time limit in seconds."""
+        try:
+            connection = self.pool.acquire(Characteristics(read_only=True, timeout=timeout), beside=True)
+            try:
+                return standing(connection.ask(STANDING), time.monotonic())
+            finally:
+                self.pool.release(connection)
+        except MeshStorageError as error:
+            return error
 
     def look(self, connection: UnitOfWorkConnection, needed: int, until: float) -> Standing:
         """Ask where it stands; asks for its timeline only if it is not known to be as new as needed."""
@@ -263,29 +274,29 @@ class Reading:
 
     def _from_primary(self) -> UnitOfWorkConnection:
         """Acquire a connection to the primary, which must have the position too; a demoted one is left at once."""
-        try:
-            return self._from_server()
-        except DemotedError:
-            return self._from_server()
+        connection = self._from_server() or self._from_server()
+        if connection is None:
+            raise UnavailableError("the server does not have the position yet: it is a standby, or a demoted primary")
+        return connection
 
-    def _from_server(self) -> UnitOfWorkConnection:
-        primary = self._replicas.primary
+    def _from_server(self) -> UnitOfWorkConnection | None:
+        primary, after = self._replicas.primary, self._wanted.after
         connection = primary.acquire(self._left())
-        if self._wanted.after is None:
+        if after is None:
             return connection
-        driver = connection.driver
+        driver, fit = connection.driver, False
         try:
-            if driver.standing is None or not driver.standing.has(self._wanted.after):
+            if driver.standing is None or not driver.standing.has(after):
                 asked = time.monotonic()
                 driver.standing = standing(connection.ask(STANDING), asked)
-            self._wanted.check_primary(driver.standing)
-        except BaseException as error:
-            if isinstance(error, DemotedError):
-                connection.is_lost = True  # as are all those that are older
+            fit = self._wanted.may_ask(driver.standing)
+            if not fit:
+                connection.is_lost = True  # as are all those that are as old
                 driver.cut()
-            primary.release(connection)
-            raise
-        return connection
+        finally:
+            if not fit:
+                primary.release(connection)
+        return connection if fit else None
 
     def _left(self) -> Characteristics:
         """Return the characteristics with what is left of the timeout."""

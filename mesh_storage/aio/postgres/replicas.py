@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.postgres.movable import AsyncMovableConnection
 from mesh_storage.aio.postgres.pool import AsyncPool
-from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageError
+from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageError, UnavailableError
 from mesh_storage.postgres.characteristics import Characteristics
-from mesh_storage.postgres.reading import FRESH_S, DemotedError, Fallbacks, Reason, Retreat, Samples, Wanted
+from mesh_storage.postgres.reading import FRESH_S, Fallbacks, Reason, Retreat, Samples, Wanted
 from mesh_storage.postgres.server import Server, replica_settings
 from mesh_storage.postgres.wal import REPLAYED, STANDING, Standing, replayed, standing
 from mesh_storage.settings import Settings
@@ -37,6 +37,17 @@ class AsyncReplica:
     def is_busy(self) -> bool:
         """Whether all connections are in use."""
         return self.pool.in_use >= self.pool.size
+
+    async def check(self, timeout: float) -> Standing | MeshStorageError:
+        """Return where it stands, or why it does not answer within a time limit in seconds."""
+        try:
+            connection = await self.pool.acquire(Characteristics(read_only=True, timeout=timeout), beside=True)
+            try:
+                return standing(await connection.ask(STANDING), time.monotonic())
+            finally:
+                await self.pool.release(connection)
+        except MeshStorageError as error:
+            return error
 
     async def look(self, connection: AsyncUnitOfWorkConnection, needed: int, until: float) -> Standing:
         """Ask where it stands; asks for its timeline only if it is not known to be as new as needed."""
@@ -262,29 +273,29 @@ class AsyncReading:
 
     async def _from_primary(self) -> AsyncUnitOfWorkConnection:
         """Acquire a connection to the primary, which must have the position too; a demoted one is left at once."""
-        try:
-            return await self._from_server()
-        except DemotedError:
-            return await self._from_server()
+        connection = await self._from_server() or await self._from_server()
+        if connection is None:
+            raise UnavailableError("the server does not have the position yet: it is a standby, or a demoted primary")
+        return connection
 
-    async def _from_server(self) -> AsyncUnitOfWorkConnection:
-        primary = self._replicas.primary
+    async def _from_server(self) -> AsyncUnitOfWorkConnection | None:
+        primary, after = self._replicas.primary, self._wanted.after
         connection = await primary.acquire(self._left())
-        if self._wanted.after is None:
+        if after is None:
             return connection
-        driver = connection.driver
+        driver, fit = connection.driver, False
         try:
-            if driver.standing is None or not driver.standing.has(self._wanted.after):
+            if driver.standing is None or not driver.standing.has(after):
                 asked = time.monotonic()
                 driver.standing = standing(await connection.ask(STANDING), asked)
-            self._wanted.check_primary(driver.standing)
-        except BaseException as error:
-            if isinstance(error, DemotedError):
-                connection.is_lost = True  # as are all those that are older
+            fit = self._wanted.may_ask(driver.standing)
+            if not fit:
+                connection.is_lost = True  # as are all those that are as old
                 await driver.cut()
-            await primary.release(connection)
-            raise
-        return connection
+        finally:
+            if not fit:
+                await primary.release(connection)
+        return connection if fit else None
 
     def _left(self) -> Characteristics:
         """Return the characteristics with what is left of the timeout."""
