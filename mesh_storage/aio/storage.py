@@ -298,9 +298,8 @@ class AsyncMeshStorage:
             ClosedError: The storage was closed.
         """
         replicas = list(self._replicas)
-        (found, primary), *answers = await asyncio.gather(
-            self._check_primary(), *(each.check(health.TIMEOUT_S) for each in replicas)
-        )
+        asked = asyncio.gather(*(each.check(health.TIMEOUT_S) for each in replicas))
+        (found, primary), answers = await asyncio.gather(self._check_primary(), asked)
         checked = [
             health.of_replica(each.address, answer, primary) for each, answer in zip(replicas, answers, strict=True)
         ]
