@@ -70,11 +70,13 @@ SETTINGS: dict[str, tuple[object, object]] = {
     "lock_timeout": (4.5, 5),
     "idle_in_transaction_timeout": (5.5, 6),
     "slow_unit_of_work": (6.5, 7),
+    "replica_pool_size": (5, 6),
+    "replica_timeout": (7.5, 8),
 }
 
 
 def test_these_are_all_settings() -> None:
-    assert {*SETTINGS, "url", "password"} == set(Settings.model_fields)
+    assert {*SETTINGS, "url", "password", "replica_url"} == set(Settings.model_fields)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -39,10 +39,7 @@ class MovableConnection(UnitOfWorkConnection):
 
     def join(self) -> sqlalchemy.Connection:
         """Begin the transaction for an ORM session, and return its connection."""
-        if self.primary is None:
-            return super().join()
-        self.primary.joined.exposed = self.joined.exposed
-        return self.primary.join()
+        return super().join() if self.primary is None else self.primary.join()
 
     def commit(self) -> None:
         """End the transaction."""
@@ -66,6 +63,7 @@ class MovableConnection(UnitOfWorkConnection):
                 if not self._moves_after(error) or self.move is None:
                     raise
                 self.primary = self.move(self)
+                self.primary.joined = self.joined
             else:
                 self._has_answered = True
                 return answer

@@ -24,6 +24,7 @@ _LONGEST_LAG = timedelta(days=36_525)
 _MOST_SAMPLES = 100
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
+_PAUSE_RATIO = 10
 _HOPELESS_S = 5.0
 _LOG_EVERY_S = 60.0
 
@@ -184,10 +185,11 @@ class Retreat:
             self._until, self._on_trial = now + self._pause, True
         return True
 
-    def fail(self) -> None:
-        """Leave it alone for a while, since it cannot be reached or is no replica."""
+    def fail(self, seconds: float) -> None:
+        """Leave it alone for a while, since it cannot be reached or is no replica; to notice that took some seconds."""
         now = time.monotonic()
         if now >= self._until or self._on_trial:  # else another unit of work has seen the same
+            self._pause = max(self._pause, min(_LONGEST_PAUSE_S, seconds * _PAUSE_RATIO))
             self._until = now + self._pause * (0.5 + random.random() / 2)  # noqa: S311 - not used for security
             self._pause = min(_LONGEST_PAUSE_S, self._pause * 2)
         self._on_trial = False

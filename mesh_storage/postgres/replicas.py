@@ -185,10 +185,10 @@ class Reading:
             self._replicas.primary.release(connection)
             return
         try:
-            self._replica.pool.release(connection)
-        finally:
             if isinstance(connection, MovableConnection) and connection.primary is not None:
                 self._replicas.primary.release(connection.primary)
+        finally:
+            self._replica.pool.release(connection)
 
     def _from_replica(self) -> MovableConnection | Reason:
         """Return a connection to the first replica that is good enough, or why there is none."""
@@ -202,8 +202,10 @@ class Reading:
             self._replicas.sample(self._wanted.max_age / 2)
             if self._wanted.is_of_another_cluster(self._replicas.samples):
                 return "foreign"
-            for replica in self._replicas.candidates():
-                found = self._try(replica, end)
+            candidates = self._replicas.candidates()
+            for number, replica in enumerate(candidates):
+                # One that does not answer leaves time for the others.
+                found = self._try(replica, _share(end, len(candidates) - number))
                 if isinstance(found, MovableConnection):
                     return found
                 if found in ("behind", "lagging"):
@@ -219,6 +221,7 @@ class Reading:
             pause = min(_LONGEST_PAUSE_S, pause * 1.5)
 
     def _try(self, replica: Replica, end: float) -> MovableConnection | Reason:
+        begun = time.monotonic()
         try:
             connection = replica.pool.acquire(self._left(), until=end)
         except ClosedError:
@@ -226,7 +229,7 @@ class Reading:
         except MeshStorageError:
             if replica.is_busy:
                 return "busy"
-            replica.retreat.fail()
+            replica.retreat.fail(time.monotonic() - begun)
             return "unreachable"
         assert isinstance(connection, MovableConnection), "the pool lends no others"
         reason: Reason | None = "unreachable"
@@ -240,7 +243,7 @@ class Reading:
             if reason is not None:
                 replica.pool.release(connection)
         if reason in ("unreachable", "promoted", "foreign"):
-            replica.retreat.fail()
+            replica.retreat.fail(time.monotonic() - begun)
         else:
             replica.retreat.succeed()
         if reason is None:
@@ -268,7 +271,7 @@ class Reading:
     def _move(self, failed: UnitOfWorkConnection) -> UnitOfWorkConnection:
         """Acquire a connection to the primary, since a statement has failed on the replica."""
         if failed.is_lost and self._replica is not None:
-            self._replica.retreat.fail()
+            self._replica.retreat.fail(0.0)
         self._replicas.fall_back("failed")
         return self._from_primary()
 
@@ -303,3 +306,9 @@ class Reading:
         if self._deadline is None:
             return self._characteristics
         return self._characteristics._replace(timeout=max(0.001, self._deadline - time.monotonic()))
+
+
+def _share(end: float, number: int) -> float:
+    """Return when the first of a number of tries must end, so that each has the same time."""
+    now = time.monotonic()
+    return now + max(0.0, end - now) / number

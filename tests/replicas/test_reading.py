@@ -353,10 +353,10 @@ def test_a_pool_that_is_exhausted_leaves_reads_to_the_primary(
         async with side.open(servers, replica_pool_size=1, **SOON) as storage:
             await put(storage, b"busy")
             servers.await_replay()
-            async with storage.begin(read_only=True, replica=True) as one:
-                async with storage.begin(read_only=True, replica=True) as two:
-                    held = {await port_of(one), await port_of(two)}
-                    assert await read(storage) == (b"busy", servers.primary.port)
+            reading = {"read_only": True, "replica": True}
+            async with storage.begin(**reading) as one, storage.begin(**reading) as two:
+                held = {await port_of(one), await port_of(two)}
+                assert await read(storage) == (b"busy", servers.primary.port)
             assert held == ports(*servers.standbys)
             assert reasons(caplog) == ["busy"]
 

@@ -37,10 +37,7 @@ class AsyncMovableConnection(AsyncUnitOfWorkConnection):
 
     async def join(self) -> sqlalchemy.Connection:
         """Begin the transaction for an ORM session, and return its connection."""
-        if self.primary is None:
-            return await super().join()
-        self.primary.joined.exposed = self.joined.exposed
-        return await self.primary.join()
+        return await (super().join() if self.primary is None else self.primary.join())
 
     async def commit(self) -> None:
         """End the transaction."""
@@ -64,6 +61,7 @@ class AsyncMovableConnection(AsyncUnitOfWorkConnection):
                 if not self._moves_after(error) or self.move is None:
                     raise
                 self.primary = await self.move(self)
+                self.primary.joined = self.joined
             else:
                 self._has_answered = True
                 return answer

@@ -184,10 +184,10 @@ class AsyncReading:
             await self._replicas.primary.release(connection)
             return
         try:
-            await self._replica.pool.release(connection)
-        finally:
             if isinstance(connection, AsyncMovableConnection) and connection.primary is not None:
                 await self._replicas.primary.release(connection.primary)
+        finally:
+            await self._replica.pool.release(connection)
 
     async def _from_replica(self) -> AsyncMovableConnection | Reason:
         """Return a connection to the first replica that is good enough, or why there is none."""
@@ -201,8 +201,10 @@ class AsyncReading:
             await self._replicas.sample(self._wanted.max_age / 2)
             if self._wanted.is_of_another_cluster(self._replicas.samples):
                 return "foreign"
-            for replica in self._replicas.candidates():
-                found = await self._try(replica, end)
+            candidates = self._replicas.candidates()
+            for number, replica in enumerate(candidates):
+                # One that does not answer leaves time for the others.
+                found = await self._try(replica, _share(end, len(candidates) - number))
                 if isinstance(found, AsyncMovableConnection):
                     return found
                 if found in ("behind", "lagging"):
@@ -218,6 +220,7 @@ class AsyncReading:
             pause = min(_LONGEST_PAUSE_S, pause * 1.5)
 
     async def _try(self, replica: AsyncReplica, end: float) -> AsyncMovableConnection | Reason:
+        begun = time.monotonic()
         try:
             connection = await replica.pool.acquire(self._left(), until=end)
         except ClosedError:
@@ -225,7 +228,7 @@ class AsyncReading:
         except MeshStorageError:
             if replica.is_busy:
                 return "busy"
-            replica.retreat.fail()
+            replica.retreat.fail(time.monotonic() - begun)
             return "unreachable"
         assert isinstance(connection, AsyncMovableConnection), "the pool lends no others"
         reason: Reason | None = "unreachable"
@@ -239,7 +242,7 @@ class AsyncReading:
             if reason is not None:
                 await replica.pool.release(connection)
         if reason in ("unreachable", "promoted", "foreign"):
-            replica.retreat.fail()
+            replica.retreat.fail(time.monotonic() - begun)
         else:
             replica.retreat.succeed()
         if reason is None:
@@ -267,7 +270,7 @@ class AsyncReading:
     async def _move(self, failed: AsyncUnitOfWorkConnection) -> AsyncUnitOfWorkConnection:
         """Acquire a connection to the primary, since a statement has failed on the replica."""
         if failed.is_lost and self._replica is not None:
-            self._replica.retreat.fail()
+            self._replica.retreat.fail(0.0)
         self._replicas.fall_back("failed")
         return await self._from_primary()
 
@@ -302,3 +305,9 @@ class AsyncReading:
         if self._deadline is None:
             return self._characteristics
         return self._characteristics._replace(timeout=max(0.001, self._deadline - time.monotonic()))
+
+
+def _share(end: float, number: int) -> float:
+    """Return when the first of a number of tries must end, so that each has the same time."""
+    now = time.monotonic()
+    return now + max(0.0, end - now) / number
