@@ -86,11 +86,14 @@ class Replicas:
             each.pool.close()
 
     def candidates(self) -> list[Replica]:
-        """Return those to try, those with a free connection first: in random order, unless the URL wants another."""
+        """Return those to try, those with a free connection first: from a random one on, unless in order."""
         found = [each for each in self._all if each.retreat.admits()]
-        if not self._in_order:
-            random.shuffle(found)  # not used for security
-        return sorted(found, key=lambda each: each.is_busy)
+        if len(found) > 1:
+            if not self._in_order:
+                first = int(random.random() * len(found))  # noqa: S311 - not used for security
+                found = [*found[first:], *found[:first]]
+            found.sort(key=lambda each: each.is_busy)
+        return found
 
     def fall_back(self, reason: Reason) -> None:
         """Note that the primary answers a unit of work, and why."""
