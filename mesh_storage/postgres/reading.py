@@ -129,6 +129,10 @@ class Wanted:
         primary = samples.newest
         return self.after is not None and primary is not None and self.after.system != primary.position.system
 
+    def is_met(self, primary: Standing) -> bool:
+        """Return whether the primary is known to have the position."""
+        return self.after is None or primary.has(self.after)
+
     def may_ask(self, primary: Standing) -> bool:
         """Return whether the server that the URL leads to can answer; if not, it is no primary, or not any more.
 
@@ -136,7 +140,9 @@ class Wanted:
             InvalidInputError: The position is of another cluster.
             ConflictError: What was committed at the position is lost.
         """
-        if self.after is None or primary.has(self.after):
+        if primary.standby and self.max_age < math.inf:
+            return False
+        if self.after is None or self.is_met(primary):
             return True
         if primary.position.system != self.after.system:
             raise InvalidInputError("after is a position of another database cluster", field="after")

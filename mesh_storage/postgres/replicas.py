@@ -279,23 +279,23 @@ class Reading:
         return self._from_primary()
 
     def _from_primary(self) -> UnitOfWorkConnection:
-        """Acquire a connection to the primary, which must have the position too; a demoted one is left at once."""
+        """Acquire a connection to the primary, which must be one and have the position; if not, it is left at once."""
         connection = self._from_server() or self._from_server()
         if connection is None:
-            raise UnavailableError("the server does not have the position yet: it is a standby, or a demoted primary")
+            raise UnavailableError("the server that the URL leads to is a standby, or a demoted primary")
         return connection
 
     def _from_server(self) -> UnitOfWorkConnection | None:
-        primary, after = self._replicas.primary, self._wanted.after
+        primary, wanted = self._replicas.primary, self._wanted
         connection = primary.acquire(self._left())
-        if after is None:
+        if not wanted.is_demanding:
             return connection
         driver, fit = connection.driver, False
         try:
-            if driver.standing is None or not driver.standing.has(after):
-                asked = time.monotonic()
+            asked = time.monotonic()
+            if driver.standing is None or asked - driver.standing.at > FRESH_S or not wanted.is_met(driver.standing):
                 driver.standing = standing(connection.ask(STANDING), asked)
-            fit = self._wanted.may_ask(driver.standing)
+            fit = wanted.may_ask(driver.standing)
             if not fit:
                 connection.is_lost = True  # as are all those that are as old
                 driver.cut()

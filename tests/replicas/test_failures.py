@@ -424,3 +424,13 @@ def test_the_position_needs_a_primary(servers: Replication, side: Side) -> None:
                 await storage.position()
 
     side.run(main())
+
+
+def test_a_primary_that_is_none_does_not_tell_how_old_a_replica_is(servers: Replication, side: Side) -> None:
+    async def main() -> None:
+        url = SecretStr(servers.url(servers.standbys[0]))
+        async with side.open(servers, url=url, replica_timeout=0.3) as storage:
+            with pytest.raises(UnavailableError, match="standby"):
+                await read(storage, max_lag=timedelta(seconds=10))
+
+    side.run(main())

@@ -278,23 +278,23 @@ class AsyncReading:
         return await self._from_primary()
 
     async def _from_primary(self) -> AsyncUnitOfWorkConnection:
-        """Acquire a connection to the primary, which must have the position too; a demoted one is left at once."""
+        """Acquire a connection to the primary, which must be one and have the position; if not, it is left at once."""
         connection = await self._from_server() or await self._from_server()
         if connection is None:
-            raise UnavailableError("the server does not have the position yet: it is a standby, or a demoted primary")
+            raise UnavailableError("the server that the URL leads to is a standby, or a demoted primary")
         return connection
 
     async def _from_server(self) -> AsyncUnitOfWorkConnection | None:
-        primary, after = self._replicas.primary, self._wanted.after
+        primary, wanted = self._replicas.primary, self._wanted
         connection = await primary.acquire(self._left())
-        if after is None:
+        if not wanted.is_demanding:
             return connection
         driver, fit = connection.driver, False
         try:
-            if driver.standing is None or not driver.standing.has(after):
-                asked = time.monotonic()
+            asked = time.monotonic()
+            if driver.standing is None or asked - driver.standing.at > FRESH_S or not wanted.is_met(driver.standing):
                 driver.standing = standing(await connection.ask(STANDING), asked)
-            fit = self._wanted.may_ask(driver.standing)
+            fit = wanted.may_ask(driver.standing)
             if not fit:
                 connection.is_lost = True  # as are all those that are as old
                 await driver.cut()
