@@ -20,8 +20,8 @@ from tests.replicas.conftest import deployed, pause, ports, resume
 pytestmark = pytest.mark.slow
 
 PROCESSES = int(os.environ.get("REPLICAS_PROCESSES") or 8)
-TRIES = int(os.environ.get("REPLICAS_TRIES") or 1_000)
-SECONDS = float(os.environ.get("REPLICAS_SECONDS") or 1)
+TRIES = int(os.environ.get("REPLICAS_TRIES") or 600)
+SECONDS = float(os.environ.get("REPLICAS_SECONDS") or 0.5)
 
 
 def wait(running: subprocess.Popen[str], seconds: float) -> None:
