@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ import pytest
 from pydantic import SecretStr
 
 from mesh_storage import ConfigurationError, ConflictError, MeshStorage, MeshStorageError, UnavailableError
+from mesh_storage.aio import AsyncMeshStorage
 from tests.replicas.conftest import (
     Side,
     pause,
@@ -27,7 +29,7 @@ from tests.replicas.conftest import (
     settings_of,
     until,
 )
-from tests.servers import PostgresServer, Replication, execute
+from tests.servers import PASSWORD, PostgresServer, Replication, execute
 
 pytestmark = pytest.mark.slow
 
@@ -265,6 +267,39 @@ def test_a_failover_moves_reads_along(own_servers: Replication, side: Side) -> N
     side.run(main())
 
 
+def test_a_role_without_privileges_reads_from_the_primary_until_a_timeline_is_known(
+    own_servers: Replication, side: Side, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, (new, other) = own_servers.primary, own_servers.standbys
+    execute(old, f"CREATE ROLE plain LOGIN PASSWORD '{PASSWORD.replace(chr(39), chr(39) * 2)}'")
+    execute(old, "GRANT ALL ON ALL TABLES IN SCHEMA public TO plain")
+    execute(old, "GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO plain")
+    url, replica_url = (
+        SecretStr(each.replace("//postgres:", "//plain:"))
+        for each in (own_servers.url(old, new, target_session_attrs="read-write"), own_servers.url(other))
+    )
+
+    async def main() -> None:
+        async with side.open(own_servers, url=url, replica_url=replica_url, replica_timeout=1.0) as storage:
+            own_servers.await_replay()
+            assert (await read(storage))[1] == other.port
+            old.stop(signal.SIGKILL)
+            own_servers.promote(new)
+            own_servers.follow(other)
+            await storage.run(write_after, within=30.0)
+            position = await put(storage, b"new")
+            own_servers.await_replay(other)
+            assert await read(storage, after=position) == (b"new", new.port)
+            assert reasons(caplog)[-1:] == ["behind"]
+            assert (await read(storage))[1] == other.port
+            execute(new, "CHECKPOINT")
+            own_servers.await_replay(other)
+            execute(other, "CHECKPOINT")
+            assert await read(storage, after=position) == (b"new", other.port)
+
+    side.run(main())
+
+
 def test_a_standby_that_still_follows_the_old_primary_has_no_position_of_the_new_one(
     own_servers: Replication, side: Side
 ) -> None:
@@ -434,3 +469,23 @@ def test_a_primary_that_is_none_does_not_tell_how_old_a_replica_is(servers: Repl
                 await read(storage, max_lag=timedelta(seconds=10))
 
     side.run(main())
+
+
+def test_a_task_that_is_cancelled_while_it_waits_for_a_replica_leaves_nothing(servers: Replication) -> None:
+    async def main() -> None:
+        pause(*servers.standbys)
+        async with AsyncMeshStorage.open(settings=settings_of(servers, replica_pool_size=1)) as storage:
+            position = await put(storage, b"never mind")
+            for delay in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3):
+                task = asyncio.create_task(read(storage, after=position))
+                await asyncio.sleep(delay)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            resume(*servers.standbys)
+            servers.await_replay()
+            both = {"read_only": True, "replica": True, "after": position}
+            async with storage.begin(**both) as one, storage.begin(**both) as two:
+                assert {await port_of(one), await port_of(two)} == ports(*servers.standbys)
+
+    asyncio.run(main())
