@@ -181,6 +181,8 @@ def test_bytes_of_another_encoding_in_the_file_are_refused() -> None:
         ("idle_in_transaction_timeout", -0.1),
         ("slow_unit_of_work", "x"),
         ("transaction_pooling", "x"),
+        ("replica_pool_size", 0),
+        ("replica_timeout", 0),
     ],
 )
 def test_a_bad_setting_is_named_and_its_value_is_not_shown(name: str, value: object, monkeypatch: Any) -> None:

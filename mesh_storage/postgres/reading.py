@@ -182,8 +182,13 @@ class Retreat:
         self._on_trial = False
         self._hopeless_until = 0.0
 
+    @property
+    def rests(self) -> bool:
+        """Whether it is left alone."""
+        return time.monotonic() < self._until
+
     def admits(self) -> bool:
-        """Return whether it may be tried; after a failure, the others leave it alone until this try has succeeded."""
+        """Return whether it may be tried now; after a failure, the others leave it alone until that has succeeded."""
         now = time.monotonic()
         if now < self._until:
             return False

@@ -21,8 +21,6 @@ from mesh_storage.settings import Settings
 
 _FIRST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.025
-_SAMPLING_S = 2.0
-"""Longest time to ask the primary where it stands."""
 
 
 class Replica:
@@ -87,7 +85,7 @@ class Replicas:
 
     def candidates(self) -> list[Replica]:
         """Return those to try, those with a free connection first: from a random one on, unless in order."""
-        found = [each for each in self._all if each.retreat.admits()]
+        found = [each for each in self._all if not each.retreat.rests]
         if len(found) > 1:
             if not self._in_order:
                 first = int(random.random() * len(found))  # noqa: S311 - not used for security
@@ -99,17 +97,17 @@ class Replicas:
         """Note that the primary answers a unit of work, and why."""
         self._fallbacks.note(reason)
 
-    def sample(self, oldest: float) -> None:
+    def sample(self, oldest: float, until: float) -> None:
         """Ask the primary where it stands, unless that is known from no more than `oldest` seconds ago.
 
-        One asks at a time. If the primary cannot be asked, what is known stays.
+        One asks at a time, until a moment at most. If the primary cannot be asked, what is known stays.
         """
         newest, now = self.samples.newest, time.monotonic()
         if newest is not None and (now - newest.at <= oldest or now < self._asking_until):
             return
-        self._asking_until = now + _SAMPLING_S
+        self._asking_until = until
         try:
-            self._ask_primary(Characteristics(read_only=True, timeout=_SAMPLING_S))
+            self._ask_primary(Characteristics(read_only=True, timeout=max(0.001, until - now)))
         except ClosedError:
             raise
         except MeshStorageError:
@@ -202,11 +200,13 @@ class Reading:
         while True:
             reason: Reason = "unreachable"
             waiting: list[Replica] = []
-            self._replicas.sample(self._wanted.max_age / 2)
+            self._replicas.sample(self._wanted.max_age / 2, end)
             if self._wanted.is_of_another_cluster(self._replicas.samples):
                 return "foreign"
             candidates = self._replicas.candidates()
             for number, replica in enumerate(candidates):
+                if not replica.retreat.admits():
+                    continue
                 # One that does not answer leaves time for the others.
                 found = self._try(replica, _share(end, len(candidates) - number))
                 if isinstance(found, MovableConnection):
@@ -267,7 +267,7 @@ class Reading:
         known = replica.look(connection, needed, end)
         reason = wanted.judge(known, samples)
         if reason == "foreign":  # or the primary has been replaced
-            self._replicas.sample(FRESH_S)
+            self._replicas.sample(FRESH_S, end)
             reason = wanted.judge(known, samples)
         return reason
 

@@ -20,8 +20,6 @@ from mesh_storage.settings import Settings
 
 _FIRST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.025
-_SAMPLING_S = 2.0
-"""Longest time to ask the primary where it stands."""
 
 
 class AsyncReplica:
@@ -86,7 +84,7 @@ class AsyncReplicas:
 
     def candidates(self) -> list[AsyncReplica]:
         """Return those to try, those with a free connection first: from a random one on, unless in order."""
-        found = [each for each in self._all if each.retreat.admits()]
+        found = [each for each in self._all if not each.retreat.rests]
         if len(found) > 1:
             if not self._in_order:
                 first = int(random.random() * len(found))  # noqa: S311 - not used for security
@@ -98,17 +96,17 @@ class AsyncReplicas:
         """Note that the primary answers a unit of work, and why."""
         self._fallbacks.note(reason)
 
-    async def sample(self, oldest: float) -> None:
+    async def sample(self, oldest: float, until: float) -> None:
         """Ask the primary where it stands, unless that is known from no more than `oldest` seconds ago.
 
-        One asks at a time. If the primary cannot be asked, what is known stays.
+        One asks at a time, until a moment at most. If the primary cannot be asked, what is known stays.
         """
         newest, now = self.samples.newest, time.monotonic()
         if newest is not None and (now - newest.at <= oldest or now < self._asking_until):
             return
-        self._asking_until = now + _SAMPLING_S
+        self._asking_until = until
         try:
-            await self._ask_primary(Characteristics(read_only=True, timeout=_SAMPLING_S))
+            await self._ask_primary(Characteristics(read_only=True, timeout=max(0.001, until - now)))
         except ClosedError:
             raise
         except MeshStorageError:
@@ -201,11 +199,13 @@ class AsyncReading:
         while True:
             reason: Reason = "unreachable"
             waiting: list[AsyncReplica] = []
-            await self._replicas.sample(self._wanted.max_age / 2)
+            await self._replicas.sample(self._wanted.max_age / 2, end)
             if self._wanted.is_of_another_cluster(self._replicas.samples):
                 return "foreign"
             candidates = self._replicas.candidates()
             for number, replica in enumerate(candidates):
+                if not replica.retreat.admits():
+                    continue
                 # One that does not answer leaves time for the others.
                 found = await self._try(replica, _share(end, len(candidates) - number))
                 if isinstance(found, AsyncMovableConnection):
@@ -266,7 +266,7 @@ class AsyncReading:
         known = await replica.look(connection, needed, end)
         reason = wanted.judge(known, samples)
         if reason == "foreign":  # or the primary has been replaced
-            await self._replicas.sample(FRESH_S)
+            await self._replicas.sample(FRESH_S, end)
             reason = wanted.judge(known, samples)
         return reason
 
