@@ -387,7 +387,7 @@ def test_every_public_method_of_every_repository_is_in_the_table(storage: MeshSt
         }
     assert {name.partition(" ")[0] for name in METHODS} == there
     members = {name for name in dir(UnitOfWork) if not name.startswith("_")}
-    assert members - {"session", "commit", "rollback", "savepoint", "maintenance"} == set(REPOSITORIES)
+    assert members - {"session", "commit", "rollback", "savepoint", "maintenance", "position"} == set(REPOSITORIES)
 
 
 def test_a_method_costs_this_much(opened: Opener, wire: Wire) -> None:
