@@ -175,9 +175,10 @@ _MISSING = (
     "your service's migrations."
 )
 _ADVICE = {
-    "42501": "The database role lacks a privilege: see Roles and grants in docs/operations.md.",
+    "42501": "The database role lacks a privilege; mesh-storage roles grants it, as docs/operations.md describes.",
     "42703": _MISSING,
     "42P01": _MISSING,
+    "25P03": "The unit of work did nothing for longer than idle_in_transaction_timeout, so the server ended it.",
     "55P03": "A lock was not available within lock_timeout.",
 }
 """What to do, where the class of an error does not say it."""

@@ -181,7 +181,9 @@ class AsyncConsumer:
 
     def _log_lost(self, delivery: Delivery, error: Exception) -> None:
         logger.warning(
-            "delivery lost, so its effects were rolled back: its lease was over before the end",
+            "delivery of %r to %r lost, so its effects were rolled back: its lease was over before the end",
+            delivery.message.id,
+            delivery.receiver,
             extra={
                 "event": "consume",
                 "receiver": delivery.receiver,
@@ -193,8 +195,14 @@ class AsyncConsumer:
 
     def _log(self, delivery: Delivery, error: Exception) -> None:
         frame = traceback.extract_tb(error.__traceback__)[-1]
+        raised_at = f"{frame.filename}:{frame.lineno}"
         logger.warning(
-            "delivery failed",
+            "delivery of %r to %r failed, attempt %d: %s, raised at %s",
+            delivery.message.id,
+            delivery.receiver,
+            delivery.attempts,
+            type(error).__name__,
+            raised_at,
             extra={
                 "event": "consume",
                 "receiver": delivery.receiver,
@@ -202,7 +210,7 @@ class AsyncConsumer:
                 "attempts": delivery.attempts,
                 "dead": self._terms.is_last(delivery.attempts),
                 "error": type(error).__name__,
-                "raised_at": f"{frame.filename}:{frame.lineno}",
+                "raised_at": raised_at,
             },
         )
         logger.debug("delivery failed", exc_info=error)
