@@ -17,7 +17,6 @@ from mesh_storage import ConfigurationError, ConflictError, InvalidInputError, M
 from tests.replicas.conftest import Side, pause, port_of, ports, position_of, put, read, reasons, resume, settings_of
 from tests.servers import PASSWORD, Replication, execute
 
-pytestmark = pytest.mark.slow
 
 SOON = {"replica_timeout": 0.3}
 

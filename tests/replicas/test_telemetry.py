@@ -8,7 +8,6 @@ from tests.replicas.conftest import Side, pause, put, read
 from tests.servers import Replication
 from tests.telemetry.recorder import Recorder
 
-pytestmark = pytest.mark.slow
 
 POOL = "db.client.connection.pool.name"
 
