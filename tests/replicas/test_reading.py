@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import event, insert, text
@@ -115,6 +117,22 @@ def test_where_none_has_it_in_time_the_primary_answers_and_that_is_logged(
     side.run(main())
 
 
+def test_a_short_timeout_does_not_make_others_impatient(servers: Replication, side: Side) -> None:
+    async def main() -> None:
+        async with side.open(servers) as storage:
+            await read(storage)
+            pause(*servers.standbys)
+            position = await put(storage, b"soon")
+            assert (await read(storage, after=position, timeout=0.5))[1] == servers.primary.port
+            resumed = threading.Timer(0.3, resume, servers.standbys)
+            resumed.start()
+            value, port = await read(storage, after=position)
+            assert (value, port in ports(*servers.standbys)) == (b"soon", True)
+            resumed.join()
+
+    side.run(main())
+
+
 def test_a_timeout_leaves_time_for_the_primary(servers: Replication, side: Side) -> None:
     async def main() -> None:
         async with side.open(servers) as storage:
@@ -148,6 +166,46 @@ def test_a_position_of_the_storage_is_after_all_that_is_visible(servers: Replica
                     await uow.state.put("k", str(number).encode())
                 value, port = await read(storage, after=await storage.position())
                 assert (value, port in ports(*servers.standbys)) == (str(number).encode(), True)
+
+    side.run(main())
+
+
+def test_the_position_of_a_strict_commit_is_on_disk_whatever_others_are_about_to_write(
+    servers: Replication, side: Side, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        with psycopg.connect(**servers.primary.connect) as other:
+
+            def write(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+                if "pg_walfile_name" in statement:
+                    other.execute("INSERT INTO mesh_state (key, value) VALUES ('never committed', '')")
+
+            async with side.open(servers, replica_timeout=2.0) as storage:
+                await put(storage, b"before")
+                await read(storage)
+                event.listen(Engine, "before_cursor_execute", write)
+                try:
+                    position = await put(storage, b"on disk")
+                finally:
+                    event.remove(Engine, "before_cursor_execute", write)
+                value, port = await read(storage, after=position)
+                assert (value, port in ports(*servers.standbys)) == (b"on disk", True)
+                assert reasons(caplog) == []
+            other.rollback()
+
+    side.run(main())
+
+
+def test_the_position_of_a_commit_that_waits_for_no_disk_is_after_it(servers: Replication, side: Side) -> None:
+    async def main() -> None:
+        for options, durability in (("-csynchronous_commit=off", "strict"), ("", "relaxed")):
+            url = SecretStr(servers.url(servers.primary, options=options))
+            async with side.open(servers, url=url) as storage:
+                for number in range(20):
+                    async with storage.begin(position=True, durability=durability) as uow:
+                        await uow.state.put("k", str(number).encode())
+                    value, port = await read(storage, after=position_of(uow))
+                    assert (value, port in ports(*servers.standbys)) == (str(number).encode(), True)
 
     side.run(main())
 
@@ -206,6 +264,25 @@ def test_max_lag_is_kept(servers: Replication, side: Side, caplog: pytest.LogCap
             servers.await_replay(servers.standbys[1])
             answer = await read(storage, max_lag=timedelta(seconds=0.4))
             assert answer == (b"after", servers.standbys[1].port)
+
+    side.run(main())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other platforms have no such clock")
+def test_max_lag_is_kept_by_a_machine_that_was_suspended(
+    servers: Replication, side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awake = time.clock_gettime
+
+    async def main() -> None:
+        async with side.open(servers, replica_timeout=0.5) as storage:
+            position = await put(storage, b"before")
+            await read(storage, after=position, max_lag=timedelta(minutes=1))
+            pause(*servers.standbys)
+            await put(storage, b"meanwhile")
+            monkeypatch.setattr(time, "clock_gettime", lambda clock: awake(clock) + 3600)
+            answer = await read(storage, max_lag=timedelta(minutes=1))
+            assert answer == (b"meanwhile", servers.primary.port)
 
     side.run(main())
 
