@@ -52,7 +52,7 @@ class Replica:
             return error
 
     def look(self, connection: UnitOfWorkConnection, needed: int, until: float) -> Standing:
-        """Ask where it stands; asks for its timeline if that may have changed, or is not known to be as new as needed."""
+        """Ask where it stands; asks for its timeline if that may have changed, or may not be as new as needed."""
         driver, asked = connection.driver, now()
         known = driver.standing
         if known is None or known.position.timeline < needed or asked - known.at >= FRESH_S:
@@ -156,6 +156,7 @@ class Reading:
         self._replica: Replica | None = None
         self._characteristics = Characteristics()
         self._deadline: float | None = None
+        self._waits_in_full = True
 
     def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> UnitOfWorkConnection:
         """Acquire a connection to a replica that is good enough, or else to the primary.
@@ -198,8 +199,8 @@ class Reading:
         """Return a connection to the first replica that is good enough, or why there is none."""
         patience, timeout = self._replicas.patience, self._characteristics.timeout
         # The other half of the timeout is the primary's.
-        limit = patience if timeout is None else min(patience, timeout / 2)
-        end = time.monotonic() + limit
+        self._waits_in_full = timeout is None or timeout / 2 >= patience
+        end = time.monotonic() + (patience if timeout is None else min(patience, timeout / 2))
         pause = _FIRST_PAUSE_S
         while True:
             reason: Reason = "unreachable"
@@ -220,9 +221,7 @@ class Reading:
                     waiting.append(replica)
                 reason = found if found != "unreachable" else reason
             if time.monotonic() + pause + _LOOK_S >= end:
-                if limit == patience:  # the wait of a short timeout proves nothing to others
-                    for replica in waiting:
-                        replica.retreat.give_up()
+                self._give_up(waiting)
                 return reason
             if not any(replica.retreat.patient for replica in waiting):
                 return reason
@@ -238,7 +237,7 @@ class Reading:
         except MeshStorageError:
             if replica.is_busy:
                 return "busy"
-            replica.retreat.fail(time.monotonic() - begun)
+            self._fail(replica, begun, end)
             return "unreachable"
         assert isinstance(connection, MovableConnection), "the pool lends no others"
         reason: Reason | None = "unreachable"
@@ -252,7 +251,7 @@ class Reading:
             if reason is not None:
                 replica.pool.release(connection)
         if reason in ("unreachable", "promoted", "foreign"):
-            replica.retreat.fail(time.monotonic() - begun)
+            self._fail(replica, begun, end)
         else:
             replica.retreat.succeed()
         if reason is None:
@@ -260,6 +259,18 @@ class Reading:
                 replica.retreat.hope()
             self._replica, connection.move = replica, self._move
         return reason or connection
+
+    def _give_up(self, waiting: list[Replica]) -> None:
+        """Let nobody else wait for replicas that were behind; a short timeout is no reason for that."""
+        if self._waits_in_full:
+            for replica in waiting:
+                replica.retreat.give_up()
+
+    def _fail(self, replica: Replica, begun: float, end: float) -> None:
+        """Leave a replica alone, unless it was only too slow for a short timeout."""
+        moment = time.monotonic()
+        if self._waits_in_full or moment < end:
+            replica.retreat.fail(moment - begun)
 
     def _judge(self, replica: Replica, connection: MovableConnection, end: float) -> Reason | None:
         """Return why a replica is not good enough; it is asked unless what is known of it says that it is."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.postgres.statement import Row
 
-_TEXT = re.compile(r"([0-9]{1,20})/([0-9]{1,10})/([0-9]{1,20})")
+_TEXT = re.compile(r"(-?[0-9]{1,20})/([0-9]{1,10})/([0-9]{1,20})")
 
 # The insert position, since an asynchronous commit is visible before it is flushed. After a full page it is behind the
 # header of the next one, which a standby does not count as replayed (access/xlog.c, XLogBytePosToRecPtr).
@@ -53,7 +53,7 @@ class Position(NamedTuple):
     """A place in the write-ahead log of a cluster."""
 
     system: int
-    """The cluster's `system_identifier`, which its standbys share."""
+    """The cluster's `system_identifier`, which its standbys share; negative if it was made after 2037."""
     timeline: int
     lsn: int
     """The number of the byte."""

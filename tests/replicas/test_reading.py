@@ -6,16 +6,28 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import hypothesis
 import psycopg
 import pytest
+from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import event, insert, text
 from sqlalchemy.engine import Engine
 
-from mesh_storage import ConfigurationError, ConflictError, InvalidInputError, MeshStorage, Settings, StateEntry
+from mesh_storage import (
+    ConfigurationError,
+    ConflictError,
+    InvalidInputError,
+    MeshStorage,
+    Settings,
+    StateEntry,
+    StorageTimeoutError,
+)
+from mesh_storage.postgres.wal import Position, parse
 from tests.replicas.conftest import Side, pause, port_of, ports, position_of, put, read, reasons, resume, settings_of
 from tests.servers import PASSWORD, Replication, execute
 
@@ -131,6 +143,28 @@ def test_a_short_timeout_does_not_make_others_impatient(servers: Replication, si
             resumed.join()
 
     side.run(main())
+
+
+def test_a_replica_that_is_too_slow_for_a_short_timeout_is_not_too_slow_for_others(
+    servers: Replication, side: Side
+) -> None:
+    async def main() -> None:
+        async with side.open(servers) as storage:
+            await put(storage, b"in time")
+            servers.await_replay()
+            with suppress(StorageTimeoutError):  # there is no connection yet
+                await read(storage, timeout=0.006)
+            value, port = await read(storage)
+            assert (value, port in ports(*servers.standbys)) == (b"in time", True)
+
+    side.run(main())
+
+
+@hypothesis.given(
+    system=st.integers(-(2**63), 2**63 - 1), timeline=st.integers(0, 2**31 - 1), lsn=st.integers(0, 2**63 - 1)
+)
+def test_a_position_is_read_as_it_was_written(system: int, timeline: int, lsn: int) -> None:
+    assert parse(str(Position(system, timeline, lsn))) == (system, timeline, lsn)
 
 
 def test_a_timeout_leaves_time_for_the_primary(servers: Replication, side: Side) -> None:
