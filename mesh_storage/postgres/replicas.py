@@ -207,7 +207,7 @@ class Reading:
             waiting: list[Replica] = []
             # A primary that does not answer leaves time for the replicas.
             self._replicas.sample(self._wanted.max_age / 2, _share(end, 2))
-            if self._wanted.is_of_another_cluster(self._replicas.samples):
+            if self._is_of_another_cluster(end):
                 return "foreign"
             candidates = self._replicas.candidates()
             for number, replica in enumerate(candidates):
@@ -227,6 +227,13 @@ class Reading:
                 return reason
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_S, pause * 1.5)
+
+    def _is_of_another_cluster(self, end: float) -> bool:
+        """Return whether the position is of another cluster than the primary, which may be a new one by now."""
+        if not self._wanted.is_of_another_cluster(self._replicas.samples):
+            return False
+        self._replicas.sample(FRESH_S, _share(end, 2))
+        return self._wanted.is_of_another_cluster(self._replicas.samples)
 
     def _try(self, replica: Replica, end: float) -> MovableConnection | Reason:
         begun = time.monotonic()

@@ -424,6 +424,21 @@ def test_a_position_of_another_cluster_is_refused(servers: Replication, storage:
     side.run(main())
 
 
+def test_a_cluster_that_has_taken_the_place_of_another_is_noticed(servers: Replication, side: Side) -> None:
+    async def main() -> None:
+        async with side.open(servers) as storage:
+            position = await put(storage, b"in the new one")
+            await storage.position()
+            samples = getattr(storage, "_wrapped", storage)._replicas.samples
+            known = samples.newest
+            samples.add(known._replace(position=known.position._replace(system=1), at=known.at - 60))
+            assert samples.newest.position.system == 1
+            value, port = await read(storage, after=position)
+            assert (value, port in ports(*servers.standbys)) == (b"in the new one", True)
+
+    side.run(main())
+
+
 def test_a_position_that_is_nowhere_is_lost(servers: Replication, side: Side) -> None:
     async def main() -> None:
         async with side.open(servers, **SOON) as storage:

@@ -206,7 +206,7 @@ class AsyncReading:
             waiting: list[AsyncReplica] = []
             # A primary that does not answer leaves time for the replicas.
             await self._replicas.sample(self._wanted.max_age / 2, _share(end, 2))
-            if self._wanted.is_of_another_cluster(self._replicas.samples):
+            if await self._is_of_another_cluster(end):
                 return "foreign"
             candidates = self._replicas.candidates()
             for number, replica in enumerate(candidates):
@@ -226,6 +226,13 @@ class AsyncReading:
                 return reason
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE_S, pause * 1.5)
+
+    async def _is_of_another_cluster(self, end: float) -> bool:
+        """Return whether the position is of another cluster than the primary, which may be a new one by now."""
+        if not self._wanted.is_of_another_cluster(self._replicas.samples):
+            return False
+        await self._replicas.sample(FRESH_S, _share(end, 2))
+        return self._wanted.is_of_another_cluster(self._replicas.samples)
 
     async def _try(self, replica: AsyncReplica, end: float) -> AsyncMovableConnection | Reason:
         begun = time.monotonic()
