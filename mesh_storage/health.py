@@ -34,7 +34,8 @@ class ReplicaHealth:
     connected: bool
     """Whether it answered."""
     lag_bytes: int | None
-    """How many bytes of the primary's write-ahead log it has not replayed; None if one of the two did not answer."""
+    """How many bytes of the primary's write-ahead log it has not replayed; None if one of the two did not answer, or it
+    is not known to follow the primary since the last failover."""
     lag: timedelta | None
     """How long ago the last transaction that it has replayed was committed, or 0 if nothing is left to replay; None if
     unknown. By the clock of the primary alone."""
@@ -128,8 +129,12 @@ def of_replica(address: str, answer: Standing | MeshStorageError, primary: Stand
         primary.database,
     ):
         error = ConfigurationError("invalid setting 'replica_url': it leads to another database than that of the URL")
+    elif primary is not None and answer.position.timeline > primary.position.timeline:
+        error = UnavailableError("it follows a timeline that the primary does not have")
     if error is not None or primary is None or primary.flushed is None:
         return ReplicaHealth(address, connected=True, lag_bytes=None, lag=None, error=error)
+    if answer.position.timeline < primary.position.timeline:  # the same byte of another timeline says nothing
+        return ReplicaHealth(address, connected=True, lag_bytes=None, lag=None)
     missing = max(0, primary.flushed - answer.position.lsn)
     lag = timedelta(0) if not missing else None
     if missing and isinstance(primary.clock, datetime) and isinstance(answer.clock, datetime):

@@ -33,6 +33,7 @@ from mesh_storage.postgres.reading import Wanted
 from mesh_storage.postgres.replicas import Reading
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.postgres.tenure import now
 from mesh_storage.postgres.wal import STANDING, Standing, standing
 from mesh_storage.repositories.changelog import Batch
 from mesh_storage.repositories.consuming import Stop, Terms
@@ -379,7 +380,7 @@ class MeshStorage:
                 missing: tuple[str, ...] = ()
                 try:
                     if len(self._replicas):
-                        primary = standing(connection.ask(STANDING), time.monotonic())
+                        primary = standing(connection.ask(STANDING), now())
                     revision, missing = connection.perform(schema.examine, connection.driver.sqlalchemy)
                 except MeshStorageError as error:
                     unclear = error

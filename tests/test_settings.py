@@ -221,7 +221,11 @@ def test_replicas_need_sessions_of_their_own() -> None:
     assert "transaction_pooling" in refused(**given, transaction_pooling=True)
 
 
-def test_the_url_of_the_replicas_takes_precedence_over_what_the_primary_is_reached_by() -> None:
+def test_the_url_of_the_replicas_takes_precedence_over_what_the_primary_is_reached_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGTARGETSESSIONATTRS", "read-write")
+    monkeypatch.setenv("PGHOSTADDR", "127.0.0.1")
     first = (
         "postgresql://me:secret@db1:1,db2:2/mesh?target_session_attrs=read-write&options=-cgeqo%3Doff&sslmode=require"
     )
@@ -235,7 +239,7 @@ def test_the_url_of_the_replicas_takes_precedence_over_what_the_primary_is_reach
         assert each["connect_timeout"] == 7
         assert each["application_name"] == "reader"
         assert "geqo=off" in each["options"]
-        assert "target_session_attrs" not in each
+        assert (each["target_session_attrs"], each["hostaddr"]) == ("any", "")
 
 
 def test_an_unknown_setting_is_named() -> None:

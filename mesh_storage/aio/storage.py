@@ -37,6 +37,7 @@ from mesh_storage.postgres.pool import check_open
 from mesh_storage.postgres.reading import Wanted
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.postgres.tenure import now
 from mesh_storage.postgres.wal import STANDING, Standing, standing
 from mesh_storage.repositories.changelog import Batch
 from mesh_storage.repositories.consuming import Stop, Terms
@@ -321,7 +322,7 @@ class AsyncMeshStorage:
                 missing: tuple[str, ...] = ()
                 try:
                     if len(self._replicas):
-                        primary = standing(await connection.ask(STANDING), time.monotonic())
+                        primary = standing(await connection.ask(STANDING), now())
                     revision, missing = await connection.perform(in_greenlet, schema.examine, database)
                 except MeshStorageError as error:
                     unclear = error

@@ -102,7 +102,8 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
         return exit_of(wrong), {**facts, "error": type(wrong).__name__, "message": str(wrong)}, str(wrong)
     words = f"healthy: schema {health.revision}, answered in {health.round_trip_ms:.1f} ms"
     for each in health.replicas:
-        words += f"; replica {each.address}: {each.error or f'{each.lag_bytes} bytes behind'}"
+        lag = "lag unknown" if each.lag_bytes is None else f"{each.lag_bytes} bytes behind"
+        words += f"; replica {each.address}: {each.error or lag}"
     return Exit.OK, facts, f"{words}; {lacking}" if health.missing_privileges else words
 
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -27,6 +26,7 @@ from mesh_storage.postgres.joined import JoinedSession
 from mesh_storage.postgres.ownership import Ownership
 from mesh_storage.postgres.savepoints import Savepoints
 from mesh_storage.postgres.statement import Parameters, Row, Statement
+from mesh_storage.postgres.tenure import now
 from mesh_storage.postgres.transaction import UnitOfWorkTransaction
 from mesh_storage.postgres.transaction_pooling import Pooling
 from mesh_storage.postgres.wal import STANDING, standing
@@ -256,11 +256,16 @@ class UnitOfWorkConnection:
 
     def _note_position(self) -> None:
         self.position = None
-        asked = time.monotonic()
+        asked = now()
         try:
-            self.position = str(standing(self.ask(STANDING), asked).position)
+            found = standing(self.ask(STANDING), asked)
         except MeshStorageError as error:  # it is committed all the same
             logger.debug("no position", exc_info=error)
+        else:
+            waited = (
+                self.characteristics.durability == "strict" and not self.joined.is_used
+            )  # it may have said SET LOCAL
+            self.position = str(found.committed if waited else found.position)
 
     def rollback(self) -> None:
         """Roll back everything since the last commit or rollback."""

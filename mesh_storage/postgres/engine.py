@@ -38,6 +38,8 @@ _SERVER_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 _PER_HOST = ("host", "hostaddr", "port")
 _OF_HOSTS = (*_PER_HOST, "target_session_attrs", "load_balance_hosts")
 """What a URL says of its hosts, which is not true of those of another."""
+_NOWHERE = {"hostaddr": "", "target_session_attrs": "any"}
+"""Keeps libpq from adding these from its environment or a service file, which mean the primary."""
 _LIMITS = {
     "statement_timeout": "statement_timeout",
     "lock_timeout": "lock_timeout",
@@ -104,7 +106,7 @@ def replica_arguments(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
     found: list[dict[str, Any]] = []
     for place in zip(*(values * number if len(values) == 1 else values for values in places), strict=True):
         own = {name: value for name, value in zip(_PER_HOST, place, strict=True) if value}
-        arguments = login | {name: value for name, value in given.items() if name not in _PER_HOST} | own
+        arguments = login | _NOWHERE | {name: value for name, value in given.items() if name not in _PER_HOST} | own
         found.append(arguments | session_arguments(settings, arguments, _surroundings(arguments)))
     return found, given.get("load_balance_hosts") == "disable"
 

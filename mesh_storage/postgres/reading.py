@@ -11,6 +11,7 @@ from typing import Literal
 
 from mesh_storage.errors import ConflictError, InvalidInputError
 from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.tenure import now
 from mesh_storage.postgres.wal import Position, Standing, parse
 
 logger = logging.getLogger("mesh_storage")
@@ -57,7 +58,7 @@ class Samples:
         """Return the greatest age in seconds that the data of a replica may have by now, as far as is known."""
         for each in self._kept:
             if replica.has(each.position):
-                return time.monotonic() - each.at
+                return now() - each.at
         return math.inf
 
 
@@ -163,9 +164,9 @@ class Fallbacks:
     def note(self, reason: Reason) -> None:
         """Note one."""
         number = self._since[reason] = self._since.get(reason, 0) + 1
-        now = time.monotonic()
-        if now >= self._due.get(reason, 0.0):
-            self._due[reason] = now + _LOG_EVERY_S
+        moment = time.monotonic()
+        if moment >= self._due.get(reason, 0.0):
+            self._due[reason] = moment + _LOG_EVERY_S
             self._since[reason] = 0
             logger.warning(
                 "the primary answers in place of a replica",
@@ -189,19 +190,19 @@ class Retreat:
 
     def admits(self) -> bool:
         """Return whether it may be tried now; after a failure, the others leave it alone until that has succeeded."""
-        now = time.monotonic()
-        if now < self._until:
+        moment = time.monotonic()
+        if moment < self._until:
             return False
         if self._until:
-            self._until, self._on_trial = now + self._pause, True
+            self._until, self._on_trial = moment + self._pause, True
         return True
 
     def fail(self, seconds: float) -> None:
         """Leave it alone for a while, since it cannot be reached or is no replica; to notice that took some seconds."""
-        now = time.monotonic()
-        if now >= self._until or self._on_trial:  # else another unit of work has seen the same
+        moment = time.monotonic()
+        if moment >= self._until or self._on_trial:  # else another unit of work has seen the same
             self._pause = max(self._pause, min(_LONGEST_PAUSE_S, seconds * _PAUSE_RATIO))
-            self._until = now + self._pause * (0.5 + random.random() / 2)  # noqa: S311 - not used for security
+            self._until = moment + self._pause * (0.5 + random.random() / 2)  # noqa: S311 - not used for security
             self._pause = min(_LONGEST_PAUSE_S, self._pause * 2)
         self._on_trial = False
 

@@ -16,11 +16,14 @@ from mesh_storage.postgres.movable import MovableConnection
 from mesh_storage.postgres.pool import Pool
 from mesh_storage.postgres.reading import FRESH_S, Fallbacks, Reason, Retreat, Samples, Wanted
 from mesh_storage.postgres.server import Server, replica_settings
+from mesh_storage.postgres.tenure import now
 from mesh_storage.postgres.wal import REPLAYED, STANDING, Standing, replayed, standing
 from mesh_storage.settings import Settings
 
 _FIRST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.025
+_LOOK_S = 0.01
+"""What a look takes at most, usually: there is none so late that it would have to be cancelled."""
 
 
 class Replica:
@@ -42,19 +45,19 @@ class Replica:
         try:
             connection = self.pool.acquire(Characteristics(read_only=True, timeout=timeout), beside=True)
             try:
-                return standing(connection.ask(STANDING), time.monotonic())
+                return standing(connection.ask(STANDING), now())
             finally:
                 self.pool.release(connection)
         except MeshStorageError as error:
             return error
 
     def look(self, connection: UnitOfWorkConnection, needed: int, until: float) -> Standing:
-        """Ask where it stands; asks for its timeline only if it is not known to be as new as needed."""
-        driver = connection.driver
+        """Ask where it stands; asks for its timeline if that may have changed, or may not be as new as needed."""
+        driver, asked = connection.driver, now()
         known = driver.standing
-        if known is None or known.position.timeline < needed:
-            asked = time.monotonic()
-            driver.standing = standing(connection.ask(STANDING, until), asked)
+        if known is None or known.position.timeline < needed or asked - known.at >= FRESH_S:
+            found = standing(connection.ask(STANDING, until), asked)
+            driver.standing = found if known is None else found.on_timeline(known.position.timeline)
         else:
             driver.standing = replayed(known, connection.ask(REPLAYED, until))
         return driver.standing
@@ -102,12 +105,12 @@ class Replicas:
 
         One asks at a time, until a moment at most. If the primary cannot be asked, what is known stays.
         """
-        newest, now = self.samples.newest, time.monotonic()
-        if newest is not None and (now - newest.at <= oldest or now < self._asking_until):
+        newest, moment = self.samples.newest, time.monotonic()
+        if newest is not None and (now() - newest.at <= oldest or moment < self._asking_until):
             return
         self._asking_until = until
         try:
-            self._ask_primary(Characteristics(read_only=True, timeout=max(0.001, until - now)))
+            self._ask_primary(Characteristics(read_only=True, timeout=max(0.001, until - moment)))
         except ClosedError:
             raise
         except MeshStorageError:
@@ -124,7 +127,7 @@ class Replicas:
         return str((self._ask_primary(Characteristics(read_only=True))).position)
 
     def _ask_primary(self, characteristics: Characteristics) -> Standing:
-        asked = time.monotonic()
+        asked = now()
         connection = self.primary.acquire(characteristics, beside=True)
         try:
             found = standing(connection.ask(STANDING), asked)
@@ -153,6 +156,7 @@ class Reading:
         self._replica: Replica | None = None
         self._characteristics = Characteristics()
         self._deadline: float | None = None
+        self._waits_in_full = True
 
     def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> UnitOfWorkConnection:
         """Acquire a connection to a replica that is good enough, or else to the primary.
@@ -195,13 +199,15 @@ class Reading:
         """Return a connection to the first replica that is good enough, or why there is none."""
         patience, timeout = self._replicas.patience, self._characteristics.timeout
         # The other half of the timeout is the primary's.
+        self._waits_in_full = timeout is None or timeout / 2 >= patience
         end = time.monotonic() + (patience if timeout is None else min(patience, timeout / 2))
         pause = _FIRST_PAUSE_S
         while True:
             reason: Reason = "unreachable"
             waiting: list[Replica] = []
-            self._replicas.sample(self._wanted.max_age / 2, end)
-            if self._wanted.is_of_another_cluster(self._replicas.samples):
+            # A primary that does not answer leaves time for the replicas.
+            self._replicas.sample(self._wanted.max_age / 2, _share(end, 2))
+            if self._is_of_another_cluster(end):
                 return "foreign"
             candidates = self._replicas.candidates()
             for number, replica in enumerate(candidates):
@@ -214,14 +220,20 @@ class Reading:
                 if found in ("behind", "lagging"):
                     waiting.append(replica)
                 reason = found if found != "unreachable" else reason
-            if time.monotonic() + pause >= end:
-                for replica in waiting:
-                    replica.retreat.give_up()
+            if time.monotonic() + pause + _LOOK_S >= end:
+                self._give_up(waiting)
                 return reason
             if not any(replica.retreat.patient for replica in waiting):
                 return reason
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_S, pause * 1.5)
+
+    def _is_of_another_cluster(self, end: float) -> bool:
+        """Return whether the position is of another cluster than the primary, which may be a new one by now."""
+        if not self._wanted.is_of_another_cluster(self._replicas.samples):
+            return False
+        self._replicas.sample(FRESH_S, _share(end, 2))
+        return self._wanted.is_of_another_cluster(self._replicas.samples)
 
     def _try(self, replica: Replica, end: float) -> MovableConnection | Reason:
         begun = time.monotonic()
@@ -232,7 +244,7 @@ class Reading:
         except MeshStorageError:
             if replica.is_busy:
                 return "busy"
-            replica.retreat.fail(time.monotonic() - begun)
+            self._fail(replica, begun, end)
             return "unreachable"
         assert isinstance(connection, MovableConnection), "the pool lends no others"
         reason: Reason | None = "unreachable"
@@ -246,7 +258,7 @@ class Reading:
             if reason is not None:
                 replica.pool.release(connection)
         if reason in ("unreachable", "promoted", "foreign"):
-            replica.retreat.fail(time.monotonic() - begun)
+            self._fail(replica, begun, end)
         else:
             replica.retreat.succeed()
         if reason is None:
@@ -255,11 +267,23 @@ class Reading:
             self._replica, connection.move = replica, self._move
         return reason or connection
 
+    def _give_up(self, waiting: list[Replica]) -> None:
+        """Let nobody else wait for replicas that were behind; a short timeout is no reason for that."""
+        if self._waits_in_full:
+            for replica in waiting:
+                replica.retreat.give_up()
+
+    def _fail(self, replica: Replica, begun: float, end: float) -> None:
+        """Leave a replica alone, unless it was only too slow for a short timeout."""
+        moment = time.monotonic()
+        if self._waits_in_full or moment < end:
+            replica.retreat.fail(moment - begun)
+
     def _judge(self, replica: Replica, connection: MovableConnection, end: float) -> Reason | None:
         """Return why a replica is not good enough; it is asked unless what is known of it says that it is."""
         wanted, samples = self._wanted, self._replicas.samples
         known = connection.driver.standing
-        if known is not None and time.monotonic() - known.at < FRESH_S and wanted.judge(known, samples) is None:
+        if known is not None and now() - known.at < FRESH_S and wanted.judge(known, samples) is None:
             return None
         needed = 0 if wanted.after is None else wanted.after.timeline
         if samples.newest is not None and wanted.max_age < math.inf:
@@ -269,6 +293,8 @@ class Reading:
         if reason == "foreign":  # or the primary has been replaced
             self._replicas.sample(FRESH_S, end)
             reason = wanted.judge(known, samples)
+        if reason is None and connection.driver.connection.cancelled:  # which a later statement may feel
+            return "unreachable"
         return reason
 
     def _move(self, failed: UnitOfWorkConnection) -> UnitOfWorkConnection:
@@ -292,7 +318,7 @@ class Reading:
             return connection
         driver, fit = connection.driver, False
         try:
-            asked = time.monotonic()
+            asked = now()
             if driver.standing is None or asked - driver.standing.at > FRESH_S or not wanted.is_met(driver.standing):
                 driver.standing = standing(connection.ask(STANDING), asked)
             fit = wanted.may_ask(driver.standing)
@@ -313,5 +339,5 @@ class Reading:
 
 def _share(end: float, number: int) -> float:
     """Return when the first of a number of tries must end, so that each has the same time."""
-    now = time.monotonic()
-    return now + max(0.0, end - now) / number
+    begun = time.monotonic()
+    return begun + max(0.0, end - begun) / number

@@ -7,13 +7,12 @@ one timeline says nothing about the same byte of a timeline that has branched of
 from __future__ import annotations
 
 import re
-import time
 from typing import NamedTuple
 
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.postgres.statement import Row
 
-_TEXT = re.compile(r"([0-9]{1,20})/([0-9]{1,10})/([0-9]{1,20})")
+_TEXT = re.compile(r"(-?[0-9]{1,20})/([0-9]{1,10})/([0-9]{1,20})")
 
 # The insert position, since an asynchronous commit is visible before it is flushed. After a full page it is behind the
 # header of the next one, which a standby does not count as replayed (access/xlog.c, XLogBytePosToRecPtr).
@@ -27,6 +26,7 @@ STANDING = b"""
             ELSE 0
         END,
         CASE WHEN NOT standby THEN (pg_current_wal_flush_lsn() - '0/0')::int8 END,
+        current_setting('synchronous_commit') <> 'off',
         CASE WHEN standby THEN pg_last_xact_replay_timestamp() ELSE clock_timestamp() END
     FROM (
         SELECT standby, system_identifier,
@@ -53,7 +53,7 @@ class Position(NamedTuple):
     """A place in the write-ahead log of a cluster."""
 
     system: int
-    """The cluster's `system_identifier`, which its standbys share."""
+    """The cluster's `system_identifier`, which its standbys share; negative if it was made after 2037."""
     timeline: int
     lsn: int
     """The number of the byte."""
@@ -73,10 +73,26 @@ class Standing(NamedTuple):
     """What it has replayed, or written if it is no standby."""
     flushed: int | None
     """What it has on disk, if it is no standby."""
+    commits_wait: bool
+    """Whether commits of the session wait until they are on disk, unless they are relaxed."""
     clock: object
     """The time of the last transaction that a standby has replayed, or of a primary's clock."""
     at: float
-    """When it was asked, by `time.monotonic()`."""
+    """When it was asked all of it, by `tenure.now()`."""
+
+    @property
+    def committed(self) -> Position:
+        """The position of what has been committed, with the wait for the disk that the session has for it.
+
+        What others are about to write comes after it: that may reach a standby late, or be lost by a crash.
+        """
+        if self.flushed is None or not self.commits_wait:
+            return self.position
+        return self.position._replace(lsn=min(self.position.lsn, self.flushed))
+
+    def on_timeline(self, known: int) -> Standing:
+        """Return it with the latest timeline, of which an earlier one was known; a server returns to none."""
+        return self._replace(position=self.position._replace(timeline=max(self.position.timeline, known)))
 
     def has(self, position: Position) -> bool:
         """Return whether it has what was committed at a position."""
@@ -86,14 +102,14 @@ class Standing(NamedTuple):
 
 def standing(row: Row, asked: float) -> Standing:
     """Return the standing of a server from its answer to `STANDING`."""
-    standby, system, database, timeline, lsn, flushed, clock = row
-    return Standing(standby, database, Position(system, timeline or 0, lsn or 0), flushed, clock, asked)
+    standby, system, database, timeline, lsn, flushed, commits_wait, clock = row
+    return Standing(standby, database, Position(system, timeline or 0, lsn or 0), flushed, commits_wait, clock, asked)
 
 
 def replayed(before: Standing, row: Row) -> Standing:
-    """Return the standing of a server from an earlier one, and its answer to `REPLAYED` just now."""
+    """Return the standing of a server from an earlier one, and its answer to `REPLAYED`."""
     standby, lsn = row
-    return before._replace(standby=standby, position=before.position._replace(lsn=lsn or 0), at=time.monotonic())
+    return before._replace(standby=standby, position=before.position._replace(lsn=lsn or 0))
 
 
 def parse(text: object) -> Position:

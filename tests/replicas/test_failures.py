@@ -33,6 +33,9 @@ from tests.servers import PASSWORD, PostgresServer, Replication, execute
 
 pytestmark = pytest.mark.slow
 
+FILL = "INSERT INTO mesh_state (key, value) SELECT i, repeat('x', 100)::bytea FROM generate_series(1, 9999) i"
+"""Makes the log of a server longer than those of the others."""
+
 
 def test_a_replica_that_dies_is_no_error(
     own_servers: Replication, side: Side, caplog: pytest.LogCaptureFixture
@@ -92,6 +95,34 @@ def test_replicas_answer_while_the_primary_is_away(own_servers: Replication, sid
             await side.sleep(0.2)
             with pytest.raises(UnavailableError):  # nobody can tell whether there is something newer
                 await read(storage, max_lag=timedelta(seconds=0.1))
+
+    side.run(main())
+
+
+def test_a_primary_that_freezes_leaves_time_for_the_replicas(
+    own_servers: Replication, side: Side, caplog: pytest.LogCaptureFixture
+) -> None:
+    max_lag = timedelta(seconds=20)
+
+    async def main() -> None:
+        async with side.open(own_servers, replica_timeout=2.0) as storage:
+            position = await put(storage, b"kept")
+            for _ in range(6):
+                await read(storage, after=position, max_lag=max_lag)
+            await side.sleep(10.1)  # it is asked again after half of it
+            own_servers.primary.freeze()
+            try:
+                begun = time.monotonic()
+                async with storage.begin(read_only=True, replica=True, max_lag=max_lag) as uow:
+                    assert time.monotonic() - begun < 2.0
+                    assert (await uow.state.get("k")).value == b"kept"
+                    session = getattr(uow, "_wrapped", uow)._connection.driver.connection
+                    assert not session.cancelled, "a late request would cancel a statement"
+                for asked in ({}, {"after": position}):
+                    assert (await read(storage, **asked))[1] in ports(*own_servers.standbys)
+                assert reasons(caplog) == []
+            finally:
+                own_servers.primary.thaw()
 
     side.run(main())
 
@@ -309,9 +340,7 @@ def test_a_standby_that_still_follows_the_old_primary_has_no_position_of_the_new
         own_servers.await_replay()
         execute(new, "SELECT pg_promote()")
         execute(old, "UPDATE mesh_state SET value = 'of the old primary'")
-        execute(
-            old, "INSERT INTO mesh_state (key, value) SELECT i, repeat('x', 100)::bytea FROM generate_series(1, 9999) i"
-        )
+        execute(old, FILL)
         own_servers.await_replay(other)
         settings = settings_of(own_servers, url=SecretStr(own_servers.url(new)), replica_timeout=0.5)
         async with side.open(settings) as storage:
@@ -319,6 +348,30 @@ def test_a_standby_that_still_follows_the_old_primary_has_no_position_of_the_new
             for asked in ({"after": position}, {"max_lag": timedelta(hours=1)}):
                 for _ in range(3):
                     assert await read(storage, **asked) == (b"of the new primary", new.port)
+            assert (await storage.health()).replicas[-1].lag_bytes is None, "of a timeline that has branched off"
+
+    side.run(main())
+
+
+def test_a_standby_that_follows_another_server_is_read_no_more(own_servers: Replication, side: Side) -> None:
+    primary, (new, other) = own_servers.primary, own_servers.standbys
+
+    async def main() -> None:
+        async with side.open(
+            own_servers, replica_url=SecretStr(own_servers.url(other)), replica_timeout=0.5
+        ) as storage:
+            position = await put(storage, b"before")
+            assert await read(storage, after=position) == (b"before", other.port)
+            own_servers.promote(new)
+            own_servers.follow(other)
+            execute(new, FILL)
+            own_servers.await_replay(other)
+            position = await put(storage, b"after")
+            await side.sleep(1.1)
+            for asked in ({"after": position}, {}, {"max_lag": timedelta(seconds=0.5)}):
+                assert await read(storage, **asked) == (b"after", primary.port)
+            [health] = (await storage.health()).replicas
+            assert (health.lag_bytes, type(health.error)) == (None, UnavailableError)
 
     side.run(main())
 

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import hypothesis
+import psycopg
 import pytest
+from hypothesis import strategies as st
 from pydantic import SecretStr
 from sqlalchemy import event, insert, text
 from sqlalchemy.engine import Engine
 
-from mesh_storage import ConfigurationError, ConflictError, InvalidInputError, MeshStorage, Settings, StateEntry
+from mesh_storage import (
+    ConfigurationError,
+    ConflictError,
+    InvalidInputError,
+    MeshStorage,
+    Settings,
+    StateEntry,
+    StorageTimeoutError,
+)
+from mesh_storage.postgres.wal import Position, parse
 from tests.replicas.conftest import Side, pause, port_of, ports, position_of, put, read, reasons, resume, settings_of
 from tests.servers import PASSWORD, Replication, execute
 
@@ -114,6 +128,44 @@ def test_where_none_has_it_in_time_the_primary_answers_and_that_is_logged(
     side.run(main())
 
 
+def test_a_short_timeout_does_not_make_others_impatient(servers: Replication, side: Side) -> None:
+    async def main() -> None:
+        async with side.open(servers) as storage:
+            await read(storage)
+            pause(*servers.standbys)
+            position = await put(storage, b"soon")
+            assert (await read(storage, after=position, timeout=0.5))[1] == servers.primary.port
+            resumed = threading.Timer(0.3, resume, servers.standbys)
+            resumed.start()
+            value, port = await read(storage, after=position)
+            assert (value, port in ports(*servers.standbys)) == (b"soon", True)
+            resumed.join()
+
+    side.run(main())
+
+
+def test_a_replica_that_is_too_slow_for_a_short_timeout_is_not_too_slow_for_others(
+    servers: Replication, side: Side
+) -> None:
+    async def main() -> None:
+        async with side.open(servers) as storage:
+            await put(storage, b"in time")
+            servers.await_replay()
+            with suppress(StorageTimeoutError):  # there is no connection yet
+                await read(storage, timeout=0.006)
+            value, port = await read(storage)
+            assert (value, port in ports(*servers.standbys)) == (b"in time", True)
+
+    side.run(main())
+
+
+@hypothesis.given(
+    system=st.integers(-(2**63), 2**63 - 1), timeline=st.integers(0, 2**31 - 1), lsn=st.integers(0, 2**63 - 1)
+)
+def test_a_position_is_read_as_it_was_written(system: int, timeline: int, lsn: int) -> None:
+    assert parse(str(Position(system, timeline, lsn))) == (system, timeline, lsn)
+
+
 def test_a_timeout_leaves_time_for_the_primary(servers: Replication, side: Side) -> None:
     async def main() -> None:
         async with side.open(servers) as storage:
@@ -147,6 +199,46 @@ def test_a_position_of_the_storage_is_after_all_that_is_visible(servers: Replica
                     await uow.state.put("k", str(number).encode())
                 value, port = await read(storage, after=await storage.position())
                 assert (value, port in ports(*servers.standbys)) == (str(number).encode(), True)
+
+    side.run(main())
+
+
+def test_the_position_of_a_strict_commit_is_on_disk_whatever_others_are_about_to_write(
+    servers: Replication, side: Side, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        with psycopg.connect(**servers.primary.connect) as other:
+
+            def write(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+                if "pg_walfile_name" in statement:
+                    other.execute("INSERT INTO mesh_state (key, value) VALUES ('never committed', '')")
+
+            async with side.open(servers, replica_timeout=2.0) as storage:
+                await put(storage, b"before")
+                await read(storage)
+                event.listen(Engine, "before_cursor_execute", write)
+                try:
+                    position = await put(storage, b"on disk")
+                finally:
+                    event.remove(Engine, "before_cursor_execute", write)
+                value, port = await read(storage, after=position)
+                assert (value, port in ports(*servers.standbys)) == (b"on disk", True)
+                assert reasons(caplog) == []
+            other.rollback()
+
+    side.run(main())
+
+
+def test_the_position_of_a_commit_that_waits_for_no_disk_is_after_it(servers: Replication, side: Side) -> None:
+    async def main() -> None:
+        for options, durability in (("-csynchronous_commit=off", "strict"), ("", "relaxed")):
+            url = SecretStr(servers.url(servers.primary, options=options))
+            async with side.open(servers, url=url) as storage:
+                for number in range(20):
+                    async with storage.begin(position=True, durability=durability) as uow:
+                        await uow.state.put("k", str(number).encode())
+                    value, port = await read(storage, after=position_of(uow))
+                    assert (value, port in ports(*servers.standbys)) == (str(number).encode(), True)
 
     side.run(main())
 
@@ -205,6 +297,25 @@ def test_max_lag_is_kept(servers: Replication, side: Side, caplog: pytest.LogCap
             servers.await_replay(servers.standbys[1])
             answer = await read(storage, max_lag=timedelta(seconds=0.4))
             assert answer == (b"after", servers.standbys[1].port)
+
+    side.run(main())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other platforms have no such clock")
+def test_max_lag_is_kept_by_a_machine_that_was_suspended(
+    servers: Replication, side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awake = time.clock_gettime
+
+    async def main() -> None:
+        async with side.open(servers, replica_timeout=0.5) as storage:
+            position = await put(storage, b"before")
+            await read(storage, after=position, max_lag=timedelta(minutes=1))
+            pause(*servers.standbys)
+            await put(storage, b"meanwhile")
+            monkeypatch.setattr(time, "clock_gettime", lambda clock: awake(clock) + 3600)
+            answer = await read(storage, max_lag=timedelta(minutes=1))
+            assert answer == (b"meanwhile", servers.primary.port)
 
     side.run(main())
 
@@ -308,6 +419,21 @@ def test_a_position_of_another_cluster_is_refused(servers: Replication, storage:
             with pytest.raises(InvalidInputError, match="another database cluster") as error:
                 await read(own, after=storage.position())
             assert error.value.field == "after"
+
+    side.run(main())
+
+
+def test_a_cluster_that_has_taken_the_place_of_another_is_noticed(servers: Replication, side: Side) -> None:
+    async def main() -> None:
+        async with side.open(servers) as storage:
+            position = await put(storage, b"in the new one")
+            await storage.position()
+            samples = getattr(storage, "_wrapped", storage)._replicas.samples
+            known = samples.newest
+            samples.add(known._replace(position=known.position._replace(system=1), at=known.at - 60))
+            assert samples.newest.position.system == 1
+            value, port = await read(storage, after=position)
+            assert (value, port in ports(*servers.standbys)) == (b"in the new one", True)
 
     side.run(main())
 

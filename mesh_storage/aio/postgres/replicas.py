@@ -15,11 +15,14 @@ from mesh_storage.errors import ClosedError, ConfigurationError, MeshStorageErro
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.reading import FRESH_S, Fallbacks, Reason, Retreat, Samples, Wanted
 from mesh_storage.postgres.server import Server, replica_settings
+from mesh_storage.postgres.tenure import now
 from mesh_storage.postgres.wal import REPLAYED, STANDING, Standing, replayed, standing
 from mesh_storage.settings import Settings
 
 _FIRST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.025
+_LOOK_S = 0.01
+"""What a look takes at most, usually: there is none so late that it would have to be cancelled."""
 
 
 class AsyncReplica:
@@ -41,19 +44,19 @@ class AsyncReplica:
         try:
             connection = await self.pool.acquire(Characteristics(read_only=True, timeout=timeout), beside=True)
             try:
-                return standing(await connection.ask(STANDING), time.monotonic())
+                return standing(await connection.ask(STANDING), now())
             finally:
                 await self.pool.release(connection)
         except MeshStorageError as error:
             return error
 
     async def look(self, connection: AsyncUnitOfWorkConnection, needed: int, until: float) -> Standing:
-        """Ask where it stands; asks for its timeline only if it is not known to be as new as needed."""
-        driver = connection.driver
+        """Ask where it stands; asks for its timeline if that may have changed, or may not be as new as needed."""
+        driver, asked = connection.driver, now()
         known = driver.standing
-        if known is None or known.position.timeline < needed:
-            asked = time.monotonic()
-            driver.standing = standing(await connection.ask(STANDING, until), asked)
+        if known is None or known.position.timeline < needed or asked - known.at >= FRESH_S:
+            found = standing(await connection.ask(STANDING, until), asked)
+            driver.standing = found if known is None else found.on_timeline(known.position.timeline)
         else:
             driver.standing = replayed(known, await connection.ask(REPLAYED, until))
         return driver.standing
@@ -101,12 +104,12 @@ class AsyncReplicas:
 
         One asks at a time, until a moment at most. If the primary cannot be asked, what is known stays.
         """
-        newest, now = self.samples.newest, time.monotonic()
-        if newest is not None and (now - newest.at <= oldest or now < self._asking_until):
+        newest, moment = self.samples.newest, time.monotonic()
+        if newest is not None and (now() - newest.at <= oldest or moment < self._asking_until):
             return
         self._asking_until = until
         try:
-            await self._ask_primary(Characteristics(read_only=True, timeout=max(0.001, until - now)))
+            await self._ask_primary(Characteristics(read_only=True, timeout=max(0.001, until - moment)))
         except ClosedError:
             raise
         except MeshStorageError:
@@ -123,7 +126,7 @@ class AsyncReplicas:
         return str((await self._ask_primary(Characteristics(read_only=True))).position)
 
     async def _ask_primary(self, characteristics: Characteristics) -> Standing:
-        asked = time.monotonic()
+        asked = now()
         connection = await self.primary.acquire(characteristics, beside=True)
         try:
             found = standing(await connection.ask(STANDING), asked)
@@ -152,6 +155,7 @@ class AsyncReading:
         self._replica: AsyncReplica | None = None
         self._characteristics = Characteristics()
         self._deadline: float | None = None
+        self._waits_in_full = True
 
     async def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> AsyncUnitOfWorkConnection:
         """Acquire a connection to a replica that is good enough, or else to the primary.
@@ -194,13 +198,15 @@ class AsyncReading:
         """Return a connection to the first replica that is good enough, or why there is none."""
         patience, timeout = self._replicas.patience, self._characteristics.timeout
         # The other half of the timeout is the primary's.
+        self._waits_in_full = timeout is None or timeout / 2 >= patience
         end = time.monotonic() + (patience if timeout is None else min(patience, timeout / 2))
         pause = _FIRST_PAUSE_S
         while True:
             reason: Reason = "unreachable"
             waiting: list[AsyncReplica] = []
-            await self._replicas.sample(self._wanted.max_age / 2, end)
-            if self._wanted.is_of_another_cluster(self._replicas.samples):
+            # A primary that does not answer leaves time for the replicas.
+            await self._replicas.sample(self._wanted.max_age / 2, _share(end, 2))
+            if await self._is_of_another_cluster(end):
                 return "foreign"
             candidates = self._replicas.candidates()
             for number, replica in enumerate(candidates):
@@ -213,14 +219,20 @@ class AsyncReading:
                 if found in ("behind", "lagging"):
                     waiting.append(replica)
                 reason = found if found != "unreachable" else reason
-            if time.monotonic() + pause >= end:
-                for replica in waiting:
-                    replica.retreat.give_up()
+            if time.monotonic() + pause + _LOOK_S >= end:
+                self._give_up(waiting)
                 return reason
             if not any(replica.retreat.patient for replica in waiting):
                 return reason
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE_S, pause * 1.5)
+
+    async def _is_of_another_cluster(self, end: float) -> bool:
+        """Return whether the position is of another cluster than the primary, which may be a new one by now."""
+        if not self._wanted.is_of_another_cluster(self._replicas.samples):
+            return False
+        await self._replicas.sample(FRESH_S, _share(end, 2))
+        return self._wanted.is_of_another_cluster(self._replicas.samples)
 
     async def _try(self, replica: AsyncReplica, end: float) -> AsyncMovableConnection | Reason:
         begun = time.monotonic()
@@ -231,7 +243,7 @@ class AsyncReading:
         except MeshStorageError:
             if replica.is_busy:
                 return "busy"
-            replica.retreat.fail(time.monotonic() - begun)
+            self._fail(replica, begun, end)
             return "unreachable"
         assert isinstance(connection, AsyncMovableConnection), "the pool lends no others"
         reason: Reason | None = "unreachable"
@@ -245,7 +257,7 @@ class AsyncReading:
             if reason is not None:
                 await replica.pool.release(connection)
         if reason in ("unreachable", "promoted", "foreign"):
-            replica.retreat.fail(time.monotonic() - begun)
+            self._fail(replica, begun, end)
         else:
             replica.retreat.succeed()
         if reason is None:
@@ -254,11 +266,23 @@ class AsyncReading:
             self._replica, connection.move = replica, self._move
         return reason or connection
 
+    def _give_up(self, waiting: list[AsyncReplica]) -> None:
+        """Let nobody else wait for replicas that were behind; a short timeout is no reason for that."""
+        if self._waits_in_full:
+            for replica in waiting:
+                replica.retreat.give_up()
+
+    def _fail(self, replica: AsyncReplica, begun: float, end: float) -> None:
+        """Leave a replica alone, unless it was only too slow for a short timeout."""
+        moment = time.monotonic()
+        if self._waits_in_full or moment < end:
+            replica.retreat.fail(moment - begun)
+
     async def _judge(self, replica: AsyncReplica, connection: AsyncMovableConnection, end: float) -> Reason | None:
         """Return why a replica is not good enough; it is asked unless what is known of it says that it is."""
         wanted, samples = self._wanted, self._replicas.samples
         known = connection.driver.standing
-        if known is not None and time.monotonic() - known.at < FRESH_S and wanted.judge(known, samples) is None:
+        if known is not None and now() - known.at < FRESH_S and wanted.judge(known, samples) is None:
             return None
         needed = 0 if wanted.after is None else wanted.after.timeline
         if samples.newest is not None and wanted.max_age < math.inf:
@@ -268,6 +292,8 @@ class AsyncReading:
         if reason == "foreign":  # or the primary has been replaced
             await self._replicas.sample(FRESH_S, end)
             reason = wanted.judge(known, samples)
+        if reason is None and connection.driver.connection.cancelled:  # which a later statement may feel
+            return "unreachable"
         return reason
 
     async def _move(self, failed: AsyncUnitOfWorkConnection) -> AsyncUnitOfWorkConnection:
@@ -291,7 +317,7 @@ class AsyncReading:
             return connection
         driver, fit = connection.driver, False
         try:
-            asked = time.monotonic()
+            asked = now()
             if driver.standing is None or asked - driver.standing.at > FRESH_S or not wanted.is_met(driver.standing):
                 driver.standing = standing(await connection.ask(STANDING), asked)
             fit = wanted.may_ask(driver.standing)
@@ -312,5 +338,5 @@ class AsyncReading:
 
 def _share(end: float, number: int) -> float:
     """Return when the first of a number of tries must end, so that each has the same time."""
-    now = time.monotonic()
-    return now + max(0.0, end - now) / number
+    begun = time.monotonic()
+    return begun + max(0.0, end - begun) / number
