@@ -31,7 +31,6 @@ from mesh_storage.postgres.wal import Position, parse
 from tests.replicas.conftest import Side, pause, port_of, ports, position_of, put, read, reasons, resume, settings_of
 from tests.servers import PASSWORD, Replication, execute
 
-
 SOON = {"replica_timeout": 0.3}
 
 

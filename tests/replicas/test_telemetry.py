@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.replicas.conftest import Side, pause, put, read
 from tests.servers import Replication
 from tests.telemetry.recorder import Recorder
-
 
 POOL = "db.client.connection.pool.name"
 
