@@ -108,7 +108,8 @@ class Settings(_Checked):
     """Whether a pooler assigns a session per transaction, as PgBouncer does in transaction mode; ignored with the
     bundled PostgreSQL, which has no pooler."""
     replica_url: SecretStr | None = None
-    """`postgresql://` with the hosts of the replicas, for `begin(replica=True)`; what it leaves out is as in `url`."""
+    """`postgresql://` with the hosts of the replicas, for `begin(replica=True)`; what it leaves out is as in `url`,
+    but for the ports."""
     replica_pool_size: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Maximum number of connections to each replica."""
     replica_timeout: Annotated[Seconds, Field(gt=0)] = 1.0

@@ -174,6 +174,27 @@ class Fallbacks:
             )
 
 
+class Vain:
+    """The wait for a replica that was in vain lately: one that is no longer would be so too."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._until = 0.0
+
+    def note(self, seconds: float) -> None:
+        """Note a wait of some seconds."""
+        if not self.covers(seconds):
+            self._seconds, self._until = seconds, time.monotonic() + _HOPELESS_S
+
+    def covers(self, seconds: float) -> bool:
+        """Return whether a wait of some seconds would be as much in vain."""
+        return seconds <= self._seconds and time.monotonic() < self._until
+
+    def forget(self) -> None:
+        """Wait as ever, since the replica has answered or caught up."""
+        self._seconds = 0.0
+
+
 class Retreat:
     """How long a replica is left alone: longer after each failure, and tried by one unit of work at a time."""
 
@@ -181,7 +202,10 @@ class Retreat:
         self._pause = _FIRST_PAUSE_S
         self._until = 0.0
         self._on_trial = False
-        self._hopeless_until = 0.0
+        self.behind = Vain()
+        """Waits for what it had not replayed."""
+        self.silent = Vain()
+        """Waits for an answer, of units of work with a short timeout."""
 
     @property
     def rests(self) -> bool:
@@ -210,16 +234,4 @@ class Retreat:
         """Try it as ever, since it can be reached."""
         if self._until:
             self._pause, self._until = _FIRST_PAUSE_S, 0.0
-
-    @property
-    def patient(self) -> bool:
-        """Whether it is worth waiting for what it has not replayed: nobody has waited in vain lately."""
-        return time.monotonic() >= self._hopeless_until
-
-    def give_up(self) -> None:
-        """Only look at it, and wait no more, for a while."""
-        self._hopeless_until = time.monotonic() + _HOPELESS_S
-
-    def hope(self) -> None:
-        """Wait for it as ever, since it has caught up."""
-        self._hopeless_until = 0.0
+        self.silent.forget()

@@ -148,6 +148,27 @@ def test_a_replica_that_freezes_costs_one_wait(own_servers: Replication, side: S
     side.run(main())
 
 
+def test_a_replica_that_freezes_costs_short_timeouts_one_wait(own_servers: Replication, side: Side) -> None:
+    async def main() -> None:
+        async with side.open(own_servers, replica_timeout=10.0) as storage:
+            position = await put(storage, b"warm")
+            for _ in range(10):
+                await read(storage, after=position)
+            await side.sleep(1.1)
+            for standby in own_servers.standbys:
+                standby.freeze()
+            try:
+                begun = time.monotonic()
+                for _ in range(6):
+                    assert await read(storage, timeout=3.0) == (b"warm", own_servers.primary.port)
+                assert time.monotonic() - begun < 6 * 1.5, "not one for each read"
+            finally:
+                for standby in own_servers.standbys:
+                    standby.thaw()
+
+    side.run(main())
+
+
 def conflict(servers: Replication) -> None:
     """Lock a table on the standbys, which ends transactions that have read it."""
     execute(servers.primary, "ALTER TABLE mesh_state SET (fillfactor = 90)")

@@ -155,7 +155,7 @@ class AsyncReading:
         self._replica: AsyncReplica | None = None
         self._characteristics = Characteristics()
         self._deadline: float | None = None
-        self._waits_in_full = True
+        self._limit = replicas.patience
 
     async def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> AsyncUnitOfWorkConnection:
         """Acquire a connection to a replica that is good enough, or else to the primary.
@@ -198,8 +198,8 @@ class AsyncReading:
         """Return a connection to the first replica that is good enough, or why there is none."""
         patience, timeout = self._replicas.patience, self._characteristics.timeout
         # The other half of the timeout is the primary's.
-        self._waits_in_full = timeout is None or timeout / 2 >= patience
-        end = time.monotonic() + (patience if timeout is None else min(patience, timeout / 2))
+        self._limit = patience if timeout is None else min(patience, timeout / 2)
+        end = time.monotonic() + self._limit
         pause = _FIRST_PAUSE_S
         while True:
             reason: Reason = "unreachable"
@@ -210,7 +210,7 @@ class AsyncReading:
                 return "foreign"
             candidates = self._replicas.candidates()
             for number, replica in enumerate(candidates):
-                if not replica.retreat.admits():
+                if replica.retreat.silent.covers(self._limit) or not replica.retreat.admits():
                     continue
                 # One that does not answer leaves time for the others.
                 found = await self._try(replica, _share(end, len(candidates) - number))
@@ -220,9 +220,10 @@ class AsyncReading:
                     waiting.append(replica)
                 reason = found if found != "unreachable" else reason
             if time.monotonic() + pause + _LOOK_S >= end:
-                self._give_up(waiting)
+                for replica in waiting:
+                    replica.retreat.behind.note(self._limit)
                 return reason
-            if not any(replica.retreat.patient for replica in waiting):
+            if all(replica.retreat.behind.covers(self._limit) for replica in waiting):
                 return reason
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE_S, pause * 1.5)
@@ -262,21 +263,17 @@ class AsyncReading:
             replica.retreat.succeed()
         if reason is None:
             if self._wanted.is_demanding:
-                replica.retreat.hope()
+                replica.retreat.behind.forget()
             self._replica, connection.move = replica, self._move
         return reason or connection
 
-    def _give_up(self, waiting: list[AsyncReplica]) -> None:
-        """Let nobody else wait for replicas that were behind; a short timeout is no reason for that."""
-        if self._waits_in_full:
-            for replica in waiting:
-                replica.retreat.give_up()
-
     def _fail(self, replica: AsyncReplica, begun: float, end: float) -> None:
-        """Leave a replica alone, unless it was only too slow for a short timeout."""
+        """Leave a replica alone, or let those do so whose timeouts are as short as the one that it was too slow for."""
         moment = time.monotonic()
-        if self._waits_in_full or moment < end:
+        if moment < end or self._limit == self._replicas.patience:
             replica.retreat.fail(moment - begun)
+        else:
+            replica.retreat.silent.note(self._limit)
 
     async def _judge(self, replica: AsyncReplica, connection: AsyncMovableConnection, end: float) -> Reason | None:
         """Return why a replica is not good enough; it is asked unless what is known of it says that it is."""
