@@ -115,15 +115,20 @@ def test_an_acknowledgement_whose_commit_was_lost_is_not_made_again(
 
     def commit_and_lose(transaction: Any) -> None:
         commit(transaction)
-        if handled and not lost:
+        if threading.get_ident() in workers and not lost:  # others commit too, such as who looks at the backlog
             lost.append(True)
             transaction._driver.connection.close()
             raise psycopg.OperationalError("connection lost")
 
+    def handle(_: UnitOfWork, delivery: Delivery) -> None:
+        handled.append(delivery.attempts)
+        workers.add(threading.get_ident())
+
     handled: list[int] = []
+    workers: set[int] = set()
     send(storage, 1)
     monkeypatch.setattr(UnitOfWorkTransaction, "commit", commit_and_lose)
-    until_empty(storage, lambda _uow, delivery: handled.append(delivery.attempts))
+    until_empty(storage, handle)
     assert (handled, lost) == ([1], [True])
 
 
