@@ -52,6 +52,6 @@ def test_what_is_read_after_a_position_is_never_stale(programs: Path) -> None:
         tries = {name: number for name, number in report["tries"].items() if not name.startswith("port")}
         assert tries == {"fresh": TRIES // PROCESSES * PROCESSES}
         answered = {int(name.split()[1]) for name in report["tries"] if name.startswith("port")}
-        assert answered >= ports(*servers.standbys)
+        assert answered & ports(*servers.standbys)  # each process stays at the one that it has chosen
         assert set(report["read from primary"]) == {f"port {servers.primary.port}"}
-        assert set(report["read from replicas"]) == {f"port {standby.port}" for standby in servers.standbys}
+        assert set() < set(report["read from replicas"]) <= {f"port {standby.port}" for standby in servers.standbys}
