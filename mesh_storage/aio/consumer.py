@@ -120,9 +120,8 @@ class AsyncConsumer:
             async with self._unit_of_work(_HANDLING) as uow:
                 await apart(self._handle, uow, delivery)
                 await uow.messages.ack([delivery])
-        except (
-            ConflictError
-        ) as error:  # of the handler's effects, or since the lease was lost: then it is not given back
+        except ConflictError as error:
+            # Of the handler's effects, or since the lease was lost: then it cannot be given back.
             if await self._give_back(delivery, error):
                 self._log(delivery, error)
             else:
@@ -134,7 +133,7 @@ class AsyncConsumer:
     async def _give_back(self, delivery: Delivery, failure: Exception) -> bool:
         """Have a failed delivery tried again later, or set aside, as soon as the server is there within its lease.
 
-        Returns false if its lease was lost.
+        Return whether its lease was still held, as far as is known.
         """
         end = time.monotonic() + self._terms.lease.total_seconds()
         while time.monotonic() < end and not self._pool.closed:
