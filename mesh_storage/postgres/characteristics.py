@@ -72,7 +72,7 @@ class Characteristics(NamedTuple):
                     f"timeout must be more than 0 and at most {_LONGEST_TIMEOUT_S} seconds (a year)", field="timeout"
                 )
 
-        if self.position is not False and not isinstance(self.position, bool):
+        if not isinstance(self.position, bool):
             raise InvalidInputError(
                 f"position must be True or False, not {type(self.position).__name__}", field="position"
             )
