@@ -25,9 +25,14 @@ class RedisServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
-    def url(self) -> str:
-        """The URL by which redis-py connects."""
+    def hasty_url(self) -> str:
+        """The URL by which redis-py connects; it is left alone where it is slow, as a busy machine makes it."""
         return f"unix://:{PASSWORD.replace('/', '%2F').replace(':', '%3A')}@{self._home}/redis.sock"
+
+    @property
+    def url(self) -> str:
+        """The URL with which a cache waits for it, so that what was read before comes from it."""
+        return f"{self.hasty_url}?socket_timeout=20&socket_connect_timeout=20"
 
     @property
     def client(self) -> redis.Redis:

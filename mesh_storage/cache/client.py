@@ -9,7 +9,7 @@ from typing import Any
 from mesh_storage.errors import ConfigurationError, InvalidInputError
 
 _TIMEOUT_S = 0.1
-"""How long Redis may take to answer, and in a thread, to connect."""
+"""How long Redis may take to answer, and in a thread, to connect, unless the URL says otherwise."""
 _CONNECTIONS = 1000
 
 
@@ -22,7 +22,7 @@ def connect(url: str) -> Any:
     _check(url)
     from redis import Redis
 
-    return _made(Redis, url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+    return _made(Redis, url)
 
 
 def connect_async(url: str) -> Any:
@@ -30,7 +30,7 @@ def connect_async(url: str) -> Any:
     _check(url)
     from redis.asyncio import Redis
 
-    return _Timed(_made(Redis, url, socket_timeout=None, socket_connect_timeout=None))
+    return _Timed(_made(Redis, url))
 
 
 class _Timed:
@@ -39,13 +39,15 @@ class _Timed:
     def __init__(self, client: Any) -> None:
         self._client = client
         self.connection_pool = client.connection_pool
+        self._timeout: float | None = client.connection_pool.connection_kwargs["socket_timeout"]
+        client.connection_pool.connection_kwargs.update(socket_timeout=None, socket_connect_timeout=None)
 
     async def get(self, name: str) -> Any:
-        async with asyncio.timeout(_TIMEOUT_S):
+        async with asyncio.timeout(self._timeout):
             return await self._client.get(name)
 
     async def eval(self, script: str, *arguments: Any) -> Any:
-        async with asyncio.timeout(_TIMEOUT_S):
+        async with asyncio.timeout(self._timeout):
             return await self._client.eval(script, *arguments)
 
 
@@ -70,7 +72,7 @@ def _check(url: object) -> None:
         raise InvalidInputError(f"redis_url must be a str, not {type(url).__name__}", field="redis_url")
 
 
-def _made(kind: Any, url: str, **timeouts: float | None) -> Any:
+def _made(kind: Any, url: str) -> Any:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
@@ -79,7 +81,8 @@ def _made(kind: Any, url: str, **timeouts: float | None) -> Any:
             url,
             max_connections=_CONNECTIONS,
             retry=Retry(NoBackoff(), 0),  # the default waits for seconds between its attempts
-            **timeouts,
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
         )
     except (ValueError, TypeError):
         raise ConfigurationError(

@@ -74,7 +74,7 @@ def test_a_wrong_password_is_no_error_and_is_not_told(
 def test_readers_hardly_wait_for_a_redis_that_stands_still(
     storage: MeshStorage, redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cached = storage.cached(redis.url)
+    cached = storage.cached(redis.hasty_url)
     check_all_is_well(storage, cached)
     with redis.frozen():
         begun = time.monotonic()
@@ -89,6 +89,16 @@ def test_readers_hardly_wait_for_a_redis_that_stands_still(
     assert cached.runtime_config.value("a") == 4
     time.sleep(1.1)
     check_all_is_well(storage, cached, 20)
+
+
+def test_readers_wait_for_redis_as_long_as_its_url_says(storage: MeshStorage, redis: RedisServer) -> None:
+    cached = storage.cached(f"{redis.hasty_url}?socket_timeout=0.6&socket_connect_timeout=20")
+    put(storage, 1)
+    assert cached.runtime_config.value("a") == 1
+    with redis.frozen():
+        begun = time.monotonic()
+        assert cached.runtime_config.value("a") == 1
+        assert time.monotonic() >= begun + 0.6
 
 
 def test_a_redis_that_is_full_or_a_replica_refuses_without_an_error(

@@ -9,8 +9,10 @@ import asyncio
 import json
 import os
 import random
+import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from multiprocessing.connection import Connection, Pipe
@@ -57,15 +59,15 @@ async def hand_on(storage: Any, number: int, tries: int, inbox: Connection, outb
 
 
 async def look(storage: Any, seconds: float, *, replica: bool) -> Outcome:
-    """Read for some seconds, by connections that are there."""
+    """Read for some seconds, by connections that are there; a replica may lag behind all that was written."""
     for _ in range(20):
         async with storage.begin(read_only=True, replica=replica) as uow:
-            await uow.state.get("process 0")
+            await uow.state.find("process 0")
     outcome = Outcome()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         async with storage.begin(read_only=True, replica=replica) as uow:
-            await uow.state.get("process 0")
+            await uow.state.find("process 0")
             outcome[f"port {port_of(uow)}"] += 1
     return outcome
 
@@ -75,23 +77,32 @@ def forked(
 ) -> Outcome:
     """Do each work in a process of its own, on either side in turn, and return the sum of their outcomes."""
     results: list[Connection] = []
+    children: list[int] = []
     for number, work in enumerate(works):
         result, ours = Pipe(duplex=False)
         results.append(result)
-        if os.fork() == 0:
+        child = os.fork()
+        if child == 0:
             code = 1
             try:
                 ours.send(_run(settings, work, blocking=number % 2 == 0 if blocking is None else blocking))
                 code = 0
+            except BaseException:
+                traceback.print_exc()
+                raise
             finally:
                 os._exit(code)
+        children.append(child)
         ours.close()
-    total = Outcome()
-    for result in results:
-        total += result.recv()
-    for _ in works:
-        os.wait()
-    return total
+    try:
+        return sum((result.recv() for result in results), start=Outcome())
+    except EOFError:  # one has failed, for which others may wait
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        for child in children:
+            os.waitpid(child, 0)
 
 
 def _run(settings: Settings, work: Callable[[Any], Coroutine[Any, Any, Outcome]], *, blocking: bool) -> Outcome:
