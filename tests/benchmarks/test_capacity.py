@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.capacity import SIZES, Load, Measured, main
 
+ROOT = Path(__file__).parent.parent.parent
 FIGURES = {
     "heartbeats": 40_000.0,
     "messages": 5_000.0,
@@ -31,6 +32,15 @@ def test_the_table_is_computed_from_what_was_measured(tmp_path: Path, capsys: py
     assert middle.split(" | ")[1:4] == ["3,333", "1,667", "41.7%"]
     drawn = "".join(ET.fromstring(picture.read_text()).itertext())  # noqa: S314 - it was just drawn
     assert all(words in drawn for words in ("1,000,000", "41.7%", "heartbeats", "messages"))
+
+
+def test_the_document_shows_what_is_computed_from_the_figures_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "it.svg"
+    main(["--figures", str(ROOT / "benchmarks/capacity.json"), "--picture", str(picture)])
+    assert capsys.readouterr().out in (ROOT / "docs/scaling.md").read_text()
+    assert picture.read_text() == (ROOT / "docs/scaling.svg").read_text()
 
 
 def test_a_server_that_does_twice_as_much_is_half_as_busy() -> None:
