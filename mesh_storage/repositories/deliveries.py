@@ -168,7 +168,7 @@ NACK = statement(
 EXTEND = statement(
     f"""
     UPDATE mesh_deliveries AS d SET available_at = {MOMENT} + :lease FROM {_LEASED} WHERE {_HELD}
-    RETURNING d.message_id, d.available_at
+    RETURNING d.message_id, d.token, d.available_at
     """,  # noqa: S608 - our own names
     **_LEASES,
     lease=Interval,

@@ -136,6 +136,20 @@ def test_a_lost_lease_is_known_whoever_claimed_since(storage: MeshStorage, mesh_
         uow.messages.ack([held, again] if since == "another" else [held])
 
 
+def test_a_lost_lease_is_known_beside_a_later_one_of_the_same_delivery(
+    storage: MeshStorage, mesh_storage_url: str
+) -> None:
+    send(storage, 1)
+    (lost,) = claim(storage)
+    lapse(mesh_storage_url)
+    (held,) = claim(storage)
+    calls = {"ack": (), "nack": (), "extend": (LEASE,), "bury": ("reason",)}
+    for call, arguments in calls.items():
+        with pytest.raises(ConflictError, match="1 of 2 leases"):
+            settle(storage, call, [lost, held], *arguments)
+    settle(storage, "ack", [held])
+
+
 def test_a_savepoint_takes_a_lost_lease(storage: MeshStorage, mesh_storage_url: str) -> None:
     send(storage, 1)
     deliveries = claim(storage)

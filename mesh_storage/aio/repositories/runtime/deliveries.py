@@ -158,8 +158,9 @@ class AsyncDeliveryRepository(AsyncKeyedRepository[Message]):
     async def _extend(self, group: list[Delivery], lease: timedelta) -> list[Delivery]:
         """Extend those leases of one receiver that are held, and return them."""
         rows = await self._connection.fetch_all(sql.EXTEND, {**sql.leases(group), "lease": lease})
-        ends: dict[str, datetime] = dict(rows)
-        return [replace(each, leased_until=ends[each.message.id]) for each in group if each.message.id in ends]
+        ends: dict[tuple[str, int], datetime] = {(message_id, token): end for message_id, token, end in rows}
+        leases = ((each, ends.get((each.message.id, each.token))) for each in group)
+        return [replace(each, leased_until=end) for each, end in leases if end is not None]
 
     async def _settle(self, statement: Statement, group: list[Delivery], **parameters: object) -> None:
         self._check_held(await self._connection.execute(statement, {**sql.leases(group), **parameters}), group)
