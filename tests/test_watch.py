@@ -23,12 +23,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from pydantic import SecretStr
 
 from mesh_storage import (
     Batch,
     ConfigurationError,
     MeshStorage,
     MeshStorageError,
+    Settings,
     UnavailableError,
     schema,
     watch,
@@ -103,6 +105,22 @@ def test_while_the_server_is_away_it_waits_and_says_so_once(
     assert (lost["error"], lost["sqlstate"]) == ("UnavailableError", "57P03")
     assert back["attempts"] == 5
     assert back["duration_s"] > 0
+
+
+def test_a_lock_on_a_table_is_waited_out(mesh_storage_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mesh_storage")
+    with MeshStorage.open(settings=Settings(url=SecretStr(mesh_storage_url), lock_timeout=0.05)) as storage:
+        watching = storage.watch("state", poll=POLL)
+        next(watching)
+        with psycopg.connect(mesh_storage_url) as other, ThreadPoolExecutor(1) as threads:
+            other.execute("LOCK TABLE mesh_state")
+            seen = threads.submit(next, watching)
+            assert eventually(lambda: seen.done() or "watch interrupted" in caplog.text)
+            other.execute("INSERT INTO mesh_state (key, value) VALUES ('k', '')")
+            other.commit()
+            assert keys(seen.result(30)) == ["k"]
+    lost, _ = [vars(record) for record in caplog.records if vars(record).get("event") == "watch"]
+    assert (lost["error"], lost["sqlstate"]) == ("StorageTimeoutError", "55P03")
 
 
 def test_a_session_that_ends_in_the_middle_of_a_large_batch_is_replaced(

@@ -12,6 +12,8 @@ logger = logging.getLogger("mesh_storage")
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
+_LOCK_NOT_AVAILABLE = "55P03"
+"""Whoever holds a lock, for example to migrate a table, is done with it some time."""
 
 
 class Outage:
@@ -25,9 +27,9 @@ class Outage:
         """Return the seconds to wait after a failed attempt; log the first one.
 
         Raises:
-            MeshStorageError: The error, if it is not retryable.
+            MeshStorageError: The error, if it is not retryable, nor a lock that will be free some time.
         """
-        if not error.retryable:
+        if not error.retryable and error.sqlstate != _LOCK_NOT_AVAILABLE:
             raise error
         if not self._attempts:
             self._begun = time.monotonic()
