@@ -407,7 +407,7 @@ def test_maintain_removes_what_is_over(url: str, call: Call) -> None:
         assert eventually(lambda: changes_are_over(connection))
     status, out, _ = call("maintain", "--json", "--changes-older-than", 0, "--messages-older-than", 1)
     assert (status, json.loads(out)) == (Exit.OK, {"expired": 0, "changes": 2, "messages": 1})
-    for arguments in (["--every", "-1"], ["--changes-older-than", "soon"]):
+    for arguments in (["--every", "-1"], ["--every", "0"], ["--changes-older-than", "soon"]):
         with pytest.raises(SystemExit) as error:
             call("maintain", *arguments)
         assert error.value.code == Exit.USAGE
@@ -429,6 +429,29 @@ def test_maintain_stays_and_outlives_an_outage(url: str) -> None:
             uow.state.put("k", b"", ttl=timedelta(microseconds=1))
         while "1 expired" not in process.stdout.readline():
             assert process.poll() is None
+        process.terminate()
+        assert process.wait(10) == Exit.TERMINATED
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_maintain_outlives_a_lock(url: str) -> None:
+    command = [sys.executable, "-m", "mesh_storage", "maintain", "--every", "0.05"]
+    with (
+        engine.connect(open_server(Settings(url=url)).connect) as connection,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "MESH_STORAGE_LOCK_TIMEOUT": "0.05"},
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        with connection.transaction():
+            connection.execute("LOCK TABLE mesh_state")
+            assert "lock_timeout" in process.stderr.readline()
+        assert "removed: 0 expired" in process.stdout.readline()
         process.terminate()
         assert process.wait(10) == Exit.TERMINATED
 

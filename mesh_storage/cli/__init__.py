@@ -102,7 +102,7 @@ def parser(*, directories: object = None) -> argparse.ArgumentParser:
     granting.add_argument("--reader", metavar="NAME", help="a role that reads, and takes backups")
     granting.add_argument("--apply", action="store_true", help="grant it, all or nothing, as the owner of the tables")
     keeping = add("maintain", "remove what has expired and what is no longer kept, in steps that hold nobody up")
-    keeping.add_argument("--every", type=_seconds, metavar="SECONDS", help="stay, and repeat it after so many seconds")
+    keeping.add_argument("--every", type=_interval, metavar="SECONDS", help="stay, and repeat it after so many seconds")
     keeping.add_argument(
         "--changes-older-than",
         type=_seconds,
@@ -155,6 +155,13 @@ def _seconds(words: str) -> float:
     seconds = float(words)
     if not 0 <= seconds <= _CENTURY_S:
         raise argparse.ArgumentTypeError(f"must be from 0 to {_CENTURY_S}")
+    return seconds
+
+
+def _interval(words: str) -> float:
+    seconds = _seconds(words)
+    if not seconds:
+        raise argparse.ArgumentTypeError("must be more than 0, or the database would have no rest")
     return seconds
 
 

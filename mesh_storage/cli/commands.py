@@ -162,7 +162,7 @@ def _restore(given: argparse.Namespace, server: Server) -> Answer:
 
 
 def _maintain(given: argparse.Namespace, server: Server) -> Answer:
-    """Remove what is to be removed, once, or with `--every` until a signal; an outage then ends nothing."""
+    """Remove what is to be removed, once, or with `--every` until a signal; an outage or a lock then ends nothing."""
     messages = None if given.messages_older_than is None else timedelta(seconds=given.messages_older_than)
     with MeshStorage(Settings(), replace(server, embedded=None)) as storage:
         while True:
@@ -171,7 +171,7 @@ def _maintain(given: argparse.Namespace, server: Server) -> Answer:
                     changes_older_than=timedelta(seconds=given.changes_older_than), messages_older_than=messages
                 )
             except MeshStorageError as error:
-                if given.every is None or not error.retryable:
+                if given.every is None or not (error.retryable or isinstance(error, StorageTimeoutError)):
                     raise
                 print(f"mesh-storage: {error}", file=sys.stderr)  # noqa: T201
             else:
