@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
-from mesh_storage import ConfigEntry, MeshStorageError
+from mesh_storage import Batch, CompactedError, ConfigEntry, MeshStorageError
 from mesh_storage.aio import AsyncLease, AsyncMeshStorage
 from service.alerts import update_alerts
 from service.arrivals import QUEUE, carry
@@ -19,6 +19,8 @@ logger = logging.getLogger("service")
 
 LEASE = "service.leader"
 PREFIX = "service."
+_SILENT_AFTER_S = 5.0
+_LONGEST_SILENCE_S = 86_400.0
 _TTL = timedelta(seconds=5)
 _LOOK_EVERY_S = 0.5
 _MAINTAIN_EVERY_S = 60.0
@@ -34,18 +36,28 @@ class Config:
     """The settings that may be changed at run time: entries of the runtime configuration, followed by `follow`."""
 
     def __init__(self) -> None:
-        self.silent_after_s = 5.0
+        self.silent_after_s = _SILENT_AFTER_S
         """A node that has not reported for so many seconds has fallen silent."""
 
     async def follow(self, storage: AsyncMeshStorage) -> None:
         """Take each change of the entries whose keys start with `service.`."""
-        async for batch in storage.watch("runtime_config", prefix=PREFIX):
-            for change in batch.changes:
-                value = change.entry.value if isinstance(change.entry, ConfigEntry) else None
-                if change.key == f"{PREFIX}silent_after_s":
-                    # What somebody wrote by mistake must not end the service.
-                    self.silent_after_s = float(value) if isinstance(value, (int, float)) and value > 0 else 5.0
-                    logger.info("a node falls silent after %g s", self.silent_after_s)
+        while True:
+            try:
+                async for batch in storage.watch("runtime_config", prefix=PREFIX):
+                    self._take(batch)
+            except CompactedError:  # as after a failover: begin anew with what is there
+                self.silent_after_s = _SILENT_AFTER_S
+            else:
+                return
+
+    def _take(self, batch: Batch) -> None:
+        for change in batch.changes:
+            value = change.entry.value if isinstance(change.entry, ConfigEntry) else None
+            if change.key == f"{PREFIX}silent_after_s":
+                # What somebody wrote by mistake must not end the service.
+                makes_sense = isinstance(value, (int, float)) and 0 < value <= _LONGEST_SILENCE_S
+                self.silent_after_s = float(value) if makes_sense else _SILENT_AFTER_S
+                logger.info("a node falls silent after %g s", self.silent_after_s)
 
 
 @asynccontextmanager

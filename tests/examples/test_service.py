@@ -296,13 +296,27 @@ def test_a_silent_node_is_told_until_it_reports_again_and_the_time_for_it_is_fol
     service.send("PUT", f"/nodes/{node}/state", {})
     assert service.sees(lambda mesh: mesh["leader"])
     assert service.overview()["alerts"] == []
-    service.send("PUT", "/config/silent_after_s", 0.2)
-    assert service.sees(lambda mesh: [alert["node"] for alert in mesh["alerts"]] == [node])
-    assert [seen["status"] for seen in service.overview()["nodes"]] == ["silent"]
-    service.send("PUT", "/config/silent_after_s", "nonsense")
+    for nonsense in ("nonsense", 1e15, 10**400):
+        service.send("PUT", "/config/silent_after_s", 0.2)
+        assert service.sees(lambda mesh: [alert["node"] for alert in mesh["alerts"]] == [node])
+        assert [seen["status"] for seen in service.overview()["nodes"]] == ["silent"]
+        service.send("PUT", "/config/silent_after_s", nonsense)
+        assert eventually(lambda: service.send("PUT", f"/nodes/{node}/state", {}) or not service.overview()["alerts"])
     service.send("PUT", "/config/silent_after_s", 3600)
     service.send("PUT", f"/nodes/{node}/state", {})
     assert service.sees(lambda mesh: not mesh["alerts"])
+
+
+def test_settings_are_followed_although_changes_are_no_longer_kept(start: Start, mesh_storage_url: str) -> None:
+    service = start()
+    (node,) = service.join("north", "a")
+    service.send("PUT", f"/nodes/{node}/state", {})
+    service.send("PUT", "/config/silent_after_s", 3600)
+    with psycopg.connect(mesh_storage_url) as connection:
+        connection.execute("TRUNCATE mesh_runtime_config")
+    service.send("PUT", "/config/silent_after_s", 0.2)
+    assert service.sees(lambda mesh: [seen["status"] for seen in mesh["nodes"]] == ["silent"])
+    assert service.process.poll() is None
 
 
 def test_another_process_leads_when_the_leader_is_killed(start: Start) -> None:
