@@ -13,12 +13,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
-from mesh_storage.errors import ClosedError, ConflictError, MeshStorageError
+from mesh_storage.errors import ClosedError, ConflictError, InvalidInputError, MeshStorageError
 from mesh_storage.postgres.characteristics import Characteristics
-from mesh_storage.postgres.concurrency import Repeated, at_once, straight
+from mesh_storage.postgres.concurrency import Repeated, in_person, straight
 from mesh_storage.postgres.outage import ConsumingOutage
 from mesh_storage.postgres.pool import Pool
-from mesh_storage.repositories.consuming import Terms, delay_after, reason_of
+from mesh_storage.repositories.consuming import Terms, delay_after, escaped, reason_of
 from mesh_storage.repositories.deliveries import Delivery
 from mesh_storage.unit_of_work import Scope, UnitOfWork
 
@@ -113,13 +113,19 @@ class Consumer:
                     self._return(left)
 
     def _return(self, left: tuple[Delivery, ...]) -> None:
-        with self._unit_of_work(_CLAIMING) as uow:
-            uow.messages.nack(left, delay=timedelta(0))
+        try:
+            with self._unit_of_work(_CLAIMING) as uow:
+                uow.messages.nack(left, delay=timedelta(0))
+        except ConflictError:  # one of them is lost
+            middle = len(left) // 2
+            if middle:
+                self._return(left[:middle])
+                self._return(left[middle:])
 
     def _handle_one(self, delivery: Delivery) -> None:
         try:
             with self._unit_of_work(_HANDLING) as uow:
-                at_once(self._handle, uow, delivery)
+                in_person(self._handle, uow, delivery)
                 uow.messages.ack([delivery])
         except ConflictError as error:
             # Of the handler's effects, or since the lease was lost: then it cannot be given back.
@@ -137,17 +143,22 @@ class Consumer:
         Return whether its lease was still held, as far as is known.
         """
         end = time.monotonic() + self._terms.lease.total_seconds()
+        reason = reason_of(failure)
         while time.monotonic() < end and not self._pool.closed:
             try:
                 with self._unit_of_work(_HANDLING) as uow:
                     if self._terms.is_last(delivery.attempts):
-                        uow.messages.bury([delivery], reason_of(failure))
+                        uow.messages.bury([delivery], reason)
                     else:
                         uow.messages.nack([delivery], delay=delay_after(failure))
             except ConflictError:
                 return False  # it was acknowledged, although that was not known, or another has it
             except ClosedError:
                 break
+            except InvalidInputError:
+                if reason.isascii():
+                    raise
+                reason = escaped(reason)  # the encoding of the database lacks a character of it
             except MeshStorageError as error:
                 self._sleep(self._outage.pause(error))
                 if self._over:

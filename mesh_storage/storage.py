@@ -28,6 +28,7 @@ from mesh_storage.health import Health
 from mesh_storage.lease import Lease
 from mesh_storage.parts import Parts
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
+from mesh_storage.postgres.concurrency import in_person
 from mesh_storage.postgres.pool import Pool, check_open
 from mesh_storage.postgres.reading import Wanted
 from mesh_storage.postgres.replicas import Reading
@@ -205,7 +206,7 @@ class MeshStorage:
                     commits=True,
                     retry=retry,
                 ) as uow:
-                    result = work(uow)
+                    result = in_person(work, uow)
             except MeshStorageError as error:
                 pause = retry.pause(error)
                 if pause is None:
@@ -267,7 +268,8 @@ class MeshStorage:
         Raises:
             CompactedError: The changes since the cursor are no longer kept, or it is from before a restore, a TRUNCATE
                 or a failover; begin anew without it.
-            ConfigurationError: The server is a standby.
+            ConfigurationError: The server is a standby, or a privilege is missing.
+            StorageTimeoutError: To read a batch took longer than `statement_timeout`.
             InvalidInputError: An argument is invalid.
             ClosedError: The storage was closed before.
         """
@@ -333,7 +335,11 @@ class MeshStorage:
         """
         check_open(closed=self._pool.closed)
         terms = Terms(receiver, batch, lease, poll, max_attempts, stop)
-        if not callable(handle) or inspect.iscoroutinefunction(handle):
+        if (
+            not callable(handle)
+            or inspect.iscoroutinefunction(handle)
+            or inspect.iscoroutinefunction(getattr(handle, "__call__", None))  # noqa: B004 - what is called, not whether it can be
+        ):
             raise InvalidInputError(
                 "handle must be a plain function; for a coroutine function, use AsyncMeshStorage", field="handle"
             )

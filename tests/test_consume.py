@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -26,6 +27,7 @@ from mesh_storage import (
     SerializationError,
     UnavailableError,
     UnitOfWork,
+    schema,
 )
 from mesh_storage.consumer import Consumer
 from mesh_storage.models import StateEntry
@@ -228,6 +230,19 @@ def test_an_interrupt_gives_back_what_is_in_hand(storage: MeshStorage) -> None:
         assert uow.state.find("effect") is None
 
 
+def test_one_of_a_batch_that_is_gone_keeps_none_of_the_others_from_being_given_back(storage: MeshStorage) -> None:
+    stop = threading.Event()
+
+    def handle(_uow: UnitOfWork, _delivery: Delivery) -> None:
+        with storage.begin() as other:
+            other.messages.delete("m-3")
+        stop.set()
+
+    send(storage, 1, 2, 3, 4, 5)
+    storage.consume("b", handle, batch=5, stop=stop)
+    assert (backlog(storage).due, backlog(storage).leased) == (3, 0)
+
+
 def test_no_thread_is_left_behind(storage: MeshStorage) -> None:
     send(storage, 1)
     stop = threading.Event()
@@ -266,6 +281,63 @@ def test_a_coroutine_function_is_refused(storage: MeshStorage) -> None:
 
     with pytest.raises(InvalidInputError, match="AsyncMeshStorage"):
         storage.consume("b", handle)
+
+
+async def coroutine(*_: object) -> None:
+    raise AssertionError("never awaited")
+
+
+class Handler:
+    """What is called as a coroutine function is, although it is none."""
+
+    async def __call__(self, uow: UnitOfWork, delivery: Delivery) -> None:
+        await coroutine(uow, delivery)
+
+
+def test_an_object_that_is_called_as_a_coroutine_function_is_refused(storage: MeshStorage) -> None:
+    def returning(uow: UnitOfWork) -> object:
+        return coroutine(uow)
+
+    with pytest.raises(InvalidInputError, match="AsyncMeshStorage"):
+        storage.consume("b", Handler())
+    with pytest.raises(InvalidInputError, match="AsyncMeshStorage"):
+        storage.run(returning)
+
+
+def test_a_coroutine_that_nobody_awaits_acknowledges_nothing(storage: MeshStorage) -> None:
+    send(storage, 1)
+    stop = threading.Event()
+
+    def handle(uow: UnitOfWork, delivery: Delivery) -> object:
+        stop.set()
+        return coroutine(uow, delivery)
+
+    storage.consume("b", handle, max_attempts=1, stop=stop)
+    with storage.begin(read_only=True) as uow:
+        (dead,) = uow.messages.dead("b").items
+    assert "plain function" in str(dead.reason)
+
+
+def test_a_reason_that_the_encoding_of_the_database_lacks_ends_no_worker(mesh_storage_url: str) -> None:
+    with psycopg.connect(mesh_storage_url, autocommit=True) as admin:
+        admin.execute("CREATE DATABASE latin1 ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    url = urlsplit(mesh_storage_url)._replace(path="/latin1").geturl()
+    try:
+        schema.upgrade(url)
+        with MeshStorage.open(url) as storage:
+            send(storage, 1)
+            stop = threading.Event()
+
+            def handle(_uow: UnitOfWork, _delivery: Delivery) -> None:
+                stop.set()
+                raise ValueError("5 \u20ac")
+
+            storage.consume("b", handle, max_attempts=1, stop=stop)
+            with storage.begin(read_only=True) as uow:
+                assert [each.reason for each in uow.messages.dead("b").items] == ["ValueError: 5 \\u20ac"]
+    finally:
+        with psycopg.connect(mesh_storage_url, autocommit=True) as admin:
+            admin.execute("DROP DATABASE latin1 WITH (FORCE)")
 
 
 class SpeechlessError(Exception):

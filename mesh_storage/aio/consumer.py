@@ -15,10 +15,10 @@ from weakref import WeakMethod
 from mesh_storage.aio.postgres.concurrency import AsyncRepeated, apart, to_the_end
 from mesh_storage.aio.postgres.pool import AsyncPool
 from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
-from mesh_storage.errors import ClosedError, ConflictError, MeshStorageError
+from mesh_storage.errors import ClosedError, ConflictError, InvalidInputError, MeshStorageError
 from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.outage import ConsumingOutage
-from mesh_storage.repositories.consuming import Terms, delay_after, reason_of
+from mesh_storage.repositories.consuming import Terms, delay_after, escaped, reason_of
 from mesh_storage.repositories.deliveries import Delivery
 
 if TYPE_CHECKING:  # OpenTelemetry is an extra
@@ -112,8 +112,14 @@ class AsyncConsumer:
                     await self._return(left)
 
     async def _return(self, left: tuple[Delivery, ...]) -> None:
-        async with self._unit_of_work(_CLAIMING) as uow:
-            await uow.messages.nack(left, delay=timedelta(0))
+        try:
+            async with self._unit_of_work(_CLAIMING) as uow:
+                await uow.messages.nack(left, delay=timedelta(0))
+        except ConflictError:  # one of them is lost
+            middle = len(left) // 2
+            if middle:
+                await self._return(left[:middle])
+                await self._return(left[middle:])
 
     async def _handle_one(self, delivery: Delivery) -> None:
         try:
@@ -136,17 +142,22 @@ class AsyncConsumer:
         Return whether its lease was still held, as far as is known.
         """
         end = time.monotonic() + self._terms.lease.total_seconds()
+        reason = reason_of(failure)
         while time.monotonic() < end and not self._pool.closed:
             try:
                 async with self._unit_of_work(_HANDLING) as uow:
                     if self._terms.is_last(delivery.attempts):
-                        await uow.messages.bury([delivery], reason_of(failure))
+                        await uow.messages.bury([delivery], reason)
                     else:
                         await uow.messages.nack([delivery], delay=delay_after(failure))
             except ConflictError:
                 return False  # it was acknowledged, although that was not known, or another has it
             except ClosedError:
                 break
+            except InvalidInputError:
+                if reason.isascii():
+                    raise
+                reason = escaped(reason)  # the encoding of the database lacks a character of it
             except MeshStorageError as error:
                 await self._sleep(self._outage.pause(error))
                 if self._over:

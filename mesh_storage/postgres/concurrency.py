@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -10,6 +11,7 @@ from weakref import WeakMethod
 import sqlalchemy
 from sqlalchemy.orm import Session
 
+from mesh_storage.errors import InvalidInputError
 from mesh_storage.postgres.ownership import Ownership
 from mesh_storage.postgres.session import Joinable, UnitOfWorkSession
 
@@ -18,8 +20,21 @@ T = TypeVar("T")
 
 
 def at_once(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function that asyncio runs in a greenlet or a thread, or apart from the task."""
+    """Call a function that asyncio runs in a greenlet or a thread."""
     return function(*args, **kwargs)
+
+
+def in_person(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function of the caller's that asyncio awaits.
+
+    Raises:
+        InvalidInputError: It returned a coroutine, which nobody would await.
+    """
+    result = function(*args, **kwargs)
+    if inspect.iscoroutine(result):
+        result.close()
+        raise InvalidInputError("a coroutine was returned: pass a plain function, or use AsyncMeshStorage")
+    return result
 
 
 def undisturbed(_owner: Ownership, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

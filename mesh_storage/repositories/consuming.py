@@ -77,3 +77,8 @@ def reason_of(failure: Exception) -> str:
         text = "no text"
     said = f"{type(failure).__name__}: {text}".replace("\0", "")
     return said.encode("utf-8", "replace").decode()[:_REASON_LENGTH]
+
+
+def escaped(reason: str) -> str:
+    """Return a reason in ASCII, which every database can store: at most ten times as long."""
+    return reason.encode("ascii", "backslashreplace").decode()
