@@ -204,7 +204,9 @@ def test_a_large_value_stays_in_the_database(storage: MeshStorage, redis: RedisS
     with storage.begin() as uow:
         uow.state.put("large", bytes(2**20))
         uow.state.put("small", bytes(2**16))
+        uow.runtime_config.put("large", "\u20ac" * 2**19)
     for _ in range(2):
+        assert cached.runtime_config.value("large") == "\u20ac" * 2**19
         assert cached.state.get("large").value == bytes(2**20)
         assert cached.state.get("small").value == bytes(2**16)
     with redis.client as client:

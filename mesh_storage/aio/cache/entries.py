@@ -59,7 +59,7 @@ class AsyncEntries:
     async def put(self, name: str, number: int, text: str, seconds: float) -> None:
         """Store an entry for some seconds, in place of one from an earlier position or none."""
         milliseconds = int(seconds * 1000)
-        if milliseconds < 1 or len(text) > _LARGEST or not self.available:
+        if milliseconds < 1 or len(text) > _LARGEST or len(text.encode()) > _LARGEST or not self.available:
             return
         try:
             await self._client.eval(_REPLACE, 1, name, f"{number:0{_DIGITS}}", text, milliseconds)
