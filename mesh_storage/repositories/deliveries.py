@@ -116,24 +116,31 @@ CLAIM = statement(
 )
 _LEASES: dict[str, Any] = {"message_id": TEXTS, "token": NUMBERS}
 _LEASED = "unnest(:message_id, :token) AS lease (message_id, token)"
-_HELD = f"""
-    d.receiver = :receiver AND d.message_id = lease.message_id AND d.token = lease.token
-    AND d.state = 'leased' AND d.available_at > {MOMENT}
-"""
+_SAME = "d.receiver = :receiver AND d.message_id = lease.message_id AND d.token = lease.token"
+_HELD = f"{_SAME} AND d.state = 'leased' AND d.available_at > {MOMENT}"
 ACK = statement(f"DELETE FROM mesh_deliveries AS d USING {_LEASED} WHERE {_HELD}", **_LEASES)  # noqa: S608 - our own names
-# The lanes are locked before: whoever was sending to one has committed by the time of the next statement.
-ACK_KEYED = statement(
-    f"""
-    WITH lanes AS MATERIALIZED (
-        SELECT key FROM mesh_delivery_lanes WHERE receiver = :receiver AND key = ANY(:key)
-        ORDER BY key COLLATE "C" FOR UPDATE
+
+
+def _remove(condition: str) -> Statement:
+    # The lanes are locked before: whoever was sending to one has committed by the time of the next statement.
+    return statement(
+        f"""
+        WITH lanes AS MATERIALIZED (
+            SELECT key FROM mesh_delivery_lanes WHERE receiver = :receiver AND key = ANY(:key)
+            ORDER BY key COLLATE "C" FOR UPDATE
+        )
+        DELETE FROM mesh_deliveries AS d USING {_LEASED} WHERE (SELECT count(*) FROM lanes) >= 0 AND {condition}
+        RETURNING d.receiver, d.key, d.seq, d.state
+        """,  # noqa: S608 - our own names
+        **_LEASES,
+        key=TEXTS,
     )
-    DELETE FROM mesh_deliveries AS d USING {_LEASED} WHERE (SELECT count(*) FROM lanes) >= 0 AND {_HELD}
-    RETURNING d.receiver, d.key, d.seq, d.state
-    """,  # noqa: S608 - our own names
-    **_LEASES,
-    key=TEXTS,
-)
+
+
+ACK_KEYED = _remove(_HELD)
+# A message of this id may have been stored anew since the snapshot of the claim.
+DROP = _remove(f"{_SAME} AND NOT EXISTS (SELECT FROM mesh_messages AS m WHERE m.id = d.message_id)")
+"""Removes what was just claimed although its message is gone, also if that was once too often."""
 # Looks for what follows the removed first message of a key behind its place, since dead index entries lie before it.
 ADVANCE = statement(
     f"""

@@ -329,6 +329,22 @@ def test_a_message_that_another_service_deleted_is_passed_over(
     assert backlog(storage) == Backlog(0, 0, 0, 0, 0, None, ())
 
 
+@pytest.mark.parametrize("key", [None, "k"])
+def test_a_message_that_another_service_deleted_is_not_set_aside(
+    storage: MeshStorage, mesh_storage_url: str, key: str | None
+) -> None:
+    send(storage, 1, 2, key=key)
+    claim(storage, limit=1)
+    lapse(mesh_storage_url)
+    execute(mesh_storage_url, "DELETE FROM mesh_messages WHERE id = 'm-1'")
+    order = []
+    while deliveries := claim(storage, limit=1, max_attempts=1) or claim(storage, limit=1, max_attempts=1):
+        order += ids(deliveries)
+        settle(storage, "ack", deliveries)
+    assert order == ["m-2"]
+    assert backlog(storage) == Backlog(0, 0, 0, 0, 0, None, ())
+
+
 def test_old_messages_without_a_delivery_are_removed(storage: MeshStorage) -> None:
     with storage.begin() as uow:
         uow.messages.store(message(1, timestamp=OLD))

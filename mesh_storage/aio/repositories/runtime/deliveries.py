@@ -62,7 +62,7 @@ class AsyncDeliveryRepository(AsyncKeyedRepository[Message]):
             InvalidInputError: They are not deliveries.
         """
         for group in sql.by_receiver(deliveries).values():
-            self._check_held(await self._remove(group), group)
+            self._check_held(await self._acknowledge(group), group)
 
     async def nack(self, deliveries: Iterable[Delivery], *, delay: timedelta | None = None) -> None:
         """Give deliveries back, to be delivered again after a delay.
@@ -136,15 +136,19 @@ class AsyncDeliveryRepository(AsyncKeyedRepository[Message]):
     async def _leased(self, found: list[Claimed]) -> list[Delivery]:
         """Return what was claimed, without what was set aside; remove that whose message is gone."""
         for group in sql.by_receiver(each.delivery for each in found if each.outcome == "gone").values():
-            await self._remove(group)
+            await self._remove(sql.DROP, group)
         return [each.delivery for each in found if each.outcome == "leased"]
 
-    async def _remove(self, group: list[Delivery]) -> int:
+    async def _acknowledge(self, group: list[Delivery]) -> int:
         """Remove deliveries of one receiver whose leases are held, and return how many these were."""
-        keys = sorted({each.key for each in group if each.key is not None})
-        if not keys:
+        if all(each.key is None for each in group):
             return await self._connection.execute(sql.ACK, sql.leases(group))
-        rows = await self._connection.fetch_all(sql.ACK_KEYED, {**sql.leases(group), "key": keys})
+        return await self._remove(sql.ACK_KEYED, group)
+
+    async def _remove(self, statement: Statement, group: list[Delivery]) -> int:
+        """Remove deliveries of one receiver, let the next of their keys follow, and return how many these were."""
+        keys = sorted({each.key for each in group if each.key is not None})
+        rows = await self._connection.fetch_all(statement, {**sql.leases(group), "key": keys})
         await self._advance([(receiver, key, seq) for receiver, key, seq, _ in rows if key is not None])
         return len(rows)
 
