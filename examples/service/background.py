@@ -55,8 +55,9 @@ class Config:
             value = change.entry.value if isinstance(change.entry, ConfigEntry) else None
             if change.key == f"{PREFIX}silent_after_s":
                 # What somebody wrote by mistake must not end the service.
-                makes_sense = isinstance(value, (int, float)) and 0 < value <= _LONGEST_SILENCE_S
-                self.silent_after_s = float(value) if makes_sense else _SILENT_AFTER_S
+                if not isinstance(value, (int, float)) or not 0 < value <= _LONGEST_SILENCE_S:
+                    value = _SILENT_AFTER_S
+                self.silent_after_s = float(value)
                 logger.info("a node falls silent after %g s", self.silent_after_s)
 
 
