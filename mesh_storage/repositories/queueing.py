@@ -13,6 +13,8 @@ from mesh_storage.repositories import checks
 from mesh_storage.repositories.deliveries import MOMENT, NUMBERS, TEXTS, check_receiver, statement
 
 KEY_LENGTH = 255
+NO_SUCH_KEY = "42P10"
+"""The SQLSTATE of a conflict target that is no key of the table."""
 _MOST_RECEIVERS = 10_000
 
 _TIMESTAMP = "coalesce({}, extract(epoch FROM now())::bigint)"
@@ -21,8 +23,14 @@ _NEW = f"""
     VALUES (:id, :from_node, :to_node, :content, {_TIMESTAMP.format("CAST(:timestamp AS bigint)")}, true)
     ON CONFLICT DO NOTHING RETURNING id, timestamp, created_at
 """  # noqa: S608 - our own names
+# A message that goes to others than its `to_node` needs an id that is unique among all of them: a distributed database,
+# where it is not, refuses this conflict target, rather than to keep deliveries apart from their message.
+_NEW_TO_OTHERS = _NEW.replace("ON CONFLICT", "ON CONFLICT (id)")
 # Of two that queue the same message at once, one waits for the other here and then finds it queued.
-_STORED = "UPDATE mesh_messages SET queued = true WHERE id = :id AND NOT queued RETURNING id, timestamp, created_at"
+_STORED = """
+    UPDATE mesh_messages SET queued = true WHERE to_node = :to_node AND id = :id AND NOT queued
+    RETURNING id, timestamp, created_at
+"""
 
 
 def _send(stored: str) -> Statement:
@@ -67,8 +75,16 @@ def _send_keyed(stored: str) -> Statement:
     )
 
 
-SEND = {False: _send(_NEW), True: _send_keyed(_NEW)}
-"""Stores a message and queues it, without a key or with one; returns no row if the id is taken."""
+SEND = {
+    (False, False): _send(_NEW),
+    (True, False): _send_keyed(_NEW),
+    (False, True): _send(_NEW_TO_OTHERS),
+    (True, True): _send_keyed(_NEW_TO_OTHERS),
+}
+"""Stores a message and queues it, without a key or with one, for its `to_node` or for others as well.
+
+Returns no row if the id is taken.
+"""
 QUEUE = {False: _send(_STORED), True: _send_keyed(_STORED)}
 """The same for a message that is there already; returns no row if it was queued before."""
 SEND_MANY = statement(
@@ -99,17 +115,19 @@ SEND_MANY = statement(
 QUEUE_MANY = statement(
     f"""
     WITH stored AS (
-        UPDATE mesh_messages SET queued = true WHERE id = ANY(:id) AND NOT queued RETURNING id, to_node
+        UPDATE mesh_messages AS m SET queued = true
+        FROM unnest(:id, :to_node, :position) AS input (id, to_node, position)
+        WHERE m.id = ANY(:id) AND m.to_node = input.to_node AND m.id = input.id AND NOT m.queued
+        RETURNING m.id, m.to_node, input.position
     ),
     queued AS (
         INSERT INTO mesh_deliveries (message_id, receiver, available_at)
-        SELECT stored.id, stored.to_node, {MOMENT} + :delay
-        FROM stored JOIN unnest(:id, :position) AS input (id, position) ON input.id = stored.id
-        ORDER BY input.position
+        SELECT id, to_node, {MOMENT} + :delay FROM stored ORDER BY position
     )
     SELECT count(*) FROM stored
     """,  # noqa: S608 - our own names
     id=TEXTS,
+    to_node=TEXTS,
     position=NUMBERS,
     delay=Interval,
 )
@@ -132,20 +150,25 @@ ENQUEUE = statement(
 )
 
 
-def _delete(condition: str) -> Statement:
-    # The lanes are locked before, as by an acknowledgement.
+def _delete(kept: str) -> Statement:
+    # The lanes are locked before, as by an acknowledgement, and WHERE false writes none.
     return statement(
         f"""
-        WITH lanes AS MATERIALIZED (
-            SELECT lane.receiver, lane.key FROM mesh_delivery_lanes AS lane
-            JOIN mesh_deliveries AS d ON d.receiver = lane.receiver AND d.key = lane.key
-            WHERE d.message_id = ANY(:id) ORDER BY lane.receiver, lane.key FOR UPDATE OF lane
+        WITH lanes AS (
+            INSERT INTO mesh_delivery_lanes (receiver, key)
+            SELECT DISTINCT receiver, key FROM mesh_deliveries WHERE message_id = ANY(:id) AND key IS NOT NULL
+            ORDER BY receiver, key
+            ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key WHERE false RETURNING key
         ),
-        deleted AS (DELETE FROM mesh_messages AS m WHERE m.id = ANY(:id) AND {condition} RETURNING m.id),
+        kept AS MATERIALIZED ({kept}),
+        deleted AS (
+            DELETE FROM mesh_messages WHERE id = ANY(:id) AND id <> ALL(ARRAY(SELECT message_id FROM kept))
+            RETURNING id
+        ),
         cancelled AS (
-            DELETE FROM mesh_deliveries AS d USING deleted
-            WHERE (SELECT count(*) FROM lanes) >= 0 AND d.message_id = deleted.id
-            RETURNING d.receiver, d.key, d.seq, d.state
+            DELETE FROM mesh_deliveries
+            WHERE (SELECT count(*) FROM lanes) >= 0 AND message_id = ANY(ARRAY(SELECT id FROM deleted))
+            RETURNING receiver, key, seq, state
         ),
         heads AS (SELECT receiver, key, seq FROM cancelled WHERE key IS NOT NULL AND state <> 'waiting')
         SELECT (SELECT count(*) FROM deleted), array_agg(receiver), array_agg(key), array_agg(seq) FROM heads
@@ -154,15 +177,14 @@ def _delete(condition: str) -> Statement:
     )
 
 
-# OFFSET 0 keeps the server from reading all deliveries instead of those of each message; likewise below.
-DELETE = _delete("true")
-DELETE_SETTLED = _delete(
-    "NOT EXISTS (SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id AND d.state <> 'dead' OFFSET 0)"
-)
+DELETE = _delete("SELECT '' AS message_id WHERE false")
+DELETE_SETTLED = _delete("SELECT message_id FROM mesh_deliveries WHERE message_id = ANY(:id) AND state <> 'dead'")
 
 
 def purge(condition: str, **types: Any) -> Statement:
     """Return the statement that deletes old messages without a delivery.
+
+    OFFSET 0 keeps the server from reading all deliveries instead of those of each message.
 
     A message that was queued since the snapshot is checked anew once its row is locked: `queued` is another then.
     """

@@ -7,14 +7,32 @@ from datetime import timedelta
 from operator import itemgetter, lt
 from typing import Any
 
-from sqlalchemy import ARRAY, BigInteger, Column, ColumnElement, Text, bindparam, cast, func, select, tuple_
-from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Column,
+    ColumnElement,
+    Text,
+    bindparam,
+    cast,
+    func,
+    literal_column,
+    select,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.dml import ReturningInsert
 
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.repositories.base import AsyncListing
 from mesh_storage.aio.repositories.runtime.deliveries import AsyncDeliveryRepository
-from mesh_storage.errors import AlreadyExistsError, ConflictError, NotFoundError
+from mesh_storage.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    InvalidInputError,
+    MeshStorageError,
+    NotFoundError,
+)
 from mesh_storage.models import Message
 from mesh_storage.models.base import mark_written
 from mesh_storage.postgres.batch import Batch
@@ -44,14 +62,20 @@ def _store() -> ReturningInsert[Any]:
     return insert(_TABLE).values(values).on_conflict_do_nothing().returning(*times)
 
 
-def _store_many() -> Insert:
+def _store_many() -> ReturningInsert[Any]:
     rows = _BATCH.table()
     values = [*(rows.c[column.name] for column in _COLUMNS[:-1]), _or_now(rows.c.timestamp)]
-    return insert(_TABLE).from_select(_COLUMNS, select(*values)).on_conflict_do_nothing()
+    stored = insert(_TABLE).from_select(_COLUMNS, select(*values)).on_conflict_do_nothing()
+    return stored.returning(literal_column("1"))
 
 
 _STORE = Statement(_store)
+# Rows are counted by what is returned: of an INSERT ... SELECT, Citus reports the number selected.
 _STORE_MANY = Statement(_store_many)
+# By receiver as well, since in a distributed database others may have messages of the same id.
+_SELECT_STORED = Statement(
+    lambda: select(_TABLE).where(_TABLE.c.to_node == bindparam("to_node"), _TABLE.c.id == bindparam("id"))
+)
 _SELECT_MANY = Statement(lambda: select(_TABLE).where(_TABLE.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))))
 
 
@@ -107,7 +131,7 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         columns = _in_order(_columns(messages))
         if not columns["id"]:
             return 0
-        stored = await self._connection.execute(_STORE_MANY, columns)
+        stored = len(await self._connection.fetch_all(_STORE_MANY, columns))
         if stored < len(columns["id"]):
             await self._check_same(columns)
         return stored
@@ -130,7 +154,7 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
             key: Messages of one key (1 to 255 characters) go to a receiver one at a time, in the order of sending: a
                 message that is delayed, fails or is dead holds up the others of its key. Two units of work that send
                 to the same key and receiver wait for one another.
-            receivers: To whom, one delivery each; to its `to_node` if None.
+            receivers: To whom, one delivery each; to its `to_node` if None. In a distributed database, nobody else.
 
         Raises:
             AlreadyExistsError: A different message has this id.
@@ -143,8 +167,17 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         }
         if key is not None:
             parameters["key"] = checks.text("key", key, queueing.KEY_LENGTH)
-        keyed = key is not None
-        await self._store_by(queueing.SEND[keyed], queueing.QUEUE[keyed], message, **parameters)
+        keyed, to_others = key is not None, parameters["receivers"] != [given.get("to_node")]
+        try:
+            await self._store_by(queueing.SEND[keyed, to_others], queueing.QUEUE[keyed], message, **parameters)
+        except MeshStorageError as error:
+            if to_others and error.sqlstate == queueing.NO_SUCH_KEY:
+                raise InvalidInputError(
+                    "in a distributed database, a message is for its to_node only: send one to each receiver",
+                    field="receivers",
+                    sqlstate=error.sqlstate,
+                ) from error
+            raise
         return message
 
     async def send_many(self, messages: Iterable[Message], *, delay: timedelta | None = None) -> int:
@@ -165,7 +198,8 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         queued = int(await self._fetch_value(queueing.SEND_MANY, **columns, **parameters))
         if queued < len(columns["id"]):
             await self._check_same(columns)
-            queued += int(await self._fetch_value(queueing.QUEUE_MANY, id=columns["id"], **parameters))
+            receivers = {"id": columns["id"], "to_node": columns["to_node"]}
+            queued += int(await self._fetch_value(queueing.QUEUE_MANY, **receivers, **parameters))
         return queued
 
     async def enqueue(self, *, since: int, limit: int = 10_000) -> int:
@@ -252,18 +286,21 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         """Store a message by a statement, and what is there already and the same by another one."""
         (given,) = _MESSAGES.attributes("message", [message])
         values = {name: check(given.get(name)) for name, check in _CHECKS.items()}
-        for _ in range(3):  # the conflicting row may be deleted before it is read
+        key = {"to_node": values["to_node"], "id": values["id"]}
+        for again in range(3):  # the conflicting row may be deleted before it is read
             row = await self._connection.fetch_one(store, {**values, **parameters})
             if row is None:
-                there = await self._connection.fetch_one(self._aggregate.select, {"key": message.id})
+                there = await self._connection.fetch_one(_SELECT_STORED, key)
                 if there is None:
+                    if again and await self.find(message.id) is not None:
+                        raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
                     continue
                 found = _MESSAGES.load.of_values(there)
                 if not _same(found, values):
                     raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
                 row = (found.timestamp, found.created_at)
                 if store_again is not None and not there[_QUEUED]:
-                    await self._connection.fetch_one(store_again, {"id": message.id, **parameters})
+                    await self._connection.fetch_one(store_again, {**key, **parameters})
             given.update(timestamp=row[0], created_at=row[1])
             mark_written(message, self._connection.writes)
             return
@@ -271,9 +308,16 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
 
     async def _check_same(self, columns: dict[str, list[Any]]) -> None:
         by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
+        same: dict[str, bool] = {}
         for found in await self._fetch_all(_SELECT_MANY, ids=list(by_id)):
-            if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
-                raise self._connection.fail(AlreadyExistsError(f"a different message with id {found.id!r} exists"))
+            values = dict(zip(_CHECKS, by_id[found.id], strict=True))
+            if found.to_node == values["to_node"]:
+                same[found.id] = _same(found, values)
+            else:  # in a distributed database, it may stand beside ours
+                same.setdefault(found.id, False)
+        for key, is_same in same.items():
+            if not is_same:
+                raise self._connection.fail(AlreadyExistsError(f"a different message with id {key!r} exists"))
 
     async def _delete(self, statement: Statement, ids: list[str]) -> int:
         row = await self._connection.fetch_one(statement, {"id": ids})
