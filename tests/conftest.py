@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # imported as a plugin below, so that its assertions are rewr
     from mesh_storage.testing import Databases
 
 FROZEN_S = 6.0
+KEPT = ("MESH_STORAGE_TEST_URL", "MESH_STORAGE_TEST_DISTRIBUTE")
 
 pytest_plugins = ["mesh_storage.testing"]
 
@@ -29,7 +30,7 @@ pytest_plugins = ["mesh_storage.testing"]
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the environment and the .env of whoever runs the tests out of them."""
     for name in list(os.environ):
-        if name.startswith("MESH_STORAGE_") and name != "MESH_STORAGE_TEST_URL":
+        if name.startswith("MESH_STORAGE_") and name not in KEPT:
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
