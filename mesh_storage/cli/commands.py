@@ -83,6 +83,7 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
         "revision": health.revision,
         "head": health.head,
         "missing_privileges": list(health.missing_privileges),
+        "silent_workers": list(health.silent_workers),
         "error": None,
         "message": None,
     }
@@ -95,6 +96,8 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
         if error is not None:
             raise error
         schema.check(health.revision)
+        if health.silent_workers:
+            raise UnavailableError(f"workers do not answer: {', '.join(health.silent_workers)}")
         if not health.ok:
             raise ConfigurationError(lacking)
     except MeshStorageError as wrong:

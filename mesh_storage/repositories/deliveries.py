@@ -121,7 +121,9 @@ CLAIM = statement(
     floor=DateTime(timezone=True),
     lease=Interval,
 )
-MESSAGES_OF = statement(f"SELECT {_MESSAGE_COLUMNS} FROM mesh_messages AS m WHERE m.id = ANY(:id)", writes=False, id=TEXTS)  # noqa: S608 - our own names
+MESSAGES_OF = statement(
+    f"SELECT {_MESSAGE_COLUMNS} FROM mesh_messages AS m WHERE m.id = ANY(:id)", writes=False, id=TEXTS
+)  # noqa: S608 - our own names
 """Messages by id, which a row of `CLAIM` or `DEAD` lacks if its receiver is not the message's `to_node`."""
 _LEASES: dict[str, Any] = {"message_id": TEXTS, "token": NUMBERS}
 _LEASED = "unnest(:message_id, :token) AS lease (message_id, token)"

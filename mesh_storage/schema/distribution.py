@@ -147,9 +147,22 @@ def methods_of(fetch: tables.Fetch) -> dict[int, str] | None:
     return dict(fetch("SELECT logicalrelid::oid::bigint, partmethod::text FROM pg_catalog.pg_dist_partition"))
 
 
-def is_distributed(fetch: tables.Fetch) -> bool:
-    """Return whether a database has distributed tables."""
-    return "h" in (methods_of(fetch) or {}).values()
+def check_on_one_server(fetch: tables.Fetch) -> None:
+    """Raise if a backup or restore would not have all rows of one moment.
+
+    Raises:
+        ConfigurationError: Tables of the database are distributed.
+    """
+    if methods := methods_of(fetch):
+        spread = fetch(
+            f"SELECT oid::regclass::text FROM pg_class WHERE oid IN ({', '.join(map(str, methods))}) "  # noqa: S608 - object ids
+            f"AND relname IN ({', '.join(map(_literal, COLUMNS))}) ORDER BY 1"
+        )
+        if listed := ", ".join(name for (name,) in spread):
+            raise ConfigurationError(
+                f"{listed}: distributed by Citus, so no snapshot covers all rows; back up and restore the servers "
+                "themselves, at a common restore point (citus_create_restore_point)"
+            )
 
 
 def _apply(connection: psycopg.Connection[Any], made: Distribution) -> None:
@@ -259,9 +272,7 @@ def _lacking(
             yield "Citus does not know the coordinator's address: SELECT citus_set_coordinator_host(...)"
         if not any(takes_shards for _, takes_shards in nodes):
             yield "there is no worker: SELECT citus_add_node(...)"
-    ((level, plugins),) = fetch(
-        "SELECT current_setting('wal_level'), current_setting('output_plugin_libraries', true)"
-    )
+    ((level, plugins),) = fetch("SELECT current_setting('wal_level'), current_setting('output_plugin_libraries', true)")
     if methods is None or methods.get(there[_MESSAGES]) != "h":
         if level != "logical":
             yield f"wal_level must be logical on all servers, not {level}"
