@@ -2,8 +2,8 @@
 
 Put `pytest_plugins = ["mesh_storage.testing"]` into the top-level `conftest.py`. Then `mesh_storage` is an open storage
 and `mesh_storage_url` the URL of its database. The databases are created from a template database on a temporary server
-in RAM, or on the server of `MESH_STORAGE_TEST_URL` (as a role with CREATEDB). With `MESH_STORAGE_TEST_DISTRIBUTE=1`, each is
-distributed on this server alone, which must have Citus (as a superuser).
+in RAM, or on the server of `MESH_STORAGE_TEST_URL` (as a role with CREATEDB). With `MESH_STORAGE_TEST_DISTRIBUTE=1`,
+each is distributed on this server alone, which must have Citus (as a superuser).
 """
 
 from __future__ import annotations

@@ -90,8 +90,9 @@ def backup(
     Raises:
         AlreadyExistsError: The path exists.
         InvalidInputError: The path cannot be written.
-        ConfigurationError: pg_dump is missing or too old, or no available one produces a backup that restores on other
-            servers; or this user may not read the tables, or `transaction_pooling` is set.
+        ConfigurationError: The database is distributed; pg_dump is missing or too old, or no available one produces
+            a backup that restores on other servers; or this user may not read the tables, or `transaction_pooling` is
+            set.
         SchemaMismatchError: The database has no schema of mesh_storage, or a newer one.
         StorageTimeoutError: A table was locked for longer than `lock_timeout`.
         UnavailableError: The disk is full, or the database cannot be reached.
@@ -150,8 +151,8 @@ def restore(
         ConflictError: The tables contain rows and `overwrite` was not given, or the rows violate a constraint that
             others added to the tables, or an object of others cannot be kept.
         MissingReferenceError: Foreign keys of or to other tables would be violated.
-        ConfigurationError: The database is distributed, pg_restore is missing or too old, the server lacks something the tables need, this user may
-            not change the tables, or `transaction_pooling` is set.
+        ConfigurationError: The database is distributed, pg_restore is missing or too old, the server lacks something
+            the tables need, this user may not change the tables, or `transaction_pooling` is set.
         StorageTimeoutError: A table was in use for longer than `lock_timeout`.
         UnavailableError: The database cannot be reached, or its disk is full.
     """

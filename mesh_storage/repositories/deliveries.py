@@ -90,7 +90,7 @@ def statement(sql: str, *, writes: bool = True, **types: Any) -> Statement:
 
 # The longest due first. What another has claimed since the snapshot is checked anew once its row is locked, and is not
 # due any more. A token is the time in microseconds, but larger than the one before it, so it only grows for a delivery,
-# also across a restore or a failover. What was claimed too often is set aside instead. All times are made in the SELECT:
+# also across a restore or a failover. What was claimed too often is set aside instead. All times come from the SELECT:
 # Citus accepts only immutable functions within CASE and greatest() of an UPDATE. The message is joined by its receiver,
 # so that all is in one shard; `MESSAGES_OF` has those that were sent to others than their `to_node`.
 CLAIM = statement(
@@ -122,8 +122,10 @@ CLAIM = statement(
     lease=Interval,
 )
 MESSAGES_OF = statement(
-    f"SELECT {_MESSAGE_COLUMNS} FROM mesh_messages AS m WHERE m.id = ANY(:id)", writes=False, id=TEXTS
-)  # noqa: S608 - our own names
+    f"SELECT {_MESSAGE_COLUMNS} FROM mesh_messages AS m WHERE m.id = ANY(:id)",  # noqa: S608 - our own names
+    writes=False,
+    id=TEXTS,
+)
 """Messages by id, which a row of `CLAIM` or `DEAD` lacks if its receiver is not the message's `to_node`."""
 _LEASES: dict[str, Any] = {"message_id": TEXTS, "token": NUMBERS}
 _LEASED = "unnest(:message_id, :token) AS lease (message_id, token)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,9 +154,9 @@ def check_on_one_server(fetch: tables.Fetch) -> None:
         ConfigurationError: Tables of the database are distributed.
     """
     if methods := methods_of(fetch):
+        oids, names = ", ".join(map(str, methods)), ", ".join(map(_literal, COLUMNS))
         spread = fetch(
-            f"SELECT oid::regclass::text FROM pg_class WHERE oid IN ({', '.join(map(str, methods))}) "  # noqa: S608 - object ids
-            f"AND relname IN ({', '.join(map(_literal, COLUMNS))}) ORDER BY 1"
+            f"SELECT oid::regclass::text FROM pg_class WHERE oid IN ({oids}) AND relname IN ({names}) ORDER BY 1"  # noqa: S608 - our own names
         )
         if listed := ", ".join(name for (name,) in spread):
             raise ConfigurationError(
@@ -195,34 +195,43 @@ def _steps(
     fetch: tables.Fetch, namespace: str, there: Mapping[str, int], methods: Mapping[int, str] | None
 ) -> Iterable[tuple[str, ...]]:
     """Yield the steps that are left to do."""
+    known = methods or {}
+    left = [table for table in COLUMNS if known.get(there[table]) != "h"]
+    yield from _keys(fetch, namespace, there)
+    yield from _spread(fetch, namespace, there, left)
+    for table in COLUMNS:
+        # What a distributed table has on the coordinator itself is what it had before.
+        if table in left or fetch(f"SELECT pg_relation_size({there[table]}::oid)") != [(0,)]:
+            name = _literal(tables.qualified(namespace, table))
+            yield (f"SELECT truncate_local_data_after_distributing_table({name})",)
+    for table in LOCAL:
+        if table in there and there[table] not in known:
+            yield (_BRIEFLY, _add_local(tables.qualified(namespace, table)))
+
+
+def _spread(
+    fetch: tables.Fetch, namespace: str, there: Mapping[str, int], left: Collection[str]
+) -> Iterable[tuple[str, ...]]:
+    """Yield the steps that distribute those tables that are left."""
 
     def name(table: str) -> str:
         return tables.qualified(namespace, table)
 
-    def distributed(table: str) -> bool:
-        return methods is not None and methods.get(there[table]) == "h"
-
-    yield from _keys(fetch, namespace, there)
     types = dict(fetch(_TYPES.format(", ".join(str(there[table]) for table in _WITH_DELIVERIES))))
     for table in _WITH_DELIVERIES:
         if types[there[table]] != "character varying":
             # The type of mesh_messages.to_node, which co-location requires; it rewrites no row.
             yield (_BRIEFLY, f"ALTER TABLE {name(table)} ALTER COLUMN receiver TYPE varchar")
-    if not distributed("mesh_node_state"):
+    if "mesh_node_state" in left:
         yield (_create("create_distributed_table", name("mesh_node_state"), "node_id", "none"),)
-    if not distributed(_MESSAGES):
+    if _MESSAGES in left:
         yield (_create("create_distributed_table_concurrently", name(_MESSAGES), "to_node", "none"),)
-    left = [table for table in _WITH_DELIVERIES if not distributed(table)]
-    if left:
-        made = [_create("create_distributed_table", name(table), "receiver", name(_MESSAGES)) for table in left]
+    if made := [
+        _create("create_distributed_table", name(table), "receiver", name(_MESSAGES))
+        for table in _WITH_DELIVERIES
+        if table in left
+    ]:
         yield (_BRIEFLY, *made)
-    for table in COLUMNS:
-        # What a distributed table has on the coordinator itself is what it had before.
-        if not distributed(table) or fetch(f"SELECT pg_relation_size({there[table]}::oid)") != [(0,)]:  # noqa: S608 - an object id
-            yield (f"SELECT truncate_local_data_after_distributing_table({_literal(name(table))})",)
-    for table in LOCAL:
-        if table in there and there[table] not in (methods or {}):
-            yield (_BRIEFLY, _add_local(name(table)))
 
 
 def _keys(fetch: tables.Fetch, namespace: str, there: Mapping[str, int]) -> Iterable[tuple[str, ...]]:

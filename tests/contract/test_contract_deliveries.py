@@ -65,7 +65,7 @@ def execute(url: str, statement: str) -> None:
 
 def lapse(url: str) -> None:
     """Let all leases and delays be over."""
-    execute(url, "UPDATE mesh_deliveries SET available_at = clock_timestamp() WHERE state IN ('leased', 'queued')")
+    execute(url, "UPDATE mesh_deliveries SET available_at = now() WHERE state IN ('leased', 'queued')")
 
 
 def test_a_message_is_delivered_once(storage: MeshStorage) -> None:
@@ -100,6 +100,7 @@ def test_what_is_rolled_back_was_neither_sent_nor_claimed(storage: MeshStorage) 
     assert delivery.attempts == 1
 
 
+@pytest.mark.one_server
 def test_a_message_to_several_receivers_is_one_row_and_a_delivery_for_each(storage: MeshStorage) -> None:
     send(storage, 1, receivers=["c", "d", "c"])
     send(storage, 2)
@@ -116,7 +117,7 @@ def test_a_message_to_several_receivers_is_one_row_and_a_delivery_for_each(stora
 def test_a_lost_lease_is_known_whoever_claimed_since(storage: MeshStorage, mesh_storage_url: str, since: str) -> None:
     send(storage, 1, 2)
     lost, held = claim(storage)
-    execute(mesh_storage_url, "UPDATE mesh_deliveries SET available_at = clock_timestamp() WHERE message_id = 'm-1'")
+    execute(mesh_storage_url, "UPDATE mesh_deliveries SET available_at = now() WHERE message_id = 'm-1'")
     if since == "another":
         (again,) = claim(storage)
         assert (again.attempts, again.message.id) == (2, "m-1")
@@ -239,6 +240,7 @@ def test_what_was_claimed_too_often_is_set_aside(storage: MeshStorage, mesh_stor
         settle(storage, "ack", [delivery])
 
 
+@pytest.mark.one_server
 def test_those_of_a_key_go_one_at_a_time_in_the_order_of_sending(storage: MeshStorage) -> None:
     send(storage, 1, 2, key="k")
     send(storage, 3, 4, key="other")
@@ -277,6 +279,7 @@ def test_a_first_one_that_fails_holds_its_key_and_no_other(storage: MeshStorage,
         settle(storage, "ack", deliveries)
 
 
+@pytest.mark.one_server
 @pytest.mark.parametrize("position", ["first", "middle"])
 def test_a_deleted_message_takes_its_deliveries_along(storage: MeshStorage, position: str) -> None:
     send(storage, 1, 2, 3, key="k")
@@ -315,6 +318,7 @@ def test_a_message_that_another_service_deleted_is_passed_over(
     assert backlog(storage) == Backlog(0, 0, 0, 0, 0, None, ())
 
 
+@pytest.mark.one_server
 def test_old_messages_without_a_delivery_are_removed(storage: MeshStorage) -> None:
     with storage.begin() as uow:
         uow.messages.store(message(1, timestamp=OLD))
@@ -344,6 +348,7 @@ def test_a_dead_first_one_that_is_deleted_holds_its_key_no_longer(storage: MeshS
     assert ids(claim(storage)) == ["m-2"]
 
 
+@pytest.mark.one_server
 def test_what_was_only_stored_is_queued_once(storage: MeshStorage, mesh_storage_url: str) -> None:
     with storage.begin() as uow:
         uow.messages.store_many([message(2, timestamp=OLD + 1), message(1, timestamp=OLD + 2)])

@@ -169,6 +169,7 @@ def test_a_waiting_message_that_is_deleted_while_its_turn_comes_leaves_no_gap(st
     assert take(storage, 10) == ["m-3"]
 
 
+@pytest.mark.one_server
 def test_a_message_is_not_purged_while_it_is_queued(storage: MeshStorage) -> None:
     with storage.begin() as uow:
         uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"", timestamp=1))
@@ -188,6 +189,7 @@ def test_a_message_is_not_purged_while_it_is_queued(storage: MeshStorage) -> Non
 # What a claim looks at
 
 
+@pytest.mark.one_server
 def test_a_claim_does_not_look_at_those_that_wait_behind_a_key(storage: MeshStorage) -> None:
     send(storage, 0, key="hot")
     fill = """
