@@ -183,12 +183,11 @@ def _apply(connection: psycopg.Connection[Any], made: Distribution) -> None:
 def _oids(fetch: tables.Fetch, location: tables.Location) -> dict[str, int]:
     names = ", ".join(f"'{name}'" for name in tables.TABLES)
     namespace = _literal(location.namespace)
-    return dict(
-        fetch(
-            "SELECT relname, pg_class.oid::bigint FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
-            f"WHERE nspname = {namespace} AND relname IN ({names}) AND relkind IN ('r', 'p', 'f')"  # noqa: S608 - our own names
-        )
-    )
+    query = f"""
+        SELECT relname, pg_class.oid::bigint FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+        WHERE nspname = {namespace} AND relname IN ({names}) AND relkind = 'r'
+    """  # noqa: S608 - our own names
+    return dict(fetch(query))
 
 
 def _steps(
@@ -237,20 +236,20 @@ def _spread(
 def _keys(fetch: tables.Fetch, namespace: str, there: Mapping[str, int]) -> Iterable[tuple[str, ...]]:
     """Yield the steps to a primary key that contains the receiver; the old one serves until it is swapped."""
     messages = tables.qualified(namespace, _MESSAGES)
-    indexes = {each: (valid, columns) for each, valid, _, columns in fetch(_INDEXES.format(there[_MESSAGES]))}
-    for invalid in (each for each in (_NEW_KEY, _ID_INDEX) if each in indexes and not indexes[each][0]):
-        yield (f"DROP INDEX CONCURRENTLY {tables.qualified(namespace, invalid)}",)
-        del indexes[invalid]
-    primary = next((columns for _, _, primary, columns in fetch(_INDEXES.format(there[_MESSAGES])) if primary), [])
-    if primary != ["to_node", "id"]:
-        if _NEW_KEY not in indexes:
+    found = fetch(_INDEXES.format(there[_MESSAGES]))
+    valid = {name: is_valid for name, is_valid, _, _ in found}
+    for name in (_NEW_KEY, _ID_INDEX):
+        if valid.get(name) is False:  # what a CREATE INDEX CONCURRENTLY that failed has left
+            yield (f"DROP INDEX CONCURRENTLY {tables.qualified(namespace, name)}",)
+    if ["to_node", "id"] not in [columns for _, _, is_primary, columns in found if is_primary]:
+        if not valid.get(_NEW_KEY):
             yield (f"CREATE UNIQUE INDEX CONCURRENTLY {_NEW_KEY} ON {messages} (to_node, id)",)
         yield (
             _BRIEFLY,
             f"ALTER TABLE {messages} DROP CONSTRAINT mesh_messages_pkey",
             f"ALTER TABLE {messages} ADD CONSTRAINT mesh_messages_pkey PRIMARY KEY USING INDEX {_NEW_KEY}",
         )
-    if _ID_INDEX not in indexes:
+    if not valid.get(_ID_INDEX):
         yield (f"CREATE INDEX CONCURRENTLY {_ID_INDEX} ON {messages} (id)",)
 
 

@@ -13,7 +13,7 @@ from operator import itemgetter
 from mesh_storage.errors import ConflictError
 from mesh_storage.models import Message
 from mesh_storage.postgres.floors import BEGINNING
-from mesh_storage.postgres.statement import Row, Statement
+from mesh_storage.postgres.statement import Parameters, Row, Statement
 from mesh_storage.repositories import checks
 from mesh_storage.repositories import deliveries as sql
 from mesh_storage.repositories.base import KeyedRepository, Listing
@@ -144,7 +144,7 @@ class DeliveryRepository(KeyedRepository[Message]):
         assert row is not None, "the statement always returns one row"
         return sql.backlog(row)
 
-    def _with_messages(self, statement: Statement, parameters: dict[str, object]) -> list[Row]:
+    def _with_messages(self, statement: Statement, parameters: Parameters) -> list[Row]:
         """Return deliveries with their messages, those to others than their `to_node` by a second statement."""
         rows = self._connection.fetch_all(statement, parameters)
         if lacking := sql.lacking(rows):

@@ -12,7 +12,7 @@ from mesh_storage.aio.repositories.base import AsyncKeyedRepository, AsyncListin
 from mesh_storage.errors import ConflictError
 from mesh_storage.models import Message
 from mesh_storage.postgres.floors import BEGINNING
-from mesh_storage.postgres.statement import Row, Statement
+from mesh_storage.postgres.statement import Parameters, Row, Statement
 from mesh_storage.repositories import checks
 from mesh_storage.repositories import deliveries as sql
 from mesh_storage.repositories.deliveries import LEASE, Backlog, Claimed, Delivery
@@ -142,7 +142,7 @@ class AsyncDeliveryRepository(AsyncKeyedRepository[Message]):
         assert row is not None, "the statement always returns one row"
         return sql.backlog(row)
 
-    async def _with_messages(self, statement: Statement, parameters: dict[str, object]) -> list[Row]:
+    async def _with_messages(self, statement: Statement, parameters: Parameters) -> list[Row]:
         """Return deliveries with their messages, those to others than their `to_node` by a second statement."""
         rows = await self._connection.fetch_all(statement, parameters)
         if lacking := sql.lacking(rows):
