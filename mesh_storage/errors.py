@@ -175,6 +175,7 @@ _MISSING = (
     "your service's migrations."
 )
 _ADVICE = {
+    "0A000": "The server cannot do this; what a distributed database refuses is in docs/scaling.md.",
     "42501": "The database role lacks a privilege: see Roles and grants in docs/operations.md.",
     "42703": _MISSING,
     "42P01": _MISSING,
