@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import traceback
 from typing import Literal
 
@@ -231,7 +232,7 @@ def connection_refused(error: Exception) -> tuple[MeshStorageError, Exception | 
 
 
 def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:
-    sqlstate, constraint = error.sqlstate, error.diag.constraint_name
+    sqlstate, (_, constraint) = error.sqlstate, _named(error)
     if sqlstate is None:
         if isinstance(error, psycopg.OperationalError):
             return UnavailableError(_unavailable(error))
@@ -260,9 +261,18 @@ def _field(error: psycopg.Error) -> str | None:
     """Return the rejected attribute, by column name or check constraint name (`{table}_{column}_check`)."""
     from mesh_storage.models.base import attribute_of
 
-    table, column, constraint = error.diag.table_name, error.diag.column_name, error.diag.constraint_name
+    (table, constraint), column = _named(error), error.diag.column_name
     column = column or (constraint and constraint.removeprefix(f"{table}_").removesuffix("_check"))
     return table and column and (attribute_of(table, column) or column)
+
+
+def _named(error: psycopg.Error) -> tuple[str | None, str | None]:
+    """Return the table and the constraint, without the number of the shard in which Citus has a table."""
+    table, constraint = error.diag.table_name, error.diag.constraint_name
+    shard = re.search(r"_\d{6,}$", table or "")
+    if table is None or shard is None or (constraint is not None and not constraint.endswith(shard.group())):
+        return table, constraint
+    return table.removesuffix(shard.group()), constraint and constraint.removesuffix(shard.group())
 
 
 def _unavailable(error: psycopg.OperationalError) -> str:

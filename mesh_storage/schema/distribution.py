@@ -154,7 +154,8 @@ def check_on_one_server(fetch: tables.Fetch) -> None:
         ConfigurationError: Tables of the database are distributed.
     """
     if methods := methods_of(fetch):
-        oids, names = ", ".join(map(str, methods)), ", ".join(map(_literal, COLUMNS))
+        oids = ", ".join(str(oid) for oid, method in methods.items() if method == "h") or "NULL"
+        names = ", ".join(map(_literal, COLUMNS))
         spread = fetch(
             f"SELECT oid::regclass::text FROM pg_class WHERE oid IN ({oids}) AND relname IN ({names}) ORDER BY 1"  # noqa: S608 - our own names
         )

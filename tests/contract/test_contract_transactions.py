@@ -271,7 +271,7 @@ def test_a_lost_connection_is_unavailable_and_replaced(storage: MeshStorage, oth
     with pytest.raises(UnavailableError) as error, storage.begin() as uow:
         uow.state.put("a", b"")
         other.execute(
-            "SELECT pg_terminate_backend(%s)", [uow.session.execute(text("SELECT pg_backend_pid()")).scalar()]
+            "SELECT pg_terminate_backend(%s::int)", [uow.session.execute(text("SELECT pg_backend_pid()")).scalar()]
         )
         uow.state.put("b", b"")
     assert error.value.retryable

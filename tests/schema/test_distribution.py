@@ -6,10 +6,11 @@ import gc
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import psycopg
 import pytest
+from sqlalchemy import text
 
 from mesh_storage import MeshStorage, Message, schema
 from mesh_storage.cli import Exit, main
@@ -20,6 +21,7 @@ from mesh_storage.postgres.statement import Statement
 from mesh_storage.repositories import queueing, removal
 from mesh_storage.schema import distribution
 from mesh_storage.schema.distribution import COLUMNS, LOCAL
+from mesh_storage.schema.tables import by_psycopg
 from tests.repositories.test_round_trips import METHODS, REPOSITORIES, fill, message
 
 SCALING = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -238,6 +240,71 @@ def test_what_cannot_be_distributed_is_said_with_its_reason(mesh_storage_url: st
         lacking = distribution.examine(connection).lacking
     assert any("theirs has the foreign key or trigger theirs_node_id_fkey" in each for each in lacking)
     assert any("to others than the to_node" in each for each in lacking)
+
+
+class Catalog:
+    """A connection's catalog, in which Citus is there and knows these tables, beside what the server says."""
+
+    def __init__(self, url: str, methods: dict[str, str], nodes: list[tuple[int, bool]]) -> None:
+        self._connection = psycopg.connect(url, autocommit=True)
+        self._methods, self._nodes = methods, nodes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def execute(self, query: bytes) -> Any:
+        if b"extname = 'citus'" in query:
+            return self._connection.execute("SELECT")
+        if b"FROM pg_catalog.pg_dist_partition" in query:
+            known = [f"('{table}'::regclass::oid::bigint, '{method}'::text)" for table, method in self._methods.items()]
+            return self._connection.execute(f"VALUES {', '.join(known)}".encode())
+        if b"FROM pg_catalog.pg_dist_node" in query:
+            return self._connection.execute(f"VALUES {', '.join(map(str, self._nodes))}".encode())
+        return self._connection.execute(query)
+
+
+def test_with_citus_it_goes_on_where_it_was(mesh_storage_url: str) -> None:
+    with Catalog(mesh_storage_url, {"mesh_messages": "h", "mesh_state": "n"}, [(0, False), (1, True)]) as catalog:
+        made = distribution.examine(cast("Any", catalog))
+    assert not made.lacking
+    assert not [each for each in made.statements if "_concurrently('" in each]
+    assert len([each for each in made.statements if "create_distributed_table(" in each]) == 3
+    local = [each for each in made.statements if "citus_add_local_table_to_metadata" in each]
+    assert len(local) == len(LOCAL) - 1
+    assert not any('"mesh_state"' in each for each in local)
+
+
+def test_with_citus_but_without_workers_that_is_lacking(mesh_storage_url: str) -> None:
+    with Catalog(mesh_storage_url, {"mesh_messages": "h"}, [(5, False)]) as catalog:
+        lacking = distribution.examine(cast("Any", catalog)).lacking
+    assert ["coordinator" in lacking[0], "no worker" in lacking[1], len(lacking)] == [True, True, 2]
+
+
+def test_backups_and_restores_refuse_distributed_tables_only(mesh_storage_url: str) -> None:
+    def check(methods: dict[str, str]) -> None:
+        with Catalog(mesh_storage_url, methods, []) as catalog:
+            distribution.check_on_one_server(by_psycopg(cast("Any", catalog)))
+
+    check({"mesh_state": "n"})
+    with pytest.raises(ConfigurationError, match="mesh_messages, mesh_node_state: distributed by Citus"):
+        check({"mesh_messages": "h", "mesh_node_state": "h", "mesh_state": "n"})
+
+
+def test_an_error_names_the_constraint_without_the_shard(storage: MeshStorage, mesh_storage_url: str) -> None:
+    with psycopg.connect(mesh_storage_url) as connection:
+        connection.execute(
+            "CREATE TABLE mesh_state_102041 (CONSTRAINT mesh_state_key_check_102041 CHECK (key <> ''), key text)"
+        )
+    with pytest.raises(InvalidInputError) as error, storage.begin() as uow:
+        uow.session.execute(text("INSERT INTO mesh_state_102041 VALUES ('')"))
+    assert (error.value.constraint, error.value.field) == ("mesh_state_key_check", "StateEntry.key")
+
+
+def test_health_has_no_workers_to_ask(storage: MeshStorage) -> None:
+    assert storage.health().silent_workers == ()
 
 
 def test_the_command_shows_what_it_changes_and_what_is_lacking(
