@@ -49,7 +49,7 @@ service: install ## Run an example of a service on a database of its own, with a
 test: install ## Run the tests but the slow ones, or only some: make test T=tests/backup
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(T),$(T),-m 'not slow' --cov --cov-report=term-missing:skip-covered)
 
-test-slow: install ## Run the slow tests: migrations beside traffic, crashes, models of hypothesis, packaging, benchmarks
+test-slow: install ## Run the slow tests: PgBouncer, uvloop, migrations beside traffic, crashes, models of hypothesis, packaging, benchmarks
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-matrix: install ## Run all tests on each of PostgreSQL 15, 16 and 18 that is found

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--large", action="store_true", help="also measure with 10,000,000 messages")
     parser.add_argument(
-        "--quick", action="store_true", help="run everything in half a minute; the results are not meaningful"
+        "--quick", action="store_true", help="run everything in a minute or two; the results are not meaningful"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write a chart of the growth as SVG")

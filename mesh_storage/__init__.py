@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         StorageTimeoutError,
         UnavailableError,
     )
-    from mesh_storage.health import Health
+    from mesh_storage.health import Health, ReplicaHealth
     from mesh_storage.lease import Lease
     from mesh_storage.models import (
         JSON,
@@ -67,6 +67,7 @@ __all__ = [
     "NodeState",
     "NotFoundError",
     "Page",
+    "ReplicaHealth",
     "Route",
     "RoutingEntry",
     "SchemaMismatchError",

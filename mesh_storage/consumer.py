@@ -15,7 +15,7 @@ from weakref import WeakMethod
 
 from mesh_storage.errors import ClosedError, ConflictError, MeshStorageError
 from mesh_storage.postgres.characteristics import Characteristics
-from mesh_storage.postgres.concurrency import Repeated, straight
+from mesh_storage.postgres.concurrency import Repeated, at_once, straight
 from mesh_storage.postgres.outage import ConsumingOutage
 from mesh_storage.postgres.pool import Pool
 from mesh_storage.repositories.consuming import Terms, delay_after, reason_of
@@ -117,30 +117,25 @@ class Consumer:
             uow.messages.nack(left, delay=timedelta(0))
 
     def _handle_one(self, delivery: Delivery) -> None:
-        handled = False
         try:
             with self._unit_of_work(_HANDLING) as uow:
-                self._handle(uow, delivery)
-                handled = True
+                at_once(self._handle, uow, delivery)
                 uow.messages.ack([delivery])
+        except ConflictError as error:
+            # Of the handler's effects, or since the lease was lost: then it cannot be given back.
+            if self._give_back(delivery, error):
+                self._log(delivery, error)
+            else:
+                self._log_lost(delivery, error)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure
-            if handled and isinstance(error, ConflictError):
-                logger.warning(
-                    "delivery lost, so its effects were rolled back: its lease was over before the end",
-                    extra={
-                        "event": "consume",
-                        "receiver": delivery.receiver,
-                        "message_id": delivery.message.id,
-                        "attempts": delivery.attempts,
-                    },
-                )
-                self._count(error, "lost")
-                return
             self._log(delivery, error)
             self._give_back(delivery, error)
 
-    def _give_back(self, delivery: Delivery, failure: Exception) -> None:
-        """Have a failed delivery tried again later, or set aside, as soon as the server is there within its lease."""
+    def _give_back(self, delivery: Delivery, failure: Exception) -> bool:
+        """Have a failed delivery tried again later, or set aside, as soon as the server is there within its lease.
+
+        Return whether its lease was still held, as far as is known.
+        """
         end = time.monotonic() + self._terms.lease.total_seconds()
         while time.monotonic() < end and not self._pool.closed:
             try:
@@ -149,38 +144,65 @@ class Consumer:
                         uow.messages.bury([delivery], reason_of(failure))
                     else:
                         uow.messages.nack([delivery], delay=delay_after(failure))
-            except (ConflictError, ClosedError):
-                return  # it was acknowledged, although that was not known, or another has it
+            except ConflictError:
+                return False  # it was acknowledged, although that was not known, or another has it
+            except ClosedError:
+                break
             except MeshStorageError as error:
                 self._sleep(self._outage.pause(error))
+                if self._over:
+                    break
             else:
                 self._outage.over()
-                return
+                break
+        return True
 
     def _extend(self) -> float | None:
         """Extend the leases of those in hand, and return the seconds until the next time."""
-        held = self._held
         try:
-            self._extend_all(held)
-        except ConflictError:  # one of them is done by now, or lost
-            for each in held:
-                with suppress(MeshStorageError):
-                    self._extend_all((each,))
+            self._extend_all(self._held)
         except MeshStorageError as error:
             logger.debug("extension failed", exc_info=error)
             return self._share / 4
         return self._share
 
     def _extend_all(self, held: tuple[Delivery, ...]) -> None:
-        if held:
-            timeout = min(self._share, _LONGEST_ATTEMPT_S)
+        if not held or not self._held:
+            return
+        timeout = min(self._share, _LONGEST_ATTEMPT_S)
+        try:
             with self._unit_of_work(Characteristics(timeout=timeout), beside=True) as uow:
                 uow.messages.extend(held, self._terms.lease)
+        except ConflictError:  # one of them is done by now, or lost
+            middle = len(held) // 2
+            if middle:
+                self._extend_all(held[:middle])
+                self._extend_all(held[middle:])
+
+    def _log_lost(self, delivery: Delivery, error: Exception) -> None:
+        logger.warning(
+            "delivery of %r to %r lost, so its effects were rolled back: its lease was over before the end",
+            delivery.message.id,
+            delivery.receiver,
+            extra={
+                "event": "consume",
+                "receiver": delivery.receiver,
+                "message_id": delivery.message.id,
+                "attempts": delivery.attempts,
+            },
+        )
+        self._count(error, "lost")
 
     def _log(self, delivery: Delivery, error: Exception) -> None:
         frame = traceback.extract_tb(error.__traceback__)[-1]
+        raised_at = f"{frame.filename}:{frame.lineno}"
         logger.warning(
-            "delivery failed",
+            "delivery of %r to %r failed, attempt %d: %s, raised at %s",
+            delivery.message.id,
+            delivery.receiver,
+            delivery.attempts,
+            type(error).__name__,
+            raised_at,
             extra={
                 "event": "consume",
                 "receiver": delivery.receiver,
@@ -188,7 +210,7 @@ class Consumer:
                 "attempts": delivery.attempts,
                 "dead": self._terms.is_last(delivery.attempts),
                 "error": type(error).__name__,
-                "raised_at": f"{frame.filename}:{frame.lineno}",
+                "raised_at": raised_at,
             },
         )
         logger.debug("delivery failed", exc_info=error)

@@ -177,9 +177,10 @@ _MISSING = (
 )
 _ADVICE = {
     "0A000": "The server cannot do this; what a distributed database refuses is in docs/scaling.md.",
-    "42501": "The database role lacks a privilege: see Roles and grants in docs/operations.md.",
+    "42501": "The database role lacks a privilege; mesh-storage roles grants it, as docs/operations.md describes.",
     "42703": _MISSING,
     "42P01": _MISSING,
+    "25P03": "The unit of work did nothing for longer than idle_in_transaction_timeout, so the server ended it.",
     "55P03": "A lock was not available within lock_timeout.",
 }
 """What to do, where the class of an error does not say it."""
@@ -188,6 +189,9 @@ _ADVICE = {
 _PREPARED_ELSEWHERE = ("26000", "42P05")
 # 0A000 (feature_not_supported) has many causes; raised by this server function, it means a changed result type.
 _RESULT_TYPE_CHANGED = ("0A000", "RevalidateCachedQuery")
+# XX000 (internal_error) likewise; raised by these functions of Citus, it means that a table or shard that the statement
+# was planned for has been distributed, moved or split meanwhile.
+_SHARDS_CHANGED = {("XX000", "GetCitusTableCacheEntry"), ("XX000", "LookupShardRelationFromCatalog")}
 
 
 def prepared_in_vain(error: MeshStorageError) -> bool:
@@ -242,6 +246,12 @@ def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:
     if (sqlstate, error.diag.source_function) == _RESULT_TYPE_CHANGED:
         return UnavailableError(
             "the type of a column changed after this connection prepared its statements; retry on a new connection",
+            sqlstate=sqlstate,
+        )
+    if (sqlstate, error.diag.source_function) in _SHARDS_CHANGED:
+        return SerializationError(
+            "a table was distributed, or a part of it moved to another server, while a statement ran; retry the unit of "
+            f"work. PostgreSQL reports {error.diag.message_primary!r} (SQLSTATE {sqlstate})",
             sqlstate=sqlstate,
         )
     kind = _BY_SQLSTATE.get(sqlstate) or _BY_CLASS.get(sqlstate[:2], MeshStorageError)

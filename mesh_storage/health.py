@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from sqlalchemy import column, exists, func, literal_column, or_, select, table, text
 
 from mesh_storage import schema
-from mesh_storage.errors import MeshStorageError
+from mesh_storage.errors import ConfigurationError, MeshStorageError, UnavailableError
 from mesh_storage.postgres.statement import Row, Statement
+from mesh_storage.postgres.wal import Standing
 
 TIMEOUT_S = 1.5
 """Timeout of a health check in seconds; with the grace period for an unresponsive server, it takes at most 2."""
@@ -30,6 +32,24 @@ WORKERS = Statement(
     writes=False,
 )
 """Asks each worker of Citus, and returns those that do not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaHealth:
+    """How a replica is, and how far it is behind the primary."""
+
+    address: str
+    """The host with its port, and the database."""
+    connected: bool
+    """Whether it answered."""
+    lag_bytes: int | None
+    """How many bytes of the primary's write-ahead log it has not replayed; None if one of the two did not answer, or it
+    is not known to follow the primary since the last failover."""
+    lag: timedelta | None
+    """How long ago the last transaction that it has replayed was committed, or 0 if nothing is left to replay; None if
+    unknown. By the clock of the primary alone."""
+    error: MeshStorageError | None = None
+    """Why it did not answer, or cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +77,8 @@ class Health:
     `INSERT, UPDATE ON nodes`."""
     silent_workers: tuple[str, ...] = ()
     """The workers of a distributed database that do not answer the coordinator, as in `worker-1:5432`."""
+    replicas: tuple[ReplicaHealth, ...] = ()
+    """The replicas of `replica_url`; the primary answers in their place, so they do not count for `ok`."""
 
     @property
     def ok(self) -> bool:
@@ -109,3 +131,28 @@ def unreachable(error: MeshStorageError, *, pool_size: int, pool_in_use: int) ->
         pool_in_use=pool_in_use,
         error=error,
     )
+
+
+def of_replica(address: str, answer: Standing | MeshStorageError, primary: Standing | None) -> ReplicaHealth:
+    """Return the health of a replica from its answer, and from that of the primary, if there was one."""
+    if isinstance(answer, MeshStorageError):
+        return ReplicaHealth(address, connected=False, lag_bytes=None, lag=None, error=answer)
+    error: MeshStorageError | None = None
+    if not answer.standby:
+        error = UnavailableError("it is no standby: it was promoted, or is the primary itself")
+    elif primary is not None and (answer.position.system, answer.database) != (
+        primary.position.system,
+        primary.database,
+    ):
+        error = ConfigurationError("invalid setting 'replica_url': it leads to another database than that of the URL")
+    elif primary is not None and answer.position.timeline > primary.position.timeline:
+        error = UnavailableError("it follows a timeline that the primary does not have")
+    if error is not None or primary is None or primary.flushed is None:
+        return ReplicaHealth(address, connected=True, lag_bytes=None, lag=None, error=error)
+    if answer.position.timeline < primary.position.timeline:  # the same byte of another timeline says nothing
+        return ReplicaHealth(address, connected=True, lag_bytes=None, lag=None)
+    missing = max(0, primary.flushed - answer.position.lsn)
+    lag = timedelta(0) if not missing else None
+    if missing and isinstance(primary.clock, datetime) and isinstance(answer.clock, datetime):
+        lag = max(timedelta(0), primary.clock - answer.clock)
+    return ReplicaHealth(address, connected=True, lag_bytes=missing, lag=lag)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mesh_storage.lease import Lease
 from mesh_storage.postgres.pool import Pool
+from mesh_storage.postgres.replicas import Replicas
 from mesh_storage.unit_of_work import Scope
 from mesh_storage.watch import Watch
 
@@ -22,5 +23,6 @@ class Parts(NamedTuple):
     scope: type[Scope] = Scope
     lease: type[Lease] = Lease
     watch: type[Watch] = Watch
+    replicas: type[Replicas] = Replicas
     observed: Observed | None = None
     """What telemetry knows of the storage, which anything else may be reported to; None without telemetry."""

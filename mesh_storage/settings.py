@@ -107,6 +107,13 @@ class Settings(_Checked):
     transaction_pooling: bool = False
     """Whether a pooler assigns a session per transaction, as PgBouncer does in transaction mode; ignored with the
     bundled PostgreSQL, which has no pooler."""
+    replica_url: SecretStr | None = None
+    """`postgresql://` with the hosts of the replicas, for `begin(replica=True)`; what it leaves out is as in `url`,
+    but for the ports."""
+    replica_pool_size: Annotated[int, Field(ge=1, le=10_000)] = 10
+    """Maximum number of connections to each replica."""
+    replica_timeout: Annotated[Seconds, Field(gt=0)] = 1.0
+    """Seconds to wait for a replica that is good enough, before the primary answers."""
     slow_unit_of_work: Seconds = 1.0
     """Threshold in seconds for logging slow units of work; 0 to disable."""
 

@@ -8,7 +8,9 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -26,9 +28,13 @@ from mesh_storage.health import Health
 from mesh_storage.lease import Lease
 from mesh_storage.parts import Parts
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
-from mesh_storage.postgres.pool import check_open
+from mesh_storage.postgres.pool import Pool, check_open
+from mesh_storage.postgres.reading import Wanted
+from mesh_storage.postgres.replicas import Reading
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.postgres.tenure import now
+from mesh_storage.postgres.wal import STANDING, Standing, standing
 from mesh_storage.repositories.changelog import Batch
 from mesh_storage.repositories.consuming import Stop, Terms
 from mesh_storage.repositories.deliveries import LEASE, Delivery
@@ -62,7 +68,8 @@ class MeshStorage:
 
             parts = measured(telemetry, server)
         self._pool = parts.pool(settings, server)
-        self._scope, self._lease, self._watch, self._observed = parts[1:]
+        self._scope, self._lease, self._watch, _, self._observed = parts[1:]
+        self._replicas = parts.replicas(self._pool, settings, server)
         self._caches: list[Cached] = []
         self._finalizer = weakref.finalize(self, server.close)
 
@@ -99,6 +106,10 @@ class MeshStorage:
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
+        replica: bool = False,
+        after: str | None = None,
+        max_lag: timedelta | None = None,
+        position: bool = False,
     ) -> AbstractContextManager[UnitOfWork]:
         """Open a unit of work, which is rolled back at the end of the block unless `commit()` was called.
 
@@ -109,14 +120,23 @@ class MeshStorage:
                 last three times `wal_writer_delay`, but never part of one.
             timeout: Seconds for the whole unit of work, including waits for a connection and locks and the commit; at
                 most a year.
+            replica: Read from a replica of `replica_url`, with `read_only=True`; where none is good enough within
+                `replica_timeout`, or there is none, the primary answers. docs/replicas.md says more.
+            after: A position, of `position()` or `uow.position`, that the replica must have replayed.
+            max_lag: How old what is read may be when the unit of work begins.
+            position: Let `uow.position` tell where a commit is, at the cost of one more round trip.
 
         Raises:
+            ConflictError: What was committed at the position `after` is lost.
             UnavailableError: No connection became available within `pool_timeout` or `connect_timeout`.
             StorageTimeoutError: The timeout expired.
             ClosedError: The storage was closed.
         """
-        characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return self._scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
+        characteristics = Characteristics(read_only, isolation, durability, timeout, position)
+        pool: Pool | Reading = self._pool
+        if replica is not False or after is not None or max_lag is not None:
+            pool = Reading(self._replicas, Wanted(replica, after, max_lag))
+        return self._scope(self, pool, characteristics, self._settings.slow_unit_of_work, commits=False)
 
     def begin(
         self,
@@ -125,13 +145,20 @@ class MeshStorage:
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
+        replica: bool = False,
+        after: str | None = None,
+        max_lag: timedelta | None = None,
+        position: bool = False,
     ) -> AbstractContextManager[UnitOfWork]:
         """Open a unit of work that is committed at the end of the block, or rolled back if the block raises.
 
         The arguments and errors are those of `unit_of_work`.
         """
-        characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return self._scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
+        characteristics = Characteristics(read_only, isolation, durability, timeout, position)
+        pool: Pool | Reading = self._pool
+        if replica is not False or after is not None or max_lag is not None:
+            pool = Reading(self._replicas, Wanted(replica, after, max_lag))
+        return self._scope(self, pool, characteristics, self._settings.slow_unit_of_work, commits=True)
 
     def run(
         self,
@@ -143,6 +170,9 @@ class MeshStorage:
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
+        replica: bool = False,
+        after: str | None = None,
+        max_lag: timedelta | None = None,
     ) -> T:
         """Call `work` with a unit of work, commit, and return its result; retry after a retryable error.
 
@@ -151,7 +181,7 @@ class MeshStorage:
         across a failover; no attempt outlasts that time. If the connection is lost during a commit, the outcome is
         unknown (`.committed` of the error is `unknown`) and `work` is retried, so it should be idempotent, as the
         repositories' `store`, `put` and `append` are. A transaction committed locally, without waiting for its
-        synchronous standby, is not retried.
+        synchronous standby, is not retried. After an error on a replica, the primary is next.
 
         Raises:
             InvalidInputError: An argument is invalid; `work` is a coroutine function, which is for `AsyncMeshStorage`.
@@ -162,11 +192,14 @@ class MeshStorage:
             raise InvalidInputError(
                 "work is a coroutine function: pass a plain function, or use AsyncMeshStorage", field="work"
             )
+        pool: Pool | Reading = self._pool
         while True:
+            if replica is not False or after is not None or max_lag is not None:
+                pool = Reading(self._replicas, Wanted(replica, after, max_lag), failed_before=retry.made > 0)
             try:
                 with self._scope(
                     self,
-                    self._pool,
+                    pool,
                     Characteristics(read_only, isolation, durability, retry.timeout()),
                     self._settings.slow_unit_of_work,
                     commits=True,
@@ -180,6 +213,18 @@ class MeshStorage:
                 time.sleep(pause)
             else:
                 return result
+
+    def position(self) -> str:
+        """Return where the primary stands: everything that is visible there by now comes before it.
+
+        It is for `after` of units of work on replicas, also of other processes. It waits for no connection of the pool.
+
+        Raises:
+            ConfigurationError: The server is a standby.
+            UnavailableError: The database could not be reached.
+            ClosedError: The storage was closed.
+        """
+        return self._replicas.position()
 
     def lease(self, name: str, holder: bytes, *, ttl: timedelta, wait: float | None = None) -> Lease:
         """Return the lease of a name, which `with` acquires, a thread renews, and the end of the block gives back.
@@ -310,7 +355,21 @@ class MeshStorage:
         Raises:
             ClosedError: The storage was closed.
         """
+        replicas = list(self._replicas)
+        if not replicas:
+            return self._check_primary()[0]
+        with ThreadPoolExecutor(len(replicas)) as executor:  # one that does not answer holds up no other
+            asked = [executor.submit(each.check, health.TIMEOUT_S) for each in replicas]
+            found, primary = self._check_primary()
+            checked = [
+                health.of_replica(each.address, answer.result(), primary)
+                for each, answer in zip(replicas, asked, strict=True)
+            ]
+        return replace(found, replicas=tuple(checked))
+
+    def _check_primary(self) -> tuple[Health, Standing | None]:
         pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
+        primary: Standing | None = None
         try:
             connection = self._pool.acquire(Characteristics(read_only=True, timeout=health.TIMEOUT_S), beside=True)
             try:
@@ -323,16 +382,21 @@ class MeshStorage:
                 try:
                     if row is not None and row[1]:
                         silent = tuple(name for (name,) in connection.fetch_all(health.WORKERS))
+                    if len(self._replicas):
+                        primary = standing(connection.ask(STANDING), now())
                     revision, missing = connection.perform(schema.examine, connection.driver.sqlalchemy)
                 except MeshStorageError as error:
                     unclear = error
             finally:
                 self._pool.release(connection)
-            return health.answered(row, revision, missing, unclear, silent, round_trip_ms=round_trip_ms, **pool)
+            return (
+                health.answered(row, revision, missing, unclear, silent, round_trip_ms=round_trip_ms, **pool),
+                primary,
+            )
         except ClosedError:
             raise
         except MeshStorageError as error:
-            return health.unreachable(error, **pool)
+            return health.unreachable(error, **pool), None
 
     def maintain(
         self, *, changes_older_than: timedelta = KEPT, messages_older_than: timedelta | None = None
@@ -409,6 +473,7 @@ class MeshStorage:
         for cache in self._caches:
             cache.close()
         self._pool.close()
+        self._replicas.close()
         self._finalizer()
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
 

@@ -20,6 +20,7 @@ from mesh_storage.postgres.concurrency import open_session, undisturbed
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.failure import DRIVER_ERRORS
 from mesh_storage.postgres.pool import Pool
+from mesh_storage.postgres.replicas import Reading
 from mesh_storage.postgres.retry import Retry, log_if_slow
 from mesh_storage.repositories import (
     ChangeRepository,
@@ -112,6 +113,18 @@ class UnitOfWork:
         self._connection.joined.exposed = True
         return self._session
 
+    @property
+    def position(self) -> str:
+        """Where the last commit is, for `after` of units of work on replicas, also of other processes.
+
+        Raises:
+            MeshStorageError: Nothing was committed, `position=True` was not given, or the connection was lost right
+                after the commit; `storage.position()` is after it too.
+        """
+        if self._connection.position is None:
+            raise MeshStorageError("no position is known: it takes position=True, and a commit")
+        return self._connection.position
+
     def commit(self) -> None:
         """Commit everything since the last commit atomically.
 
@@ -200,7 +213,7 @@ class Scope(AbstractContextManager[UnitOfWork]):
     def __init__(
         self,
         storage: object,
-        pool: Pool,
+        pool: Pool | Reading,
         characteristics: Characteristics,
         slow: float,
         *,

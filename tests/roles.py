@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # a plugin of pytest, whose assertions are rewritten
     from mesh_storage.testing import Databases
 
 AS_SERVICE = bool(os.environ.get("MESH_STORAGE_TEST_AS_SERVICE"))
-NAME = f"mesh_service_{os.getpid()}"
+NAME = f"mesh_storage_test_service_{os.getpid()}"
 PASSWORD = "hush"  # noqa: S105 - of a role that lives for a test run
 
 

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -214,16 +214,20 @@ class Cluster:
         return f"postgresql://postgres:{quote(PASSWORD, '')}@{hosts}/postgres?{parameters}"
 
 
-@contextmanager
-def new_cluster(programs: Path) -> Generator[Cluster]:
-    """Yield a primary and a standby that run."""
+def _options() -> list[str]:
     parameters = {
         "listen_addresses": "127.0.0.1",
         "wal_retrieve_retry_interval": "100ms",
         "log_min_messages": "fatal",
         "max_connections": "60",
     }
-    options = [option for name, value in parameters.items() for option in ("-c", f"{name}={value}")]
+    return [option for name, value in parameters.items() for option in ("-c", f"{name}={value}")]
+
+
+@contextmanager
+def new_cluster(programs: Path) -> Generator[Cluster]:
+    """Yield a primary and a standby that run."""
+    options = _options()
     with (
         new_server(programs, *options, port=unused_port()) as primary,
         new_server(programs, *options, port=unused_port()) as standby,
@@ -231,3 +235,68 @@ def new_cluster(programs: Path) -> Generator[Cluster]:
         cluster = Cluster(primary, standby)
         cluster.start()
         yield cluster
+
+
+class Replication:
+    """A primary and asynchronous standbys, any of which may be stopped, paused, promoted, or follow another."""
+
+    def __init__(self, primary: PostgresServer, standbys: list[PostgresServer]) -> None:
+        self.primary = primary
+        self.standbys = standbys
+
+    def start(self) -> None:
+        """Make and start all of them."""
+        self.primary.create()
+        self.primary.start()
+        for number, standby in enumerate(self.standbys):
+            standby.copy(self.primary, f"{_STANDBY}{number}")
+            standby.start()
+
+    def promote(self, standby: PostgresServer) -> None:
+        """Let a standby take the place of the primary, which is dead, or goes on beside it."""
+        self.standbys.remove(standby)
+        execute(standby, "SELECT pg_promote()")
+        self.primary = standby
+
+    def follow(self, standby: PostgresServer) -> None:
+        """Let a standby follow the present primary."""
+        place = f"host={self.primary.connect['host']} port={self.primary.port} user=postgres"
+        secret = PASSWORD.replace("\\", "\\\\").replace("'", "\\'")
+        conninfo = f"{place} password='{secret}' application_name={_STANDBY}"
+        execute(standby, f"ALTER SYSTEM SET primary_conninfo = '{conninfo.replace(chr(39), chr(39) * 2)}'")
+        execute(standby, "SELECT pg_reload_conf()")
+
+    def url(self, *servers: PostgresServer, **parameters: str) -> str:
+        """Return the URL of some servers, the primary if none is given."""
+        hosts = ",".join(f"127.0.0.1:{server.port}" for server in servers or [self.primary])
+        query = f"?{urlencode(parameters)}" if parameters else ""
+        return f"postgresql://postgres:{quote(PASSWORD, '')}@{hosts}/postgres{query}"
+
+    def await_replay(self, *standbys: PostgresServer) -> None:
+        """Wait until standbys have replayed what the primary has on disk."""
+        [(position,)] = execute(self.primary, "SELECT pg_current_wal_flush_lsn()::text")
+        for standby in standbys or self.standbys:
+            deadline = time.monotonic() + 30
+            while execute(standby, f"SELECT pg_last_wal_replay_lsn() < '{position}'") != [(False,)]:
+                assert time.monotonic() < deadline, standby.log()
+                time.sleep(0.01)
+
+
+def execute(server: PostgresServer, sql: str) -> list[tuple[Any, ...]]:
+    """Execute a statement as a superuser, and return its rows."""
+    with psycopg.connect(**server.connect, autocommit=True) as connection:
+        cursor = connection.execute(sql.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+@contextmanager
+def new_replication(programs: Path, *options: str, standbys: int = 2) -> Generator[Replication]:
+    """Yield a primary and standbys that run."""
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(new_server(programs, *_options(), *options, port=unused_port()))
+            for _ in range(1 + standbys)
+        ]
+        replication = Replication(servers[0], servers[1:])
+        replication.start()
+        yield replication

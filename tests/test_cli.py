@@ -125,7 +125,8 @@ def test_health(call: Call) -> None:
     assert status == Exit.OK
     assert {**facts, "round_trip_ms": None} == {
         "ok": True, "connected": True, "writable": True, "round_trip_ms": None, "revision": schema.head(),
-        "head": schema.head(), "missing_privileges": [], "silent_workers": [], "error": None, "message": None,
+        "head": schema.head(), "missing_privileges": [], "silent_workers": [], "replicas": [], "error": None,
+        "message": None,
     }  # fmt: skip
     assert facts["round_trip_ms"] > 0
 

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,8 @@ from mesh_storage import (
     UnavailableError,
     UnitOfWork,
 )
+from mesh_storage.consumer import Consumer
+from mesh_storage.models import StateEntry
 from tests.processes import eventually
 
 EMPTY = Backlog(0, 0, 0, 0, 0, None, ())
@@ -112,15 +115,20 @@ def test_an_acknowledgement_whose_commit_was_lost_is_not_made_again(
 
     def commit_and_lose(transaction: Any) -> None:
         commit(transaction)
-        if handled and not lost:
+        if threading.get_ident() in workers and not lost:  # others commit too, such as who looks at the backlog
             lost.append(True)
             transaction._driver.connection.close()
             raise psycopg.OperationalError("connection lost")
 
+    def handle(_: UnitOfWork, delivery: Delivery) -> None:
+        handled.append(delivery.attempts)
+        workers.add(threading.get_ident())
+
     handled: list[int] = []
+    workers: set[int] = set()
     send(storage, 1)
     monkeypatch.setattr(UnitOfWorkTransaction, "commit", commit_and_lose)
-    until_empty(storage, lambda _uow, delivery: handled.append(delivery.attempts))
+    until_empty(storage, handle)
     assert (handled, lost) == ([1], [True])
 
 
@@ -258,3 +266,96 @@ def test_a_coroutine_function_is_refused(storage: MeshStorage) -> None:
 
     with pytest.raises(InvalidInputError, match="AsyncMeshStorage"):
         storage.consume("b", handle)
+
+
+class SpeechlessError(Exception):
+    """An error without a text."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+
+def test_an_error_without_a_text_stops_nothing(storage: MeshStorage) -> None:
+    def handle(_: UnitOfWork, delivery: Delivery) -> None:
+        if delivery.message.id == "m-1":
+            raise SpeechlessError
+
+    send(storage, 1, 2)
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        working = threads.submit(storage.consume, "b", handle, max_attempts=1, poll=0.02, stop=stop)
+        assert eventually(lambda: backlog(storage) == replace(EMPTY, dead=1))
+        stop.set()
+        working.result(30)
+    with storage.begin(read_only=True) as uow:
+        assert [each.reason for each in uow.messages.dead("b").items] == ["SpeechlessError: no text"]
+
+
+def test_a_conflict_of_the_effects_is_no_lost_lease(storage: MeshStorage, caplog: pytest.LogCaptureFixture) -> None:
+    """The session notices it only while the delivery is acknowledged."""
+
+    def handle(uow: UnitOfWork, _: Delivery) -> None:
+        entry = uow.session.get(StateEntry, "stock")
+        assert entry is not None
+        entry.value = b"mine"
+        with storage.begin() as other:
+            other.state.put("stock", b"of somebody else")
+        stop.set()
+
+    with storage.begin() as uow:
+        uow.state.put("stock", b"")
+    send(storage, 1)
+    stop = threading.Event()
+    storage.consume("b", handle, max_attempts=1, stop=stop)
+    with storage.begin(read_only=True) as uow:
+        (dead,) = uow.messages.dead("b").items
+    assert str(dead.reason).startswith("ConflictError: ")
+    (record,) = consuming(caplog)
+    assert (record["error"], record["dead"]) == ("ConflictError", True)
+
+
+def test_it_ends_in_an_outage_before_a_failed_one_is_given_back(
+    storage: MeshStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def handle(_uow: UnitOfWork, _delivery: Delivery) -> None:
+        stop.set()
+        monkeypatch.setattr(storage._pool, "acquire", refused)
+        raise ValueError
+
+    def refused(*_args: Any, **_given: Any) -> Any:
+        raise UnavailableError("away", sqlstate="57P03")
+
+    send(storage, 1)
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(storage.consume, "b", handle, lease=timedelta(hours=1), stop=stop).result(30)
+
+
+def test_one_of_a_batch_that_is_lost_costs_the_extension_of_the_others_little(
+    storage: MeshStorage, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def handle(_uow: UnitOfWork, delivery: Delivery) -> None:
+        if delivery.message.id != "m-0":
+            return
+        raw.execute("UPDATE mesh_deliveries SET available_at = clock_timestamp() WHERE message_id = 'm-77'")
+        assert extended.wait(30)
+        stop.set()
+
+    def extend(consumer: Any) -> Any:
+        calls.clear()
+        following = once(consumer)
+        extended.set()
+        return following
+
+    def extend_all(consumer: Any, held: Any) -> None:
+        calls.append(len(held))
+        some(consumer, held)
+
+    once, some = Consumer._extend, Consumer._extend_all
+    calls, extended, stop = list[int](), threading.Event(), threading.Event()
+    monkeypatch.setattr(Consumer, "_extend", extend)
+    monkeypatch.setattr(Consumer, "_extend_all", extend_all)
+    send(storage, *range(256))
+    storage.consume("b", handle, batch=256, lease=timedelta(seconds=1.5), stop=stop)
+    assert calls[0] == 256
+    assert len(calls) <= 17  # two for each half

@@ -22,7 +22,7 @@ from sqlalchemy import text
 
 from mesh_storage import ConfigurationError, MeshStorage, MeshStorageError, Settings, UnavailableError, schema
 from mesh_storage.embedded.server import EmbeddedServer
-from mesh_storage.postgres.engine import connect_arguments
+from mesh_storage.postgres.engine import connect_arguments, replica_arguments
 from mesh_storage.testing import databases
 
 CANARY = "c4n4ry-s3cr3t"
@@ -70,11 +70,13 @@ SETTINGS: dict[str, tuple[object, object]] = {
     "lock_timeout": (4.5, 5),
     "idle_in_transaction_timeout": (5.5, 6),
     "slow_unit_of_work": (6.5, 7),
+    "replica_pool_size": (5, 6),
+    "replica_timeout": (7.5, 8),
 }
 
 
 def test_these_are_all_settings() -> None:
-    assert {*SETTINGS, "url", "password"} == set(Settings.model_fields)
+    assert {*SETTINGS, "url", "password", "replica_url"} == set(Settings.model_fields)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -179,6 +181,8 @@ def test_bytes_of_another_encoding_in_the_file_are_refused() -> None:
         ("idle_in_transaction_timeout", -0.1),
         ("slow_unit_of_work", "x"),
         ("transaction_pooling", "x"),
+        ("replica_pool_size", 0),
+        ("replica_timeout", 0),
     ],
 )
 def test_a_bad_setting_is_named_and_its_value_is_not_shown(name: str, value: object, monkeypatch: Any) -> None:
@@ -187,6 +191,55 @@ def test_a_bad_setting_is_named_and_its_value_is_not_shown(name: str, value: obj
     monkeypatch.setenv(f"MESH_STORAGE_{name.upper()}", str(value))
     with pytest.raises(ConfigurationError, match=name):
         MeshStorage.open()
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        f"//me:{CANARY}@127.0.0.1:99999/mesh",
+        f"//me:{CANARY}@db1,db2/mesh?port=1,2,3",
+        f"//me:{CANARY}@/mesh",
+        f"//me:{CANARY}@db1,db2/mesh?hostaddr=127.0.0.1,127.0.0.2,127.0.0.3",
+        f"//me:{CANARY}@db1/mesh?sslmode=maybe",
+        f"//me:12/{CANARY}@127.0.0.1:1/mesh",
+        f"//me:{CANARY}%00@127.0.0.1:1/mesh",
+        f"//me:{CANARY}@db1/mesh?no_such_parameter=1",
+    ],
+)
+def test_a_bad_url_of_replicas_is_named(rest: str) -> None:
+    said = refused(url="postgresql://127.0.0.1:1/mesh", replica_url=f"postgresql:{rest}")
+    assert said.startswith("invalid setting 'replica_url'")
+
+
+@pytest.mark.parametrize("url", ["memory:", "embedded:", f"mysql://me:{CANARY}@db/mesh", ""])
+def test_replicas_are_servers(url: str) -> None:
+    assert "invalid setting 'replica_url'" in refused(url="postgresql://127.0.0.1:1/mesh", replica_url=url)
+
+
+def test_replicas_need_sessions_of_their_own() -> None:
+    given = {"url": "postgresql://127.0.0.1:1/mesh", "replica_url": "postgresql://127.0.0.1:2/mesh"}
+    assert "transaction_pooling" in refused(**given, transaction_pooling=True)
+
+
+def test_the_url_of_the_replicas_takes_precedence_over_what_the_primary_is_reached_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGTARGETSESSIONATTRS", "read-write")
+    monkeypatch.setenv("PGHOSTADDR", "127.0.0.1")
+    first = (
+        "postgresql://me:secret@db1:1,db2:2/mesh?target_session_attrs=read-write&options=-cgeqo%3Doff&sslmode=require"
+    )
+    second = "postgresql://you@db2,db3:3,[::1]/?sslmode=disable&connect_timeout=7&application_name=reader"
+    replicas, in_order = replica_arguments(Settings(url=SecretStr(first), replica_url=SecretStr(second)))
+    assert not in_order
+    kept = {"password": "secret", "dbname": "mesh", "user": "you", "sslmode": "disable"}
+    assert [{name: value for name, value in each.items() if name in kept} for each in replicas] == [kept] * 3
+    assert [(each["host"], each.get("port")) for each in replicas] == [("db2", None), ("db3", "3"), ("::1", None)]
+    for each in replicas:
+        assert each["connect_timeout"] == 7
+        assert each["application_name"] == "reader"
+        assert "geqo=off" in each["options"]
+        assert (each["target_session_attrs"], each["hostaddr"]) == ("any", "")
 
 
 def test_an_unknown_setting_is_named() -> None:

@@ -18,7 +18,17 @@ REFERENCE = {
     "storage": [
         *(
             f"mesh_storage.{name}"
-            for name in ("MeshStorage", "UnitOfWork", "Lease", "Cached", "Page", "Health", "Telemetry", "JSON")
+            for name in (
+                "MeshStorage",
+                "UnitOfWork",
+                "Lease",
+                "Cached",
+                "Page",
+                "Health",
+                "ReplicaHealth",
+                "Telemetry",
+                "JSON",
+            )
         ),
         *(
             f"mesh_storage.cache.cached.{name}"

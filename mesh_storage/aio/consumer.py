@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
-from mesh_storage.aio.postgres.concurrency import AsyncRepeated, to_the_end
+from mesh_storage.aio.postgres.concurrency import AsyncRepeated, apart, to_the_end
 from mesh_storage.aio.postgres.pool import AsyncPool
 from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
 from mesh_storage.errors import ClosedError, ConflictError, MeshStorageError
@@ -116,30 +116,25 @@ class AsyncConsumer:
             await uow.messages.nack(left, delay=timedelta(0))
 
     async def _handle_one(self, delivery: Delivery) -> None:
-        handled = False
         try:
             async with self._unit_of_work(_HANDLING) as uow:
-                await self._handle(uow, delivery)
-                handled = True
+                await apart(self._handle, uow, delivery)
                 await uow.messages.ack([delivery])
+        except ConflictError as error:
+            # Of the handler's effects, or since the lease was lost: then it cannot be given back.
+            if await self._give_back(delivery, error):
+                self._log(delivery, error)
+            else:
+                self._log_lost(delivery, error)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure
-            if handled and isinstance(error, ConflictError):
-                logger.warning(
-                    "delivery lost, so its effects were rolled back: its lease was over before the end",
-                    extra={
-                        "event": "consume",
-                        "receiver": delivery.receiver,
-                        "message_id": delivery.message.id,
-                        "attempts": delivery.attempts,
-                    },
-                )
-                self._count(error, "lost")
-                return
             self._log(delivery, error)
             await self._give_back(delivery, error)
 
-    async def _give_back(self, delivery: Delivery, failure: Exception) -> None:
-        """Have a failed delivery tried again later, or set aside, as soon as the server is there within its lease."""
+    async def _give_back(self, delivery: Delivery, failure: Exception) -> bool:
+        """Have a failed delivery tried again later, or set aside, as soon as the server is there within its lease.
+
+        Return whether its lease was still held, as far as is known.
+        """
         end = time.monotonic() + self._terms.lease.total_seconds()
         while time.monotonic() < end and not self._pool.closed:
             try:
@@ -148,38 +143,65 @@ class AsyncConsumer:
                         await uow.messages.bury([delivery], reason_of(failure))
                     else:
                         await uow.messages.nack([delivery], delay=delay_after(failure))
-            except (ConflictError, ClosedError):
-                return  # it was acknowledged, although that was not known, or another has it
+            except ConflictError:
+                return False  # it was acknowledged, although that was not known, or another has it
+            except ClosedError:
+                break
             except MeshStorageError as error:
                 await self._sleep(self._outage.pause(error))
+                if self._over:
+                    break
             else:
                 self._outage.over()
-                return
+                break
+        return True
 
     async def _extend(self) -> float | None:
         """Extend the leases of those in hand, and return the seconds until the next time."""
-        held = self._held
         try:
-            await self._extend_all(held)
-        except ConflictError:  # one of them is done by now, or lost
-            for each in held:
-                with suppress(MeshStorageError):
-                    await self._extend_all((each,))
+            await self._extend_all(self._held)
         except MeshStorageError as error:
             logger.debug("extension failed", exc_info=error)
             return self._share / 4
         return self._share
 
     async def _extend_all(self, held: tuple[Delivery, ...]) -> None:
-        if held:
-            timeout = min(self._share, _LONGEST_ATTEMPT_S)
+        if not held or not self._held:
+            return
+        timeout = min(self._share, _LONGEST_ATTEMPT_S)
+        try:
             async with self._unit_of_work(Characteristics(timeout=timeout), beside=True) as uow:
                 await uow.messages.extend(held, self._terms.lease)
+        except ConflictError:  # one of them is done by now, or lost
+            middle = len(held) // 2
+            if middle:
+                await self._extend_all(held[:middle])
+                await self._extend_all(held[middle:])
+
+    def _log_lost(self, delivery: Delivery, error: Exception) -> None:
+        logger.warning(
+            "delivery of %r to %r lost, so its effects were rolled back: its lease was over before the end",
+            delivery.message.id,
+            delivery.receiver,
+            extra={
+                "event": "consume",
+                "receiver": delivery.receiver,
+                "message_id": delivery.message.id,
+                "attempts": delivery.attempts,
+            },
+        )
+        self._count(error, "lost")
 
     def _log(self, delivery: Delivery, error: Exception) -> None:
         frame = traceback.extract_tb(error.__traceback__)[-1]
+        raised_at = f"{frame.filename}:{frame.lineno}"
         logger.warning(
-            "delivery failed",
+            "delivery of %r to %r failed, attempt %d: %s, raised at %s",
+            delivery.message.id,
+            delivery.receiver,
+            delivery.attempts,
+            type(error).__name__,
+            raised_at,
             extra={
                 "event": "consume",
                 "receiver": delivery.receiver,
@@ -187,7 +209,7 @@ class AsyncConsumer:
                 "attempts": delivery.attempts,
                 "dead": self._terms.is_last(delivery.attempts),
                 "error": type(error).__name__,
-                "raised_at": f"{frame.filename}:{frame.lineno}",
+                "raised_at": raised_at,
             },
         )
         logger.debug("delivery failed", exc_info=error)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mesh_storage.aio.lease import AsyncLease
 from mesh_storage.aio.postgres.pool import AsyncPool
+from mesh_storage.aio.postgres.replicas import AsyncReplicas
 from mesh_storage.aio.unit_of_work import AsyncScope
 from mesh_storage.aio.watch import AsyncWatch
 
@@ -20,5 +21,6 @@ class AsyncParts(NamedTuple):
     scope: type[AsyncScope] = AsyncScope
     lease: type[AsyncLease] = AsyncLease
     watch: type[AsyncWatch] = AsyncWatch
+    replicas: type[AsyncReplicas] = AsyncReplicas
     observed: Observed | None = None
     """What telemetry knows of the storage, which anything else may be reported to; None without telemetry."""

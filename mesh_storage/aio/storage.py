@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -21,6 +22,8 @@ from mesh_storage.aio.consumer import AsyncConsumer
 from mesh_storage.aio.lease import AsyncLease
 from mesh_storage.aio.parts import AsyncParts
 from mesh_storage.aio.postgres.concurrency import in_background, in_greenlet, sync_connection
+from mesh_storage.aio.postgres.pool import AsyncPool
+from mesh_storage.aio.postgres.replicas import AsyncReading
 from mesh_storage.aio.unit_of_work import AsyncUnitOfWork
 from mesh_storage.aio.worker import in_thread
 from mesh_storage.errors import (
@@ -31,8 +34,11 @@ from mesh_storage.errors import (
 from mesh_storage.health import Health
 from mesh_storage.postgres.characteristics import Characteristics, Durability, Isolation
 from mesh_storage.postgres.pool import check_open
+from mesh_storage.postgres.reading import Wanted
 from mesh_storage.postgres.retry import Retry
 from mesh_storage.postgres.server import Server, open_server
+from mesh_storage.postgres.tenure import now
+from mesh_storage.postgres.wal import STANDING, Standing, standing
 from mesh_storage.repositories.changelog import Batch
 from mesh_storage.repositories.consuming import Stop, Terms
 from mesh_storage.repositories.deliveries import LEASE, Delivery
@@ -107,7 +113,8 @@ class AsyncMeshStorage:
 
             parts = measured(telemetry, server)
         self._pool = parts.pool(settings, server)
-        self._scope, self._lease, self._watch, self._observed = parts[1:]
+        self._scope, self._lease, self._watch, _, self._observed = parts[1:]
+        self._replicas = parts.replicas(self._pool, settings, server)
         self._caches: list[AsyncCached] = []
         self._finalizer = weakref.finalize(self, server.close)
 
@@ -135,13 +142,20 @@ class AsyncMeshStorage:
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
+        replica: bool = False,
+        after: str | None = None,
+        max_lag: timedelta | None = None,
+        position: bool = False,
     ) -> AbstractAsyncContextManager[AsyncUnitOfWork]:
         """Open a unit of work, which is rolled back at the end of the block unless `commit()` was called.
 
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
-        characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return self._scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=False)
+        characteristics = Characteristics(read_only, isolation, durability, timeout, position)
+        pool: AsyncPool | AsyncReading = self._pool
+        if replica is not False or after is not None or max_lag is not None:
+            pool = AsyncReading(self._replicas, Wanted(replica, after, max_lag))
+        return self._scope(self, pool, characteristics, self._settings.slow_unit_of_work, commits=False)
 
     def begin(
         self,
@@ -150,13 +164,20 @@ class AsyncMeshStorage:
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
+        replica: bool = False,
+        after: str | None = None,
+        max_lag: timedelta | None = None,
+        position: bool = False,
     ) -> AbstractAsyncContextManager[AsyncUnitOfWork]:
         """Open a unit of work that is committed at the end of the block, or rolled back if the block raises.
 
         The arguments and errors are those of `MeshStorage.unit_of_work`.
         """
-        characteristics = Characteristics(read_only, isolation, durability, timeout)
-        return self._scope(self, self._pool, characteristics, self._settings.slow_unit_of_work, commits=True)
+        characteristics = Characteristics(read_only, isolation, durability, timeout, position)
+        pool: AsyncPool | AsyncReading = self._pool
+        if replica is not False or after is not None or max_lag is not None:
+            pool = AsyncReading(self._replicas, Wanted(replica, after, max_lag))
+        return self._scope(self, pool, characteristics, self._settings.slow_unit_of_work, commits=True)
 
     async def run(
         self,
@@ -168,17 +189,23 @@ class AsyncMeshStorage:
         isolation: Isolation | None = None,
         durability: Durability = "strict",
         timeout: float | None = None,
+        replica: bool = False,
+        after: str | None = None,
+        max_lag: timedelta | None = None,
     ) -> T:
         """Call `work` with a unit of work, commit, and return its result; retry after a retryable error.
 
         The arguments, delays and errors are those of `MeshStorage.run`.
         """
         retry = Retry(work, attempts, within, timeout)
+        pool: AsyncPool | AsyncReading = self._pool
         while True:
+            if replica is not False or after is not None or max_lag is not None:
+                pool = AsyncReading(self._replicas, Wanted(replica, after, max_lag), failed_before=retry.made > 0)
             try:
                 async with self._scope(
                     self,
-                    self._pool,
+                    pool,
                     Characteristics(read_only, isolation, durability, retry.timeout()),
                     self._settings.slow_unit_of_work,
                     commits=True,
@@ -195,6 +222,13 @@ class AsyncMeshStorage:
                 await asyncio.sleep(pause)
             else:
                 return result
+
+    async def position(self) -> str:
+        """Return where the primary stands: everything that is visible there by now comes before it.
+
+        The errors are those of `MeshStorage.position`.
+        """
+        return await self._replicas.position()
 
     def lease(self, name: str, holder: bytes, *, ttl: timedelta, wait: float | None = None) -> AsyncLease:
         """Return the lease of a name, acquired by `async with` and renewed by a task; the event loop must not block.
@@ -264,7 +298,17 @@ class AsyncMeshStorage:
         Raises:
             ClosedError: The storage was closed.
         """
+        replicas = list(self._replicas)
+        asked = asyncio.gather(*(each.check(health.TIMEOUT_S) for each in replicas))
+        (found, primary), answers = await asyncio.gather(self._check_primary(), asked)
+        checked = [
+            health.of_replica(each.address, answer, primary) for each, answer in zip(replicas, answers, strict=True)
+        ]
+        return replace(found, replicas=tuple(checked)) if checked else found
+
+    async def _check_primary(self) -> tuple[Health, Standing | None]:
         pool = {"pool_size": self._pool.size, "pool_in_use": self._pool.in_use}
+        primary: Standing | None = None
         try:
             connection = await self._pool.acquire(
                 Characteristics(read_only=True, timeout=health.TIMEOUT_S), beside=True
@@ -280,16 +324,21 @@ class AsyncMeshStorage:
                 try:
                     if row is not None and row[1]:
                         silent = tuple(name for (name,) in await connection.fetch_all(health.WORKERS))
+                    if len(self._replicas):
+                        primary = standing(await connection.ask(STANDING), now())
                     revision, missing = await connection.perform(in_greenlet, schema.examine, database)
                 except MeshStorageError as error:
                     unclear = error
             finally:
                 await self._pool.release(connection)
-            return health.answered(row, revision, missing, unclear, silent, round_trip_ms=round_trip_ms, **pool)
+            return (
+                health.answered(row, revision, missing, unclear, silent, round_trip_ms=round_trip_ms, **pool),
+                primary,
+            )
         except ClosedError:
             raise
         except MeshStorageError as error:
-            return health.unreachable(error, **pool)
+            return health.unreachable(error, **pool), None
 
     async def maintain(
         self, *, changes_older_than: timedelta = KEPT, messages_older_than: timedelta | None = None
@@ -381,6 +430,7 @@ class AsyncMeshStorage:
         for cache in self._caches:
             await cache.close()
         await self._pool.close()
+        await self._replicas.close()
         await asyncio.to_thread(self._finalizer)
         logger.info("storage closed", extra={"event": "close", "server": self._server.kind})
 

@@ -22,10 +22,12 @@ from mesh_storage.aio.postgres.concurrency import in_thread
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.postgres.driver import AsyncDriver
 from mesh_storage.aio.postgres.pool import AsyncPool
+from mesh_storage.aio.postgres.replicas import AsyncReplicas
 from mesh_storage.aio.unit_of_work import AsyncScope, AsyncUnitOfWork
 from mesh_storage.aio.watch import AsyncWatch
 from mesh_storage.errors import StorageTimeoutError, UnavailableError
 from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.reading import Reason
 from mesh_storage.postgres.server import Server
 from mesh_storage.postgres.tenure import Tenure
 from mesh_storage.settings import Settings
@@ -44,6 +46,7 @@ def measured(telemetry: Telemetry, server: Server) -> AsyncParts:
         _bound(AsyncMeasuredScope, observed=observed, units_of_work=_unit_of_work(observed)),
         _bound(AsyncMeasuredLease, observed=observed),
         _bound(AsyncMeasuredWatch, observed=observed),
+        _bound(AsyncMeasuredReplicas, observed=observed, telemetry=telemetry),
         observed,
     )
 
@@ -64,13 +67,15 @@ class AsyncMeasuredPool(AsyncPool):
         """The number of requests for a connection that have none yet."""
         return len(self._requests)
 
-    async def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> AsyncUnitOfWorkConnection:
+    async def acquire(
+        self, characteristics: Characteristics, *, beside: bool = False, until: float | None = None
+    ) -> AsyncUnitOfWorkConnection:
         """Acquire a connection, and record the wait."""
         request = object()
         self._requests[request] = None
         begun = time.perf_counter()
         try:
-            connection = await super().acquire(characteristics, beside=beside)
+            connection = await super().acquire(characteristics, beside=beside, until=until)
         finally:
             self._requests.pop(request, None)
         self._borrowed[connection] = now = time.perf_counter()
@@ -110,6 +115,24 @@ class AsyncMeasuredPool(AsyncPool):
     def _exhausted(self, timeout: float | None) -> UnavailableError | StorageTimeoutError:
         self.observed.instruments.timeouts.add(1, self.observed.pool_attributes)
         return super()._exhausted(timeout)
+
+
+class AsyncMeasuredReplicas(AsyncReplicas):
+    """Replicas whose pools are measured like that of the primary, and whose absence is counted."""
+
+    observed: ClassVar[Observed]
+    telemetry: ClassVar[Telemetry]
+
+    def fall_back(self, reason: Reason) -> None:
+        """Note and count that the primary answers a unit of work."""
+        super().fall_back(reason)
+        attributes = {"mesh_storage.replica.reason": reason}
+        self.observed.instruments.fallbacks.add(1, self.observed.pool_attributes | attributes)
+
+    def _open(self, settings: Settings, server: Server) -> AsyncPool:
+        # The statistics are those of the primary.
+        telemetry = Telemetry(self.telemetry.meter_provider, self.telemetry.tracer_provider, statistics=False)
+        return _bound(AsyncMeasuredPool, observed=Observed(telemetry, server))(settings, server)
 
 
 class AsyncMeasuredUnitOfWork(AsyncUnitOfWork):

@@ -14,6 +14,7 @@ from sqlalchemy.util import ro_memoized_property  # functools.cached_property ta
 from mesh_storage.aio.postgres.concurrency import open_async_session, uninterrupted
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.postgres.pool import AsyncPool
+from mesh_storage.aio.postgres.replicas import AsyncReading
 from mesh_storage.aio.repositories import (
     AsyncChangeRepository,
     AsyncConsensusLogRepository,
@@ -109,6 +110,18 @@ class AsyncUnitOfWork:
         self._connection.joined.exposed = True
         return self._session
 
+    @property
+    def position(self) -> str:
+        """Where the last commit is, for `after` of units of work on replicas, also of other processes.
+
+        Raises:
+            MeshStorageError: Nothing was committed, `position=True` was not given, or the connection was lost right
+                after the commit; `storage.position()` is after it too.
+        """
+        if self._connection.position is None:
+            raise MeshStorageError("no position is known: it takes position=True, and a commit")
+        return self._connection.position
+
     async def commit(self) -> None:
         """Commit everything since the last commit atomically.
 
@@ -197,7 +210,7 @@ class AsyncScope(AbstractAsyncContextManager[AsyncUnitOfWork]):
     def __init__(
         self,
         storage: object,
-        pool: AsyncPool,
+        pool: AsyncPool | AsyncReading,
         characteristics: Characteristics,
         slow: float,
         *,

@@ -160,13 +160,7 @@ def restore(
     source, report = _path(path), checked_report(progress)
     check_jobs(jobs)
     _check_flag("overwrite", overwrite)
-    manifest = _check(source, report)
-    with migration.turn(server.connect), catalog.transaction(server) as (session, connection):
-        distribution.check_on_one_server(tables.by_psycopg(connection))
-        tools = client_tools.find(max(manifest.tool_major, client_tools.server_major(connection)))
-        _load(session, connection, manifest, tools, source / _DUMP, report=report, overwrite=overwrite, jobs=jobs)
-    if manifest.revision != schema.head() or _version_table(manifest) != tables.VERSION_TABLE:
-        schema.upgrade_server(server)
+    manifest = _restore(server, source, report, overwrite=overwrite, jobs=jobs)
     logger.info("backup restored", extra={"event": "restore", "revision": manifest.revision, "rows": manifest.rows})
     return manifest
 
@@ -418,6 +412,17 @@ def _select(connection: Connection, manifest: Manifest, location: Location) -> a
     )
 
 
+def _restore(server: Server, source: Path, report: Report, *, overwrite: bool, jobs: int) -> Manifest:
+    manifest = _check(source, report)
+    with migration.turn(server.connect), catalog.transaction(server) as (session, connection):
+        distribution.check_on_one_server(tables.by_psycopg(connection))
+        tools = client_tools.find(max(manifest.tool_major, client_tools.server_major(connection)))
+        _load(session, connection, manifest, tools, source / _DUMP, report=report, overwrite=overwrite, jobs=jobs)
+    if manifest.revision != schema.head() or _version_table(manifest) != tables.VERSION_TABLE:
+        schema.upgrade_server(server)
+    return manifest
+
+
 def _test_restore(source: Path, jobs: int, report: Report) -> Manifest:
     """Test-restore a backup into a temporary server.
 
@@ -428,7 +433,7 @@ def _test_restore(source: Path, jobs: int, report: Report) -> Manifest:
     try:
         with closing(open_server(_throw_away(), space=2 * manifest.size)) as server:
             there = server if manifest.namespace == "public" else catalog.with_namespace(server, manifest.namespace)
-            return restore(there, source, jobs=jobs, progress=report)
+            return _restore(there, source, report, overwrite=False, jobs=jobs)
     except (ConfigurationError, SchemaMismatchError, StorageTimeoutError, UnavailableError) as error:
         raise type(error)(
             f"the backup could not be verified here, which does not mean that it is broken: {error}",

@@ -61,7 +61,7 @@ def check(connection: Connection, location: Location, *, overwrite: bool) -> Non
         for table in location.tables.keys() - {location.version_table}:
             if catalog.value(connection, exists.format(sql.Identifier(location.namespace, table))):
                 raise ConflictError(
-                    f"the table {table} contains rows; restore with overwrite to replace the rows of all tables"
+                    f"the table {table} contains rows; restore with overwrite (--overwrite) to replace those of all"
                 )
 
 

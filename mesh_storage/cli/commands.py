@@ -28,7 +28,7 @@ from mesh_storage.errors import (
     StorageTimeoutError,
     UnavailableError,
 )
-from mesh_storage.health import Health
+from mesh_storage.health import Health, ReplicaHealth
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.schema import distribution, roles
@@ -84,6 +84,7 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
         "head": health.head,
         "missing_privileges": list(health.missing_privileges),
         "silent_workers": list(health.silent_workers),
+        "replicas": [_replica(each) for each in health.replicas],
         "error": None,
         "message": None,
     }
@@ -103,7 +104,20 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
     except MeshStorageError as wrong:
         return exit_of(wrong), {**facts, "error": type(wrong).__name__, "message": str(wrong)}, str(wrong)
     words = f"healthy: schema {health.revision}, answered in {health.round_trip_ms:.1f} ms"
+    for each in health.replicas:
+        lag = "lag unknown" if each.lag_bytes is None else f"{each.lag_bytes} bytes behind"
+        words += f"; replica {each.address}: {each.error or lag}"
     return Exit.OK, facts, f"{words}; {lacking}" if health.missing_privileges else words
+
+
+def _replica(health: ReplicaHealth) -> dict[str, object]:
+    return {
+        "address": health.address,
+        "connected": health.connected,
+        "lag_bytes": health.lag_bytes,
+        "lag_s": None if health.lag is None else health.lag.total_seconds(),
+        "error": None if health.error is None else type(health.error).__name__,
+    }
 
 
 def _schema(_given: argparse.Namespace, server: Server) -> Answer:

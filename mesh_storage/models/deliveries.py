@@ -7,8 +7,6 @@ from sqlalchemy import BigInteger, CheckConstraint, Column, DateTime, Identity, 
 from mesh_storage.models.base import Base
 from mesh_storage.models.columns import not_empty
 
-QUEUED, LEASED, WAITING, DEAD = "queued", "leased", "waiting", "dead"
-"""The states of a delivery; one that waits is behind another of its key."""
 _CLAIMABLE = "state IN ('queued', 'leased')"
 
 DELIVERIES: Table[Any] = Table(
@@ -17,7 +15,7 @@ DELIVERIES: Table[Any] = Table(
     Column("message_id", Text, primary_key=True),
     Column("receiver", Text, primary_key=True),
     Column("seq", BigInteger, Identity(), nullable=False),
-    Column("state", Text, nullable=False, server_default=QUEUED),
+    Column("state", Text, nullable=False, server_default="queued"),  # "waiting" is behind another of its key
     Column("available_at", DateTime(timezone=True), nullable=False),
     Column("attempts", BigInteger, nullable=False, server_default=text("0")),
     Column("token", BigInteger, nullable=False, server_default=text("0")),

@@ -45,6 +45,8 @@ class Characteristics(NamedTuple):
     durability: Durability = "strict"
     timeout: float | None = None
     """Seconds for the whole unit of work."""
+    position: bool = False
+    """Whether a commit asks where in the write-ahead log it is."""
 
     def check(self) -> None:
         """Validate the parameters.
@@ -69,6 +71,11 @@ class Characteristics(NamedTuple):
                 raise InvalidInputError(
                     f"timeout must be more than 0 and at most {_LONGEST_TIMEOUT_S} seconds (a year)", field="timeout"
                 )
+
+        if not isinstance(self.position, bool):
+            raise InvalidInputError(
+                f"position must be True or False, not {type(self.position).__name__}", field="position"
+            )
 
     def check_writable(self) -> None:
         """Raise if the unit of work is read-only.
@@ -96,7 +103,7 @@ class Characteristics(NamedTuple):
     def mode(self, *, explicit: bool) -> Mode:
         """Return the mode in which psycopg begins the transaction; autocommit if it begins by an explicit BEGIN."""
         if explicit or not self.needs_transaction:
-            return _AUTOCOMMIT
+            return AUTOCOMMIT
         return Mode(isolation=self.isolation, read_only=self.read_only or None)
 
     def begin(self, *parameters: str) -> bytes:
@@ -109,4 +116,5 @@ class Characteristics(NamedTuple):
         return "; ".join([f"BEGIN{level}{access}", *parameters]).encode()
 
 
-_AUTOCOMMIT = Mode(autocommit=True)
+AUTOCOMMIT = Mode(autocommit=True)
+"""The mode in which every statement is a transaction."""

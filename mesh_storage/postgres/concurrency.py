@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def at_once(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function that asyncio runs in a greenlet or a thread."""
+    """Call a function that asyncio runs in a greenlet or a thread, or apart from the task."""
     return function(*args, **kwargs)
 
 

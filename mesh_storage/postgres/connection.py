@@ -16,7 +16,7 @@ from sqlalchemy import Transaction
 
 from mesh_storage.errors import InvalidInputError, MeshStorageError, UnavailableError
 from mesh_storage.models.base import Writes
-from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.characteristics import AUTOCOMMIT, Characteristics
 from mesh_storage.postgres.commits import Commits
 from mesh_storage.postgres.concurrency import itself
 from mesh_storage.postgres.deadline import Deadline
@@ -26,8 +26,10 @@ from mesh_storage.postgres.joined import JoinedSession
 from mesh_storage.postgres.ownership import Ownership
 from mesh_storage.postgres.savepoints import Savepoints
 from mesh_storage.postgres.statement import Parameters, Row, Statement
+from mesh_storage.postgres.tenure import now
 from mesh_storage.postgres.transaction import UnitOfWorkTransaction
 from mesh_storage.postgres.transaction_pooling import Pooling
+from mesh_storage.postgres.wal import STANDING, standing
 
 logger = logging.getLogger("mesh_storage")
 
@@ -41,6 +43,9 @@ class UnitOfWorkConnection:
     After a failed statement, only a rollback is possible, as in PostgreSQL itself, either of the transaction or to a
     savepoint.
     """
+
+    position: str | None = None
+    """Where the last commit is in the write-ahead log, if that was asked for."""
 
     def __init__(
         self,
@@ -68,6 +73,23 @@ class UnitOfWorkConnection:
     def prepare(self) -> None:
         """Set up the connection for the unit of work, without a round trip."""
         self._transaction.prepare()
+
+    def ask(self, sql: bytes, until: float | None = None) -> Row:
+        """Execute a statement that returns one row, between transactions, until a moment by `time.monotonic()`.
+
+        It has a snapshot of its own, which is older than that of every later statement.
+        """
+        timed = self.driver.connection
+        deadline = timed.deadline
+        self.driver.switch(AUTOCOMMIT)
+        if until is not None:
+            timed.deadline = until if deadline is None else min(until, deadline)
+        try:
+            rows, _ = self.perform(self.driver.execute, sql)
+        finally:
+            timed.deadline = deadline
+        self._transaction.prepare()
+        return rows[0]
 
     @property
     def has_failed(self) -> bool:
@@ -227,8 +249,23 @@ class UnitOfWorkConnection:
         self._changes_versions = self.joined.is_used
         self.savepoints.committed()
         self.joined.settle()
+        if self.characteristics.position:
+            self._note_position()
         if self.driver.unreplicated:
             raise committed_locally(None)
+
+    def _note_position(self) -> None:
+        self.position = None
+        asked = now()
+        try:
+            found = standing(self.ask(STANDING), asked)
+        except MeshStorageError as error:  # it is committed all the same
+            logger.debug("no position", exc_info=error)
+        else:
+            waited = (
+                self.characteristics.durability == "strict" and not self.joined.is_used
+            )  # it may have said SET LOCAL
+            self.position = str(found.committed if waited else found.position)
 
     def rollback(self) -> None:
         """Roll back everything since the last commit or rollback."""

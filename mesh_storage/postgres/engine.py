@@ -35,6 +35,11 @@ _WHOLE_NUMBER = re.compile("[0-9]{1,9}")
 _PASSWORD_END = re.compile("[:/].*@|@.*[:/]")
 """Matches a path that must be part of a password; the name of a database may contain "@" alone."""
 _SERVER_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+_PER_HOST = ("host", "hostaddr", "port")
+_OF_HOSTS = (*_PER_HOST, "target_session_attrs", "load_balance_hosts")
+"""What a URL says of its hosts, which is not true of those of another."""
+_NOWHERE = {"hostaddr": "", "target_session_attrs": "any"}
+"""Keeps libpq from adding these from its environment or a service file, which mean the primary."""
 _LIMITS = {
     "statement_timeout": "statement_timeout",
     "lock_timeout": "lock_timeout",
@@ -47,7 +52,7 @@ _SESSION_PARAMETERS = ("application_name", "client_encoding", "connect_timeout",
 _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 
 
-def split_scheme(url: str) -> tuple[str, str]:
+def split_scheme(url: str, setting: str = "url") -> tuple[str, str]:
     """Split a URL into its scheme and the rest after the colon.
 
     Raises:
@@ -57,8 +62,8 @@ def split_scheme(url: str) -> tuple[str, str]:
     if colon and scheme in (*_SERVER_SCHEMES, "embedded", "memory"):
         return scheme, rest
     raise ConfigurationError(
-        "invalid setting 'url': it must start with postgresql://, postgres://, postgresql+psycopg://, embedded: or "
-        "memory:"
+        f"invalid setting '{setting}': it must start with postgresql://, postgres://, postgresql+psycopg://, embedded: "
+        "or memory:"
     )
 
 
@@ -71,6 +76,47 @@ def connect_arguments(settings: Settings) -> dict[str, Any]:
     Raises:
         ConfigurationError: The URL cannot be parsed, or a setting is invalid; the message does not repeat the URL.
     """
+    arguments = _login(settings)
+    return arguments | session_arguments(settings, arguments, _surroundings(arguments))
+
+
+def replica_arguments(settings: Settings) -> tuple[list[dict[str, Any]], bool]:
+    """Return the arguments of `psycopg.connect` for each replica, and whether they are to be tried in that order.
+
+    What the URL of the replicas leaves out is that of the primary. Balancing is ours, since libpq does not tell whom it
+    leaves out; the addresses of a name are libpq's.
+
+    Raises:
+        ConfigurationError: The URL cannot be parsed or names no host, or a pooler assigns a session per transaction.
+    """
+    if settings.replica_url is None:
+        return [], False
+    if settings.transaction_pooling:
+        raise ConfigurationError(
+            "invalid setting 'replica_url': it needs sessions of its own, which transaction_pooling rules out"
+        )
+    given = parse_url(settings.replica_url.get_secret_value(), "replica_url")
+    if not (given.get("host") or given.get("hostaddr")):
+        raise ConfigurationError("invalid setting 'replica_url': it must name a host, or several")
+    login = {name: value for name, value in _login(settings).items() if name not in _OF_HOSTS}
+    places = [_several(given, name) for name in _PER_HOST]
+    number = max(map(len, places))
+    if any(len(values) not in (1, number) for values in places):
+        raise ConfigurationError("invalid setting 'replica_url': it names another number of hosts than of addresses")
+    found: list[dict[str, Any]] = []
+    for place in zip(*(values * number if len(values) == 1 else values for values in places), strict=True):
+        own = {name: value for name, value in zip(_PER_HOST, place, strict=True) if value}
+        arguments = login | _NOWHERE | {name: value for name, value in given.items() if name not in _PER_HOST} | own
+        found.append(arguments | session_arguments(settings, arguments, _surroundings(arguments)))
+    return found, given.get("load_balance_hosts") == "disable"
+
+
+def _several(arguments: Mapping[str, Any], name: str) -> list[str]:
+    return str(arguments.get(name) or "").split(",")
+
+
+def _login(settings: Settings) -> dict[str, Any]:
+    """Return the parameters of the URL, and those of the separate fields that it leaves out."""
     arguments: dict[str, Any] = {} if settings.url is None else parse_url(settings.url.get_secret_value())
     for name in ("host", "port"):
         _fill(arguments, name, getattr(settings, name))
@@ -82,7 +128,7 @@ def connect_arguments(settings: Settings) -> dict[str, Any]:
     }
     arguments = {name: value for name, value in login.items() if value is not None} | arguments
     _check(arguments)
-    return arguments | session_arguments(settings, arguments, _surroundings(arguments))
+    return arguments
 
 
 def session_arguments(settings: Settings, url: Mapping[str, Any], surroundings: Mapping[str, str]) -> dict[str, Any]:
@@ -328,11 +374,11 @@ def _fill(arguments: dict[str, Any], name: str, setting: object) -> None:
         arguments[name] = ",".join(theirs or own for theirs, own in zip(given, ours, strict=True))
 
 
-def _check(arguments: Mapping[str, Any]) -> None:
-    """Reject values that libpq would misinterpret."""
+def _check(arguments: Mapping[str, Any], of: str = "url") -> None:
+    """Reject values that libpq would misinterpret; names the setting, or `of` if that is another URL."""
     for name, value in arguments.items():
         if "\0" in str(value) or any("\ud800" <= character <= "\udfff" for character in str(value)):
-            raise ConfigurationError(f"invalid setting '{_setting(name)}': it contains NUL or is not valid text")
+            raise ConfigurationError(f"invalid setting '{_setting(name, of)}': it contains NUL or is not valid text")
     # A host that starts with "@" is an abstract Unix-domain socket.
     hosts = str(arguments.get("host", "")).split(",")
     for name, wrong in {
@@ -341,44 +387,48 @@ def _check(arguments: Mapping[str, Any]) -> None:
     }.items():
         if wrong:
             raise ConfigurationError(
-                f"invalid setting '{_setting(name)}': it contains part of a URL; percent-encode the password"
+                f"invalid setting '{_setting(name, of)}': it contains part of a URL; percent-encode the password"
             )
     if re.search(r"(^|[\s+])(-c|--)\+", str(arguments.get("options", ""))):
         raise ConfigurationError(
-            "invalid setting 'url': \"+\" in its options is not a space; use %20 (quote, not quote_plus)"
+            f"invalid setting '{of}': \"+\" in its options is not a space; use %20 (quote, not quote_plus)"
         )
     if str(arguments.get("client_encoding", "UTF8")).upper().replace("-", "") not in ("UTF8", "UNICODE", "AUTO"):
-        raise ConfigurationError("invalid setting 'url': client_encoding is always UTF8; omit it")
-    _check_ports(arguments)
+        raise ConfigurationError(f"invalid setting '{of}': client_encoding is always UTF8; omit it")
+    _check_ports(arguments, _setting("port", of))
     if arguments.get("sslmode", "prefer") not in SSL_MODES:
-        raise ConfigurationError(f"invalid setting 'sslmode': it must be one of {', '.join(SSL_MODES)}")
+        raise ConfigurationError(
+            f"invalid setting '{_setting('sslmode', of)}': it must be one of {', '.join(SSL_MODES)}"
+        )
 
 
-def _check_ports(arguments: Mapping[str, Any]) -> None:
+def _check_ports(arguments: Mapping[str, Any], setting: str) -> None:
     ports = str(arguments.get("port", "")).split(",")
     for port in ports:
         # An empty port means the default port (PostgreSQL manual, 34.1.1.3).
         if port and not (_WHOLE_NUMBER.fullmatch(port) and 1 <= int(port) <= _HIGHEST_PORT):
-            raise ConfigurationError(f"invalid setting 'port': it must be a number from 1 to {_HIGHEST_PORT}")
+            raise ConfigurationError(f"invalid setting '{setting}': it must be a number from 1 to {_HIGHEST_PORT}")
     hosts = arguments.get("hostaddr") or arguments.get("host")
     if hosts and len(ports) not in (1, len(str(hosts).split(","))):
-        raise ConfigurationError("invalid setting 'port': specify one port, or as many as there are hosts")
+        raise ConfigurationError(f"invalid setting '{setting}': specify one port, or as many as there are hosts")
 
 
-def _setting(name: str) -> str:
-    """Return our name of a setting that libpq names differently."""
+def _setting(name: str, of: str) -> str:
+    """Return our name of a setting that libpq names differently, or that of the URL which alone can give it."""
+    if of != "url":
+        return of
     return "database" if name == "dbname" else name
 
 
-def parse_url(url: str) -> dict[str, Any]:
+def parse_url(url: str, setting: str = "url") -> dict[str, Any]:
     """Return the arguments of `psycopg.connect` for the URL of a server.
 
     Raises:
         ConfigurationError: It is not the URL of a server; the message does not repeat it.
     """
-    scheme, rest = split_scheme(url)
+    scheme, rest = split_scheme(url, setting)
     if scheme not in _SERVER_SCHEMES:
-        raise ConfigurationError(f"invalid setting 'url': {scheme}: is the bundled PostgreSQL, not a server")
+        raise ConfigurationError(f"invalid setting '{setting}': {scheme}: is the bundled PostgreSQL, not a server")
     try:
         arguments: dict[str, Any] = dict(conninfo_to_dict(f"postgresql:{rest}"))
     except (psycopg.Error, UnicodeError):
@@ -391,7 +441,8 @@ def parse_url(url: str) -> dict[str, Any]:
     if not parsed:
         # Raise outside the handler: libpq's message repeats parts of the URL, possibly the password.
         raise ConfigurationError(
-            "invalid setting 'url': not a valid PostgreSQL URL; percent-encode special characters in user and password"
+            f"invalid setting '{setting}': not a valid PostgreSQL URL; percent-encode special characters in user and "
+            "password"
         )
-    _check(arguments)
+    _check(arguments, setting)
     return arguments

@@ -96,7 +96,10 @@ class Slots:
 
 
 class Pool:
-    """The connections of one storage, for all threads."""
+    """The connections of one storage to one database, for all threads."""
+
+    lends: type[UnitOfWorkConnection] = UnitOfWorkConnection
+    """What a unit of work gets."""
 
     def __init__(self, settings: Settings, server: Server) -> None:
         self.size = settings.pool_size
@@ -123,10 +126,13 @@ class Pool:
         """The number of connections that wait for a unit of work."""
         return len(self._idle)
 
-    def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> UnitOfWorkConnection:
+    def acquire(
+        self, characteristics: Characteristics, *, beside: bool = False, until: float | None = None
+    ) -> UnitOfWorkConnection:
         """Acquire a connection, to be returned by `release`.
 
-        With `beside` it waits for none: when all are in use, it makes one more, which `release` discards.
+        With `beside` it waits for none: when all are in use, it makes one more, which `release` discards. With `until`
+        it gives up at that moment, by `time.monotonic()`.
 
         Raises:
             ClosedError: The pool is closed.
@@ -137,14 +143,16 @@ class Pool:
         deadline = characteristics.deadline()
         check_open(closed=self.closed)
         wait = 0.0 if beside else wait_limit(self._timeout, characteristics.timeout)
+        if until is not None:
+            wait = min(wait, max(0.0, until - time.monotonic()))
         placed = self._free.acquire(timeout=wait)
         if not placed and not beside:
             raise self._exhausted(characteristics.timeout)
         driver = None
         try:
             check_open(closed=self.closed)  # it may have been closed in the meantime
-            driver = (self._idle_driver() if placed else None) or self._connect(deadline)
-            connection = UnitOfWorkConnection(driver, characteristics, deadline, self._pooling, self.commits)
+            driver = (self._idle_driver() if placed else None) or self._connect(until or deadline)
+            connection = self.lends(driver, characteristics, deadline, self._pooling, self.commits)
             connection.prepare()
         except BaseException:
             if driver is not None:

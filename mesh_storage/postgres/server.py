@@ -12,7 +12,7 @@ import psycopg
 
 from mesh_storage.errors import ConfigurationError
 from mesh_storage.postgres import engine
-from mesh_storage.postgres.engine import connect_arguments, session_arguments, split_scheme
+from mesh_storage.postgres.engine import connect_arguments, replica_arguments, session_arguments, split_scheme
 from mesh_storage.settings import Settings
 
 if TYPE_CHECKING:  # imported on demand
@@ -31,6 +31,11 @@ class Server:
     local_parameters: str | None = None
     """The SET LOCAL statements for each transaction, if a pooler in transaction mode leaves no session to keep
     parameters."""
+
+    replicas: tuple[Server, ...] = ()
+    """The servers of `replica_url`, each with one host."""
+    replicas_in_order: bool = False
+    """Whether they are tried in this order, instead of a random one."""
 
     @property
     def kind(self) -> str:
@@ -77,7 +82,16 @@ def open_server(settings: Settings, *, create: bool = True, space: int = 0) -> S
     embedded = _open_embedded(settings, create=create, space=space)
     if embedded is None:
         local = engine.local_parameters(settings) if settings.transaction_pooling else None
-        return Server(connect_arguments(settings), local_parameters=local)
+        replicas, in_order = replica_arguments(settings)
+        return Server(
+            connect_arguments(settings),
+            local_parameters=local,
+            replicas=tuple(map(Server, replicas)),
+            replicas_in_order=in_order,
+        )
+    if settings.replica_url is not None:
+        embedded.close()
+        raise ConfigurationError("invalid setting 'replica_url': the bundled PostgreSQL has no replicas")
     own = settings.model_copy(update={"transaction_pooling": False})
     try:
         connect = {**embedded.connect_arguments, **session_arguments(own, {}, {})}
@@ -86,6 +100,11 @@ def open_server(settings: Settings, *, create: bool = True, space: int = 0) -> S
         embedded.close()
         raise
     return Server(connect, embedded)
+
+
+def replica_settings(settings: Settings) -> Settings:
+    """Return the settings of the pool of a replica."""
+    return settings.model_copy(update={"pool_size": settings.replica_pool_size})
 
 
 def _open_embedded(settings: Settings, *, create: bool, space: int) -> EmbeddedServer | None:

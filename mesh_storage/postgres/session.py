@@ -11,6 +11,7 @@ from weakref import WeakSet
 import sqlalchemy
 from sqlalchemy.orm import Session
 
+from mesh_storage.postgres.characteristics import Characteristics
 from mesh_storage.postgres.failure import DRIVER_ERRORS
 from mesh_storage.postgres.savepoints import Savepoints
 
@@ -29,6 +30,11 @@ class Joinable(Protocol):
     @property
     def joined(self) -> Joined:
         """Where the session is kept."""
+        ...
+
+    @property
+    def characteristics(self) -> Characteristics:
+        """Whether the unit of work is read-only, among others."""
         ...
 
     @property
@@ -62,6 +68,10 @@ class UnitOfWorkSession(Session):
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """Flush; after a failure SQLAlchemy has rolled back, so only a rollback may follow."""
+        if self._connection.characteristics.read_only and (
+            self.new or self.deleted or any(map(self.is_modified, self.dirty))
+        ):
+            self._connection.characteristics.check_writable()
         self._written.update(chain(self.new, self.dirty, self.deleted))
         try:
             super().flush(objects)
@@ -103,7 +113,9 @@ class UnitOfWorkSession(Session):
         for read in set(self.identity_map.values()).difference(self._written):
             self.expunge(read)
 
-    def get_bind(self, *_arguments: Any, **_keywords: Any) -> sqlalchemy.Connection:
+    def get_bind(self, *_arguments: Any, clause: Any = None, **_keywords: Any) -> sqlalchemy.Connection:
         """Return the connection of the unit of work; called by SQLAlchemy before each statement."""
+        if clause is not None and clause.is_dml:
+            self._connection.characteristics.check_writable()
         connection: sqlalchemy.Connection = self._wait(self._connection.join())
         return connection

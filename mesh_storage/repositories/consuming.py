@@ -71,5 +71,9 @@ def delay_after(failure: Exception) -> timedelta | None:
 
 def reason_of(failure: Exception) -> str:
     """Return the reason for which a delivery is set aside: the error and its text, as far as it can be stored."""
-    said = f"{type(failure).__name__}: {failure}".replace("\0", "")
+    try:
+        text = str(failure)
+    except Exception:  # noqa: BLE001 - an error that cannot say what it is must not end the worker
+        text = "no text"
+    said = f"{type(failure).__name__}: {text}".replace("\0", "")
     return said.encode("utf-8", "replace").decode()[:_REASON_LENGTH]

@@ -138,7 +138,8 @@ ACK = statement(f"DELETE FROM mesh_deliveries AS d USING {_LEASED} WHERE {_HELD}
 ACK_KEYED = statement(
     f"""
     WITH lanes AS MATERIALIZED (
-        SELECT key FROM mesh_delivery_lanes WHERE receiver = :receiver AND key = ANY(:key) ORDER BY key FOR UPDATE
+        SELECT key FROM mesh_delivery_lanes WHERE receiver = :receiver AND key = ANY(:key)
+        ORDER BY key COLLATE "C" FOR UPDATE
     )
     DELETE FROM mesh_deliveries AS d USING {_LEASED} WHERE (SELECT count(*) FROM lanes) >= 0 AND {_HELD}
     RETURNING d.receiver, d.key, d.seq, d.state
@@ -301,7 +302,7 @@ def backlog(row: Row) -> Backlog:
 
 
 def by_receiver(deliveries: Iterable[Delivery]) -> dict[str, list[Delivery]]:
-    """Group deliveries by receiver, each in the order in which rows are locked, without repetitions.
+    """Group deliveries by receiver, all in the order in which rows are locked, without repetitions.
 
     Raises:
         InvalidInputError: They are not deliveries.
@@ -311,7 +312,7 @@ def by_receiver(deliveries: Iterable[Delivery]) -> dict[str, list[Delivery]]:
         if not isinstance(each, Delivery):
             raise InvalidInputError(f"a Delivery is required, not {type(each).__name__}", field="deliveries")
         found.setdefault(each.receiver, {})[each.message.id, each.token] = each
-    return {receiver: [group[key] for key in sorted(group)] for receiver, group in found.items()}
+    return {receiver: [group[key] for key in sorted(group)] for receiver, group in sorted(found.items())}
 
 
 def leases(deliveries: list[Delivery]) -> dict[str, object]:

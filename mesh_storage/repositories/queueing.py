@@ -32,15 +32,23 @@ _STORED = """
     RETURNING id, timestamp, created_at
 """
 
+# Another service may have deleted an earlier message with this id, and nobody has noticed yet: then its delivery
+# becomes that of the new one, in its old place.
+_INSTEAD = """
+    ON CONFLICT (message_id, receiver) DO UPDATE SET
+        state = CASE WHEN d.state = 'waiting' THEN d.state ELSE 'queued' END, attempts = 0,
+        available_at = excluded.available_at, reason = NULL, dead_at = NULL
+"""
+
 
 def _send(stored: str) -> Statement:
     return statement(
         f"""
         WITH stored AS ({stored}),
         queued AS (
-            INSERT INTO mesh_deliveries (message_id, receiver, available_at)
+            INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
             SELECT stored.id, input.receiver, {MOMENT} + :delay
-            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver)
+            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver) {_INSTEAD}
         )
         SELECT timestamp, created_at FROM stored
         """,  # noqa: S608 - our own names
@@ -51,24 +59,25 @@ def _send(stored: str) -> Statement:
 
 def _send_keyed(stored: str) -> Statement:
     # A lane is there for as long as its key has a delivery, and is locked until the commit, so the numbers that the
-    # deliveries of a key get are in the order of their commits. WHERE false locks an existing one without writing it.
+    # deliveries of a key get are in the order of their commits. One that is there is written all the same: so who
+    # acknowledges in a snapshot from before cannot take it for empty, but has a serialization failure. Only the xmax of
+    # a row that was just inserted is 0.
     return statement(
         f"""
         WITH stored AS ({stored}),
         lanes AS (
             INSERT INTO mesh_delivery_lanes (receiver, key)
             SELECT input.receiver, CAST(:key AS text)
-            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver) ORDER BY input.receiver
-            ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key WHERE false RETURNING receiver
+            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver) ORDER BY input.receiver COLLATE "C"
+            ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key RETURNING receiver, xmax = 0 AS is_new
         ),
         queued AS (
-            INSERT INTO mesh_deliveries (message_id, receiver, key, state, available_at)
-            SELECT stored.id, input.receiver, CAST(:key AS text),
-                CASE WHEN lanes.receiver IS NULL THEN 'waiting' ELSE 'queued' END, {MOMENT} + :delay
-            FROM stored CROSS JOIN unnest(:receivers) AS input (receiver)
-            LEFT JOIN lanes ON lanes.receiver = input.receiver
+            INSERT INTO mesh_deliveries AS d (message_id, receiver, key, state, available_at)
+            SELECT stored.id, lanes.receiver, CAST(:key AS text),
+                CASE WHEN lanes.is_new THEN 'queued' ELSE 'waiting' END, {MOMENT} + :delay
+            FROM stored CROSS JOIN lanes {_INSTEAD} RETURNING d.key
         )
-        SELECT timestamp, created_at FROM stored
+        SELECT timestamp, created_at, (SELECT bool_or(key IS DISTINCT FROM CAST(:key AS text)) FROM queued) FROM stored
         """,  # noqa: S608 - our own names
         receivers=TEXTS,
         delay=Interval,
@@ -97,10 +106,10 @@ SEND_MANY = statement(
         ON CONFLICT DO NOTHING RETURNING id, to_node
     ),
     queued AS (
-        INSERT INTO mesh_deliveries (message_id, receiver, available_at)
+        INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
         SELECT stored.id, stored.to_node, {MOMENT} + :delay
         FROM stored JOIN unnest(:id, :position) AS input (id, position) ON input.id = stored.id
-        ORDER BY input.position
+        ORDER BY input.position {_INSTEAD}
     )
     SELECT count(*) FROM stored
     """,  # noqa: S608 - our own names
@@ -121,8 +130,8 @@ QUEUE_MANY = statement(
         RETURNING m.id, m.to_node, input.position
     ),
     queued AS (
-        INSERT INTO mesh_deliveries (message_id, receiver, available_at)
-        SELECT id, to_node, {MOMENT} + :delay FROM stored ORDER BY position
+        INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
+        SELECT id, to_node, {MOMENT} + :delay FROM stored ORDER BY position {_INSTEAD}
     )
     SELECT count(*) FROM stored
     """,  # noqa: S608 - our own names
@@ -131,65 +140,108 @@ QUEUE_MANY = statement(
     position=NUMBERS,
     delay=Interval,
 )
-ENQUEUE = statement(
-    f"""
-    WITH found AS MATERIALIZED (
-        SELECT id FROM mesh_messages WHERE timestamp >= :since AND NOT queued
-        ORDER BY timestamp, id LIMIT :limit FOR UPDATE SKIP LOCKED
-    ),
-    stored AS (
-        UPDATE mesh_messages SET queued = true WHERE id = ANY(ARRAY(SELECT id FROM found))
-        RETURNING id, to_node, timestamp
-    ),
-    queued AS (
-        INSERT INTO mesh_deliveries (message_id, receiver, available_at)
-        SELECT id, to_node, {MOMENT} FROM stored ORDER BY timestamp, id
-    )
-    SELECT count(*) FROM stored
-    """  # noqa: S608 - our own names
+IS_DISTRIBUTED = statement(
+    "SELECT indnkeyatts > 1 FROM pg_index WHERE indrelid = 'mesh_messages'::regclass AND indisprimary", writes=False
 )
+"""Returns whether an id is unique for each receiver only, as in a distributed database.
+
+Citus locks no rows of several receivers, so it takes no SKIP LOCKED there.
+"""
 
 
-def _delete(kept: str) -> Statement:
-    # The lanes are locked before, as by an acknowledgement, and WHERE false writes none.
+def _enqueue(lock: str) -> Statement:
     return statement(
         f"""
-        WITH lanes AS (
-            INSERT INTO mesh_delivery_lanes (receiver, key)
-            SELECT DISTINCT receiver, key FROM mesh_deliveries WHERE message_id = ANY(:id) AND key IS NOT NULL
-            ORDER BY receiver, key
-            ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key WHERE false RETURNING key
+        WITH found AS MATERIALIZED (
+            SELECT id, to_node FROM mesh_messages WHERE timestamp >= :since AND NOT queued
+            ORDER BY timestamp, id LIMIT :limit {lock}
         ),
-        kept AS MATERIALIZED ({kept}),
-        deleted AS (
-            DELETE FROM mesh_messages WHERE id = ANY(:id) AND id <> ALL(ARRAY(SELECT message_id FROM kept))
-            RETURNING id
+        stored AS (
+            UPDATE mesh_messages AS m SET queued = true FROM found
+            WHERE m.id = ANY(ARRAY(SELECT id FROM found))
+            AND m.to_node = found.to_node AND m.id = found.id AND NOT m.queued
+            RETURNING m.id, m.to_node, m.timestamp
         ),
-        cancelled AS (
-            DELETE FROM mesh_deliveries
-            WHERE (SELECT count(*) FROM lanes) >= 0 AND message_id = ANY(ARRAY(SELECT id FROM deleted))
-            RETURNING receiver, key, seq, state
-        ),
-        heads AS (SELECT receiver, key, seq FROM cancelled WHERE key IS NOT NULL AND state <> 'waiting')
-        SELECT (SELECT count(*) FROM deleted), array_agg(receiver), array_agg(key), array_agg(seq) FROM heads
-        """,  # noqa: S608 - our own names
-        id=TEXTS,
+        queued AS (
+            INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
+            SELECT id, to_node, {MOMENT} FROM stored ORDER BY timestamp, id {_INSTEAD}
+        )
+        SELECT count(*) FROM stored
+        """  # noqa: S608 - our own names
     )
 
 
-DELETE = _delete("SELECT '' AS message_id WHERE false")
-DELETE_SETTLED = _delete("SELECT message_id FROM mesh_deliveries WHERE message_id = ANY(:id) AND state <> 'dead'")
+ENQUEUE = {False: _enqueue("FOR UPDATE SKIP LOCKED"), True: _enqueue("")}
+"""Queues what never was, on one server and in a distributed database, where it waits for who has locked a message."""
+
+# As `send` does, a lane that is there is written, which locks it until the commit; one that is made was that of a
+# delivery that is gone by now, and is removed again with those that are empty.
+_LANES = """
+    INSERT INTO mesh_delivery_lanes (receiver, key)
+    SELECT receiver, key FROM mesh_deliveries WHERE message_id = ANY(:id) AND key IS NOT NULL
+    GROUP BY receiver, key ORDER BY receiver COLLATE "C", key COLLATE "C"
+    ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key RETURNING receiver, key, xmax = 0 AS is_new
+"""
+# A message that was queued since the snapshot, and whose deliveries are not seen therefore, is found to be so once its
+# row is locked.
+_DELETED = """
+    DELETE FROM mesh_messages AS m USING old
+    WHERE m.id = ANY(:id) AND m.to_node = old.to_node AND m.id = old.id AND m.queued = old.queued RETURNING m.id
+"""
+_HEADS = "array_agg(receiver), array_agg(key), array_agg(seq) FROM heads"
+DELETE = statement(
+    f"""
+    WITH lanes AS ({_LANES}),
+    old AS MATERIALIZED (SELECT id, to_node, queued FROM mesh_messages WHERE id = ANY(:id)),
+    deleted AS ({_DELETED}),
+    cancelled AS (
+        DELETE FROM mesh_deliveries
+        WHERE (SELECT count(*) FROM lanes) >= 0 AND message_id = ANY(ARRAY(SELECT id FROM deleted))
+        RETURNING receiver, key, seq, state
+    ),
+    heads AS (
+        SELECT receiver, key, seq FROM cancelled WHERE key IS NOT NULL AND state <> 'waiting'
+        UNION ALL SELECT receiver, key, 0 FROM lanes WHERE is_new
+    )
+    SELECT (SELECT count(*) FROM deleted), {_HEADS}
+    """,  # noqa: S608 - our own names
+    id=TEXTS,
+)
+"""Deletes messages with their deliveries; returns how many, and the removed first ones of keys."""
+# A dead delivery is written to lock it: one that was driven back since the snapshot is not dead any more then.
+DELETE_UNDELIVERED = statement(
+    f"""
+    WITH lanes AS ({_LANES}),
+    dead AS (
+        UPDATE mesh_deliveries SET state = state
+        WHERE (SELECT count(*) FROM lanes) >= 0 AND message_id = ANY(:id) AND state = 'dead'
+        RETURNING message_id, receiver
+    ),
+    seen AS MATERIALIZED (SELECT message_id, receiver FROM mesh_deliveries WHERE message_id = ANY(:id)),
+    old AS MATERIALIZED (
+        SELECT id, to_node, queued FROM mesh_messages
+        WHERE id = ANY(:id) AND id <> ALL(ARRAY(SELECT message_id FROM seen))
+    ),
+    deleted AS ({_DELETED}),
+    settled AS (
+        SELECT seen.message_id FROM seen LEFT JOIN dead USING (message_id, receiver)
+        GROUP BY seen.message_id HAVING count(*) = count(dead.receiver)
+    ),
+    heads AS (SELECT receiver, key, 0 AS seq FROM lanes WHERE is_new)
+    SELECT (SELECT count(*) FROM deleted), ARRAY(SELECT message_id FROM settled ORDER BY message_id), {_HEADS}
+    """,  # noqa: S608 - our own names
+    id=TEXTS,
+)
+"""Deletes messages without a delivery; returns how many, and the ids of those with dead ones only, now locked."""
 
 
-def purge(condition: str, **types: Any) -> Statement:
-    """Return the statement that deletes old messages without a delivery.
-
-    OFFSET 0 keeps the server from reading all deliveries instead of those of each message.
+def purge(condition: str, **types: Any) -> dict[bool, Statement]:
+    """Return the statements that delete old messages without a delivery, on one server and in a distributed database.
 
     A message that was queued since the snapshot is checked anew once its row is locked: `queued` is another then.
     """
-    return statement(
-        f"""
+    # OFFSET 0 keeps the server from reading all deliveries instead of those of each message.
+    one_server = f"""
         WITH old AS MATERIALIZED (
             SELECT id, queued FROM mesh_messages AS m WHERE {condition}
             AND NOT EXISTS (SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id OFFSET 0)
@@ -202,9 +254,20 @@ def purge(condition: str, **types: Any) -> Statement:
             ) AS locked
         )
         DELETE FROM mesh_messages WHERE id = ANY(ARRAY(SELECT id FROM free))
-        """,  # noqa: S608 - our own names
-        **types,
-    )
+    """  # noqa: S608 - our own names
+    distributed = f"""
+        WITH old AS MATERIALIZED (
+            SELECT id, to_node, queued FROM mesh_messages AS m WHERE {condition}
+            AND NOT EXISTS (
+                SELECT FROM mesh_deliveries AS d WHERE d.receiver = m.to_node AND d.message_id = m.id OFFSET 0
+            )
+            ORDER BY timestamp, id LIMIT :limit
+        )
+        DELETE FROM mesh_messages AS m USING old
+        WHERE m.id = ANY(ARRAY(SELECT id FROM old))
+        AND m.to_node = old.to_node AND m.id = old.id AND m.queued = old.queued
+    """  # noqa: S608 - our own names
+    return {False: statement(one_server, **types), True: statement(distributed, **types)}
 
 
 PURGE = purge("timestamp < :before")

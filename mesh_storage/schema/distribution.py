@@ -30,13 +30,12 @@ LOCAL = tuple(name for name in tables.TABLES if name not in COLUMNS)
 CHANGES = (
     "the id of a message becomes unique for each receiver, and no longer among all messages",
     "a message can be sent to its to_node only, not to other receivers",
-    "messages.purge, messages.enqueue, maintain with messages_older_than, backups and restores are refused",
+    "backups and restores are refused",
     "a snapshot and serializability hold on each worker, not over several",
 )
 """What is different afterwards; see Citus in docs/scaling.md."""
 
-_MESSAGES, _LANES = "mesh_messages", "mesh_delivery_lanes"
-_WITH_DELIVERIES = ("mesh_deliveries", _LANES)
+_MESSAGES, _DELIVERIES, _LANES = "mesh_messages", "mesh_deliveries", "mesh_delivery_lanes"
 _NEW_KEY = "mesh_messages_to_node_id_key"
 _ID_INDEX = "mesh_messages_id_idx"
 _PLUGIN = "citus"
@@ -198,15 +197,15 @@ def _steps(
     known = methods or {}
     left = [table for table in COLUMNS if known.get(there[table]) != "h"]
     yield from _keys(fetch, namespace, there)
+    for table in LOCAL:
+        if table in there and there[table] not in known:
+            yield (_BRIEFLY, _add_local(tables.qualified(namespace, table)))
     yield from _spread(fetch, namespace, there, left)
     for table in COLUMNS:
         # What a distributed table has on the coordinator itself is what it had before.
         if table in left or fetch(f"SELECT pg_relation_size({there[table]}::oid)") != [(0,)]:
             name = _literal(tables.qualified(namespace, table))
             yield (f"SELECT truncate_local_data_after_distributing_table({name})",)
-    for table in LOCAL:
-        if table in there and there[table] not in known:
-            yield (_BRIEFLY, _add_local(tables.qualified(namespace, table)))
 
 
 def _spread(
@@ -217,21 +216,23 @@ def _spread(
     def name(table: str) -> str:
         return tables.qualified(namespace, table)
 
-    types = dict(fetch(_TYPES.format(", ".join(str(there[table]) for table in _WITH_DELIVERIES))))
-    for table in _WITH_DELIVERIES:
+    types = dict(fetch(_TYPES.format(", ".join(str(there[table]) for table in (_DELIVERIES, _LANES)))))
+    for table in (_DELIVERIES, _LANES):
         if types[there[table]] != "character varying":
             # The type of mesh_messages.to_node, which co-location requires; it rewrites no row.
             yield (_BRIEFLY, f"ALTER TABLE {name(table)} ALTER COLUMN receiver TYPE varchar")
-    if "mesh_node_state" in left:
-        yield (_create("create_distributed_table", name("mesh_node_state"), "node_id", "none"),)
-    if _MESSAGES in left:
-        yield (_create("create_distributed_table_concurrently", name(_MESSAGES), "to_node", "none"),)
+    # The deliveries come first: Citus updates them beside messages on the coordinator, but not the other way round.
+    beside = "none" if _MESSAGES in left else name(_MESSAGES)
     if made := [
-        _create("create_distributed_table", name(table), "receiver", name(_MESSAGES))
-        for table in _WITH_DELIVERIES
+        _create("create_distributed_table", name(table), "receiver", others)
+        for table, others in ((_DELIVERIES, beside), (_LANES, name(_DELIVERIES)))
         if table in left
     ]:
         yield (_BRIEFLY, *made)
+    if "mesh_node_state" in left:
+        yield (_create("create_distributed_table", name("mesh_node_state"), "node_id", "none"),)
+    if _MESSAGES in left:
+        yield (_create("create_distributed_table_concurrently", name(_MESSAGES), "to_node", name(_DELIVERIES)),)
 
 
 def _keys(fetch: tables.Fetch, namespace: str, there: Mapping[str, int]) -> Iterable[tuple[str, ...]]:
@@ -290,9 +291,9 @@ def _lacking(
     oids = ", ".join(str(there[table]) for table in COLUMNS)
     for table, constraint in fetch(_ACROSS.format(oids)):
         yield f"{table} has the foreign key or trigger {constraint}, which cannot be distributed"
-    if methods is None or methods.get(there["mesh_deliveries"]) != "h":
+    if methods is None or methods.get(there[_DELIVERIES]) != "h":
         query = _TO_OTHERS.format(
-            deliveries=tables.qualified(namespace, "mesh_deliveries"), messages=tables.qualified(namespace, _MESSAGES)
+            deliveries=tables.qualified(namespace, _DELIVERIES), messages=tables.qualified(namespace, _MESSAGES)
         )
         ((to_others,),) = [(False,)] if methods is not None and methods.get(there[_MESSAGES]) == "h" else fetch(query)
         if to_others:

@@ -24,6 +24,10 @@ _WHERE = """
     SELECT quote_ident(current_database()), quote_ident(nspname), quote_ident(pg_get_userbyid(relowner))
     FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = %s
 """
+_OWNERS = """
+    SELECT pg_get_userbyid(relowner) FROM pg_class
+    WHERE relname = ANY(%s) AND relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = %s)
+"""
 _OIDS = """
     SELECT relname, oid FROM pg_class
     WHERE relname = ANY(%s) AND relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = %s)
@@ -50,7 +54,8 @@ def grants(
         apply: Whether to carry them out.
 
     Raises:
-        ConfigurationError: A role does not exist, or a role lacks something that is not for this one to grant.
+        ConfigurationError: A role does not exist, owns the tables, or lacks something that is not for this one to
+            grant.
         InvalidInputError: No role is named, or a name is invalid.
         SchemaMismatchError: The schema is older or newer than this code requires, or missing.
         UnavailableError: The database cannot be reached.
@@ -78,7 +83,7 @@ def grants_on(server: Server, *, service: str | None, reader: str | None, apply:
             anchor = location.tables[location.version_table or tables.VERSION_TABLE]
             statements = [each for role in roles for each in _statements(connection, anchor, role, roles[role])]
             if apply:
-                _check_exist(connection, roles)
+                _check_roles(connection, anchor, roles)
                 with connection.transaction():
                     for statement in statements:
                         connection.execute(statement.encode())
@@ -110,10 +115,16 @@ def _statements(
     return [f"GRANT CONNECT ON DATABASE {database} TO {quoted}", *made]
 
 
-def _check_exist(connection: psycopg.Connection[Any], roles: Iterable[str]) -> None:
+def _check_roles(connection: psycopg.Connection[Any], anchor: int, roles: Iterable[str]) -> None:
+    """Raise for a role that does not exist, or that owns the tables, whose triggers run by its privileges."""
     found = {name for (name,) in connection.execute("SELECT rolname FROM pg_roles")}
-    if unknown := [role for role in roles if role not in found]:
-        raise ConfigurationError(f"there is no role {', '.join(unknown)}: make it by CREATE ROLE")
+    owners = {name for (name,) in connection.execute(_OWNERS, [list(tables.TABLES), anchor])}
+    for role in roles:
+        if role not in found:
+            made = sql.Identifier(role).as_string(connection)
+            raise ConfigurationError(f"there is no role {role}; run: CREATE ROLE {made} LOGIN")
+        if role in owners:
+            raise ConfigurationError(f"{role} owns the tables, so it needs no grants; name another role")
 
 
 def _check_granted(

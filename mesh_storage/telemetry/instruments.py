@@ -66,6 +66,12 @@ class Instruments:
             "mesh_storage.cache.lookups", "{lookup}", "Reads that a cache was asked for, by whether it had the answer."
         )
 
+        self.fallbacks = count(
+            "mesh_storage.replica.fallbacks",
+            "{unit_of_work}",
+            "Units of work that the primary answered in place of a replica, by the reason.",
+        )
+
     def _describe_pool(self) -> None:
         number = self._meter.create_observable_up_down_counter
         number(

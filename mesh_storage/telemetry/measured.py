@@ -26,6 +26,8 @@ from mesh_storage.postgres.concurrency import at_once
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.driver import Driver
 from mesh_storage.postgres.pool import Pool
+from mesh_storage.postgres.reading import Reason
+from mesh_storage.postgres.replicas import Replicas
 from mesh_storage.postgres.server import Server
 from mesh_storage.postgres.tenure import Tenure
 from mesh_storage.settings import Settings
@@ -46,6 +48,7 @@ def measured(telemetry: Telemetry, server: Server) -> Parts:
         _bound(MeasuredScope, observed=observed, units_of_work=_unit_of_work(observed)),
         _bound(MeasuredLease, observed=observed),
         _bound(MeasuredWatch, observed=observed),
+        _bound(MeasuredReplicas, observed=observed, telemetry=telemetry),
         observed,
     )
 
@@ -66,13 +69,15 @@ class MeasuredPool(Pool):
         """The number of requests for a connection that have none yet."""
         return len(self._requests)
 
-    def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> UnitOfWorkConnection:
+    def acquire(
+        self, characteristics: Characteristics, *, beside: bool = False, until: float | None = None
+    ) -> UnitOfWorkConnection:
         """Acquire a connection, and record the wait."""
         request = object()
         self._requests[request] = None
         begun = time.perf_counter()
         try:
-            connection = super().acquire(characteristics, beside=beside)
+            connection = super().acquire(characteristics, beside=beside, until=until)
         finally:
             self._requests.pop(request, None)
         self._borrowed[connection] = now = time.perf_counter()
@@ -112,6 +117,24 @@ class MeasuredPool(Pool):
     def _exhausted(self, timeout: float | None) -> UnavailableError | StorageTimeoutError:
         self.observed.instruments.timeouts.add(1, self.observed.pool_attributes)
         return super()._exhausted(timeout)
+
+
+class MeasuredReplicas(Replicas):
+    """Replicas whose pools are measured like that of the primary, and whose absence is counted."""
+
+    observed: ClassVar[Observed]
+    telemetry: ClassVar[Telemetry]
+
+    def fall_back(self, reason: Reason) -> None:
+        """Note and count that the primary answers a unit of work."""
+        super().fall_back(reason)
+        attributes = {"mesh_storage.replica.reason": reason}
+        self.observed.instruments.fallbacks.add(1, self.observed.pool_attributes | attributes)
+
+    def _open(self, settings: Settings, server: Server) -> Pool:
+        # The statistics are those of the primary.
+        telemetry = Telemetry(self.telemetry.meter_provider, self.telemetry.tracer_provider, statistics=False)
+        return _bound(MeasuredPool, observed=Observed(telemetry, server))(settings, server)
 
 
 class MeasuredUnitOfWork(UnitOfWork):

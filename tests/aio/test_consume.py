@@ -107,3 +107,25 @@ def test_what_cannot_be_awaited_is_refused(mesh_storage_url: str, handle: Any) -
                 await storage.consume("b", handle)
 
     asyncio.run(main())
+
+
+def test_what_a_handler_awaits_is_cancelled_and_the_worker_goes_on(mesh_storage_url: str) -> None:
+    async def main() -> None:
+        stop = asyncio.Event()
+
+        async def handle(_: AsyncUnitOfWork, delivery: Delivery) -> None:
+            if delivery.message.id == "m-1":
+                shared = asyncio.create_task(asyncio.sleep(3600))
+                shared.cancel()
+                await shared
+            stop.set()
+
+        async with AsyncMeshStorage.open(mesh_storage_url) as storage:
+            await send(storage, 1, 2)
+            await asyncio.wait_for(storage.consume("b", handle, max_attempts=1, poll=0.02, stop=stop), 30)
+            async with storage.begin(read_only=True) as uow:
+                (dead,) = (await uow.messages.dead("b")).items
+            assert str(dead.reason).startswith("CancelledError: ")
+            assert (await backlog(storage)).due == 0
+
+    asyncio.run(main())

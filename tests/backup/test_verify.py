@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,6 +191,17 @@ def test_a_row_that_is_too_long_as_text_is_refused_by_name(
         backup.backup(server, tmp_path / "backup")
     assert "mesh_state with the key the key" in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_verification_does_not_say_that_a_database_was_restored(
+    storage: MeshStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(storage)
+    caplog.set_level(logging.INFO, "mesh_storage")
+    storage.backup(tmp_path / "made", verify=True)
+    events = [vars(record).get("event") for record in caplog.records]
+    assert "backup" in events
+    assert "restore" not in events
 
 
 def test_verify_reports_its_progress(storage: MeshStorage, tmp_path: Path) -> None:

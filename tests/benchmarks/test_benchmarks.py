@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import bulk, caching, delivery, growth, limits, single, startup, telemetry, threads, versions, watching
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 

@@ -111,7 +111,16 @@ def loop_in_a_thread(factory: Callable[[], asyncio.AbstractEventLoop] | None) ->
             running.result()
 
 
-@pytest.fixture(params=["sync", *LOOPS, "sync behind PgBouncer", "asyncio behind PgBouncer"])
+@pytest.fixture(
+    params=[
+        "sync",
+        "asyncio",
+        *(
+            pytest.param(other, marks=pytest.mark.slow)
+            for other in ("uvloop", "sync behind PgBouncer", "asyncio behind PgBouncer")
+        ),
+    ]
+)
 def open_storage(request: pytest.FixtureRequest, mesh_storage_url: str, service: roles.Service) -> Iterator[Open]:
     """Yield what opens a storage: of the sync API, or of the async one behind the same names; both also by a pooler.
 

@@ -72,6 +72,7 @@ def emitted(mesh_storage_databases: Databases) -> Iterator[Emitted]:
             assert storage._observed is not None
             storage._observed.count_cache_lookup("state.get", hit=True)
             storage._observed.count_delivery_failure(ValueError(), "dead")
+            storage._replicas.fall_back("behind")
             with storage.lease("leader", b"a", ttl=timedelta(seconds=0.3)) as lease:
                 with psycopg.connect(url, autocommit=True) as raw:
                     raw.execute("DELETE FROM mesh_state")

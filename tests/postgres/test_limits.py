@@ -18,6 +18,7 @@ from sqlalchemy import text
 
 from mesh_storage import MeshStorage, MeshStorageError, Settings, StorageTimeoutError, UnavailableError, UnitOfWork
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
+from tests.processes import eventually, has_ended
 
 
 def opened(url: str, **settings: Any) -> MeshStorage:
@@ -196,6 +197,16 @@ def test_a_caller_that_never_comes_back_loses_its_locks(mesh_storage_url: str) -
         assert isinstance(error.value, (StorageTimeoutError, UnavailableError))
         with storage.begin(read_only=True) as uow:
             assert uow.state.get("k").value == b"2"
+
+
+def test_the_error_of_a_caller_that_came_back_too_late_names_the_setting(mesh_storage_url: str) -> None:
+    with opened(mesh_storage_url, idle_in_transaction_timeout=0.1) as storage:
+        with pytest.raises(StorageTimeoutError, match="idle_in_transaction_timeout") as error, storage.begin() as late:
+            late.state.put("k", b"1")
+            pid = int(late.session.execute(text("SELECT pg_backend_pid()")).scalar_one())
+            assert eventually(lambda: has_ended(mesh_storage_url, pid))
+            late.state.put("k", b"2")
+        assert error.value.sqlstate == "25P03"
 
 
 def test_run_tries_again_only_what_may_succeed(storage: MeshStorage, caplog: pytest.LogCaptureFixture) -> None:

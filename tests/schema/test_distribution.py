@@ -36,8 +36,10 @@ CHANGING = re.compile(
     r"\b(?:now|clock_timestamp|nextval|random|extract|date_part|format)\(|\bCURRENT_TIMESTAMP\b", re.IGNORECASE
 )
 ORDER = ("none", "one", "those of its rows", "all", "refused")
-REFUSED = (queueing.ENQUEUE, queueing.PURGE, removal.MESSAGES)
+REFUSED = ("messages.send to others",)
+ONE_SERVER = (queueing.ENQUEUE[False], queueing.PURGE[False], removal.MESSAGES[False])
 MESSAGES = """'"public"."mesh_messages"'"""
+DELIVERIES = """'"public"."mesh_deliveries"'"""
 LACKING_HERE = "the extension citus is not there"
 
 
@@ -100,7 +102,7 @@ def test_the_rules_see_every_statement_on_a_distributed_table() -> None:
     found = statements()
     assert all(any(re.search(rf"\b{table}\b", each) for each in found) for table in COLUMNS)
     assert len(found) > 40
-    assert {plain(each) for each in REFUSED} <= {*found}
+    assert {plain(each) for each in ONE_SERVER} <= {*found}
 
 
 def test_what_an_update_sets_is_immutable_or_one_moment() -> None:
@@ -113,24 +115,26 @@ def test_what_an_update_sets_is_immutable_or_one_moment() -> None:
 
 def test_rows_are_locked_in_one_shard_only() -> None:
     locking = [each for each in statements() if re.search(r"FOR (?:UPDATE|NO KEY UPDATE|SHARE)", each)]
-    assert len(locking) > len(REFUSED)
+    assert len(locking) > len(ONE_SERVER)
     for sql in locking:
-        assert (shards(sql) == "one") != (sql in map(plain, REFUSED)), sql
+        assert (shards(sql) == "one") != (sql in map(plain, ONE_SERVER)), sql
         assert not re.search(rf"\b(?:{COLUMN}) IN \(", sql), sql
 
 
 def test_new_rows_are_counted_by_what_is_returned() -> None:
-    for sql in statements():
-        for inserted in re.findall(rf"INSERT INTO (?:{TABLES}) .*?ON CONFLICT.*", sql):
-            assert "RETURNING" in inserted, sql
+    inserting = [each for each in statements() if WRITTEN.match(each)]
+    assert inserting
+    for sql in inserting:
+        assert "RETURNING" in sql, sql
 
 
-def test_it_is_documented_how_many_shards_a_call_touches(storage: MeshStorage, sent: list[str]) -> None:
+def test_it_is_documented_how_many_shards_a_call_touches(keyed_url: str, sent: list[str]) -> None:
     found: dict[str, str] = {}
-    with storage.begin() as uow:
+    with MeshStorage.open(keyed_url) as storage, storage.begin() as uow:
         fill(uow)
     for name, (work, _) in METHODS.items():
-        with storage.unit_of_work() as uow:
+        refused = pytest.raises(InvalidInputError) if name in REFUSED else nullcontext()
+        with MeshStorage.open(keyed_url) as storage, refused, storage.unit_of_work() as uow:
             sent.clear()
             work(uow)
         touched = max(map(shards, sent), key=ORDER.index)
@@ -164,7 +168,10 @@ def test_afterwards_every_key_has_the_distribution_column_and_nothing_leads_acro
         ).fetchall()
     assert types == [("character varying",)]
     assert not [each for each in made.lacking if "foreign key or trigger" in each]
-    assert made.statements[0].startswith("SELECT create_distributed_table(")
+    assert made.statements[0].startswith("SET LOCAL lock_timeout")
+    assert [each for each in made.statements if "create_distributed_table" in each][0].startswith(
+        """SELECT create_distributed_table('"public"."mesh_deliveries"', 'receiver'"""
+    )
 
 
 def test_with_the_new_keys_all_calls_work_and_an_id_is_one_for_each_receiver(keyed_url: str) -> None:
@@ -173,7 +180,7 @@ def test_with_the_new_keys_all_calls_work_and_an_id_is_one_for_each_receiver(key
             fill(uow)
         for name, (work, _) in METHODS.items():
             with storage.unit_of_work() as uow:
-                if name != "messages.send of a key":  # to others than its to_node
+                if name not in REFUSED:
                     work(uow)
         with storage.begin() as uow:
             assert uow.messages.store_many([message(1, "b"), message(2, "other")]) == 1
@@ -214,7 +221,7 @@ def test_a_plain_server_is_told_what_it_lacks_and_is_not_changed(mesh_storage_ur
     assert any(each.startswith(LACKING_HERE) for each in planned.lacking)
     assert planned.statements[0].startswith("CREATE UNIQUE INDEX CONCURRENTLY mesh_messages_to_node_id_key")
     assert [each for each in planned.statements if "create_distributed_table_concurrently" in each] == [
-        f"SELECT create_distributed_table_concurrently({MESSAGES}, 'to_node', colocate_with => 'none')"
+        f"SELECT create_distributed_table_concurrently({MESSAGES}, 'to_node', colocate_with => {DELIVERIES})"
     ]
     local = [each for each in planned.statements if "citus_add_local_table_to_metadata" in each]
     assert len(local) == len(LOCAL)

@@ -193,10 +193,24 @@ def test_roles_that_cannot_be_granted_anything_are_refused(url: str) -> None:
     for names in ({}, {"service": "a", "reader": "a"}):
         with pytest.raises(InvalidInputError):
             schema.grants(url, **names)
-    with pytest.raises(ConfigurationError, match="there is no role No Body"):
+    with pytest.raises(ConfigurationError, match='there is no role No Body; run: CREATE ROLE "No Body" LOGIN'):
         schema.grants(url, reader="No Body", apply=True)
     assert "GRANT CONNECT ON DATABASE" in schema.grants(url, reader='a"; DROP TABLE nodes; --')[0]
     assert schema.grants(url, reader='a"b')[0].endswith('TO "a""b"')
+
+
+def test_the_owner_of_the_tables_keeps_all(admin: psycopg.Connection[tuple[object, ...]], log_in: As) -> None:
+    migrator = f"mesh_migrator_{os.getpid()}"
+    schema.upgrade(log_in("migrator"))
+    with pytest.raises(ConfigurationError, match=f"{migrator} owns the tables"):
+        schema.grants(log_in("migrator"), service=migrator, apply=True)
+    owner = admin.execute("SELECT session_user").fetchone()
+    assert owner is not None
+    admin.execute(f"ALTER TABLE mesh_changes OWNER TO {owner[0]}".encode())
+    with pytest.raises(ConfigurationError, match=f"{owner[0]} owns the tables"):
+        schema.grants(log_in("migrator"), reader=str(owner[0]), apply=True)
+    admin.execute(f"ALTER TABLE mesh_changes OWNER TO {migrator}".encode())
+    use(log_in("migrator"))
 
 
 def test_the_command(

@@ -50,6 +50,16 @@ async def handle(uow: AsyncUnitOfWork, delivery: Delivery) -> None:
     assert_type(await uow.state.put("k", delivery.message.content), StateEntry)
 
 
+async def of_replicas(storage: AsyncMeshStorage) -> None:
+    async with storage.begin(position=True) as uow:
+        await uow.state.put("k", b"v")
+    assert_type(uow.position, str)
+    assert_type(await storage.position(), str)
+    async with storage.begin(read_only=True, replica=True, after=uow.position, max_lag=timedelta(seconds=1)) as reading:
+        assert_type(reading, AsyncUnitOfWork)
+    assert_type([each.lag for each in (await storage.health()).replicas], list[timedelta | None])
+
+
 async def of_the_worker(storage: AsyncMeshStorage) -> None:
     assert_type(await storage.consume("b", handle, batch=10, stop=asyncio.Event()), None)
 

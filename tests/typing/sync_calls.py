@@ -56,6 +56,16 @@ def handle(uow: UnitOfWork, delivery: Delivery) -> None:
     assert_type(uow.state.put("k", delivery.message.content), StateEntry)
 
 
+def of_replicas(storage: MeshStorage) -> None:
+    with storage.begin(position=True) as uow:
+        uow.state.put("k", b"v")
+    assert_type(uow.position, str)
+    assert_type(storage.position(), str)
+    with storage.begin(read_only=True, replica=True, after=uow.position, max_lag=timedelta(seconds=1)) as reading:
+        assert_type(reading, UnitOfWork)
+    assert_type([each.lag for each in (storage.health()).replicas], list[timedelta | None])
+
+
 def of_the_worker(storage: MeshStorage) -> None:
     assert_type(storage.consume("b", handle, batch=10, stop=threading.Event()), None)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent import futures
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 from weakref import WeakKeyDictionary, WeakMethod
 
@@ -66,6 +67,23 @@ async def to_the_end(work: Callable[[], Coroutine[Any, Any, T]], ending: Callabl
     if cancellation is not None:
         raise cancellation
     return task.result()
+
+
+async def apart(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a coroutine function; if what it awaits was cancelled, and not this task, that is an error like another.
+
+    Raises:
+        concurrent.futures.CancelledError: Something that it awaits was cancelled.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+    before = task.cancelling()
+    try:
+        return await function(*args, **kwargs)
+    except asyncio.CancelledError as error:
+        if task.cancelling() > before:
+            raise
+        raise futures.CancelledError("what was awaited was cancelled") from error
 
 
 async def finished(owner: Ownership) -> None:

@@ -18,14 +18,16 @@ from mesh_storage.aio.postgres.joined import AsyncJoinedSession
 from mesh_storage.aio.postgres.transaction import AsyncUnitOfWorkTransaction
 from mesh_storage.errors import InvalidInputError, MeshStorageError, UnavailableError
 from mesh_storage.models.base import Writes
-from mesh_storage.postgres.characteristics import Characteristics
+from mesh_storage.postgres.characteristics import AUTOCOMMIT, Characteristics
 from mesh_storage.postgres.commits import Commits
 from mesh_storage.postgres.deadline import Deadline
 from mesh_storage.postgres.failure import committed_locally, failed_before, judge, not_committed
 from mesh_storage.postgres.ownership import Ownership
 from mesh_storage.postgres.savepoints import Savepoints
 from mesh_storage.postgres.statement import Parameters, Row, Statement
+from mesh_storage.postgres.tenure import now
 from mesh_storage.postgres.transaction_pooling import Pooling
+from mesh_storage.postgres.wal import STANDING, standing
 
 logger = logging.getLogger("mesh_storage")
 
@@ -39,6 +41,9 @@ class AsyncUnitOfWorkConnection:
     After a failed statement, only a rollback is possible, as in PostgreSQL itself, either of the transaction or to a
     savepoint.
     """
+
+    position: str | None = None
+    """Where the last commit is in the write-ahead log, if that was asked for."""
 
     def __init__(
         self,
@@ -66,6 +71,23 @@ class AsyncUnitOfWorkConnection:
     async def prepare(self) -> None:
         """Set up the connection for the unit of work, without a round trip."""
         await self._transaction.prepare()
+
+    async def ask(self, sql: bytes, until: float | None = None) -> Row:
+        """Execute a statement that returns one row, between transactions, until a moment by `time.monotonic()`.
+
+        It has a snapshot of its own, which is older than that of every later statement.
+        """
+        timed = self.driver.connection
+        deadline = timed.deadline
+        await self.driver.switch(AUTOCOMMIT)
+        if until is not None:
+            timed.deadline = until if deadline is None else min(until, deadline)
+        try:
+            rows, _ = await self.perform(self.driver.execute, sql)
+        finally:
+            timed.deadline = deadline
+        await self._transaction.prepare()
+        return rows[0]
 
     @property
     def has_failed(self) -> bool:
@@ -225,8 +247,23 @@ class AsyncUnitOfWorkConnection:
         self._changes_versions = self.joined.is_used
         self.savepoints.committed()
         await self.joined.settle()
+        if self.characteristics.position:
+            await self._note_position()
         if self.driver.unreplicated:
             raise committed_locally(None)
+
+    async def _note_position(self) -> None:
+        self.position = None
+        asked = now()
+        try:
+            found = standing(await self.ask(STANDING), asked)
+        except MeshStorageError as error:  # it is committed all the same
+            logger.debug("no position", exc_info=error)
+        else:
+            waited = (
+                self.characteristics.durability == "strict" and not self.joined.is_used
+            )  # it may have said SET LOCAL
+            self.position = str(found.committed if waited else found.position)
 
     async def rollback(self) -> None:
         """Roll back everything since the last commit or rollback."""

@@ -27,6 +27,7 @@ from mesh_storage.postgres.events import Events
 from mesh_storage.postgres.floors import Floors
 from mesh_storage.postgres.liveness import Liveness
 from mesh_storage.postgres.statement import Parameters, Row
+from mesh_storage.postgres.wal import Standing
 
 _LIMITS = """
     SELECT extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::interval) * 1000,
@@ -53,6 +54,8 @@ class AsyncDriver:
         self.unreplicated = False
         """Whether the server warned that a commit did not wait for a synchronous standby."""
         self.floors = Floors()
+        self.standing: Standing | None = None
+        """Where the server stood when it was asked last; only units of work that read from replicas ask."""
         self._events = events
         self._limits: SessionLimits | None = None
         timestamps.register(connection)

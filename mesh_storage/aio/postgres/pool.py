@@ -43,7 +43,10 @@ T = TypeVar("T")
 
 
 class AsyncPool:
-    """The connections of one storage, for all tasks of one event loop."""
+    """The connections of one storage to one database, for all tasks of one event loop."""
+
+    lends: type[AsyncUnitOfWorkConnection] = AsyncUnitOfWorkConnection
+    """What a unit of work gets."""
 
     def __init__(self, settings: Settings, server: Server) -> None:
         self.size = settings.pool_size
@@ -73,10 +76,13 @@ class AsyncPool:
         """The number of connections that wait for a unit of work."""
         return len(self._idle)
 
-    async def acquire(self, characteristics: Characteristics, *, beside: bool = False) -> AsyncUnitOfWorkConnection:
+    async def acquire(
+        self, characteristics: Characteristics, *, beside: bool = False, until: float | None = None
+    ) -> AsyncUnitOfWorkConnection:
         """Acquire a connection, to be returned by `release`.
 
-        With `beside` it waits for none: when all are in use, it makes one more, which `release` discards.
+        With `beside` it waits for none: when all are in use, it makes one more, which `release` discards. With `until`
+        it gives up at that moment, by `time.monotonic()`.
 
         Raises:
             ClosedError: The pool is closed.
@@ -90,7 +96,7 @@ class AsyncPool:
         self._check_loop()
         placed = not (beside and self._free.locked())
         if placed and self._free.locked():
-            await self._wait(characteristics.timeout)
+            await self._wait(characteristics.timeout, until)
         elif placed:
             await self._free.acquire()
         if self.closed:  # it may have been closed in the meantime
@@ -98,12 +104,12 @@ class AsyncPool:
             check_open(closed=True)
         driver = self._idle_driver() if placed else None
         # In its own task, since a half-open connection would leak if cancelled.
-        connecting = None if driver else self._keep_running(self._connect(deadline))
+        connecting = None if driver else self._keep_running(self._connect(until or deadline))
         try:
             if connecting is not None:
                 driver = await asyncio.shield(connecting)
             assert driver is not None, "either idle or just connected"
-            connection = AsyncUnitOfWorkConnection(driver, characteristics, deadline, self._pooling, self.commits)
+            connection = self.lends(driver, characteristics, deadline, self._pooling, self.commits)
             await connection.prepare()
         except BaseException:
             self._keep_running(self._give_up(driver, connecting, placed=placed))
@@ -151,9 +157,12 @@ class AsyncPool:
                 "this storage belongs to another event loop; open one per event loop, in the loop that uses it"
             )
 
-    async def _wait(self, timeout: float | None) -> None:
+    async def _wait(self, timeout: float | None, until: float | None) -> None:
+        limit = wait_limit(self._timeout, timeout)
+        if until is not None:
+            limit = min(limit, max(0.0, until - time.monotonic()))
         try:
-            async with asyncio.timeout(wait_limit(self._timeout, timeout)):
+            async with asyncio.timeout(limit):
                 await self._free.acquire()
         except TimeoutError:
             raise self._exhausted(timeout) from None

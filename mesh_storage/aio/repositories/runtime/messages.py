@@ -158,6 +158,8 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
 
         Raises:
             AlreadyExistsError: A different message has this id.
+            ConflictError: An earlier message with this id was deleted beside this library, and its delivery, which
+                nobody has claimed since, has another key. The unit of work can only be rolled back.
             InvalidInputError: A value is invalid; names the field.
         """
         (given,) = _MESSAGES.attributes("message", [message])
@@ -195,12 +197,19 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
             return 0
         places = {key: place for place, key in reversed(list(enumerate(given["id"])))}
         parameters = {"position": [places[key] for key in columns["id"]], "delay": check_delay(delay)}
-        queued = int(await self._fetch_value(queueing.SEND_MANY, **columns, **parameters))
-        if queued < len(columns["id"]):
-            await self._check_same(columns)
+        queued = 0
+        for _ in range(3):  # what is there may be deleted before it is queued
+            queued += int(await self._fetch_value(queueing.SEND_MANY, **columns, **parameters))
+            if queued == len(columns["id"]):
+                return queued
+            found = await self._check_same(columns)
+            left = sum(not row[_QUEUED] for row in found)
             receivers = {"id": columns["id"], "to_node": columns["to_node"]}
-            queued += int(await self._fetch_value(queueing.QUEUE_MANY, **receivers, **parameters))
-        return queued
+            again = int(await self._fetch_value(queueing.QUEUE_MANY, **receivers, **parameters)) if left else 0
+            queued += again
+            if len(found) == len(columns["id"]) and again == left:
+                return queued
+        raise ConflictError("some of the messages are being stored and deleted concurrently", retryable=True)
 
     async def enqueue(self, *, since: int, limit: int = 10_000) -> int:
         """Queue up to `limit` stored messages that never were, each for its `to_node`, and return their number.
@@ -209,7 +218,7 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         that `store` or another service wrote, and needs the privilege UPDATE on the messages.
         """
         parameters = {"since": checks.integer("since", since), "limit": checks.integer("limit", limit, 1, MAX_ROWS)}
-        return int(await self._fetch_value(queueing.ENQUEUE, **parameters))
+        return int(await self._fetch_value(queueing.ENQUEUE[await self._is_distributed()], **parameters))
 
     async def delete(self, key: str) -> None:
         """Delete the message with this id and its deliveries, open ones as well: an `ack` of one fails then.
@@ -217,14 +226,19 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         Raises:
             NotFoundError: There is none.
         """
-        if not await self._delete(queueing.DELETE, [self._aggregate.check_key(key)]):
+        checked = [self._aggregate.check_key(key)]
+        # One that is queued meanwhile is not deleted at first, since its deliveries are not seen.
+        if not await self._delete(checked) and not await self._delete(checked):
             raise NotFoundError(self._aggregate.name, key)
 
     async def delete_many(self, ids: Iterable[str]) -> int:
         """Delete those messages with these ids that have no open delivery, dead ones included, and return how many."""
-        return await self._delete(
-            queueing.DELETE_SETTLED, sorted(set(self._aggregate.check_key.column(checks.many("ids", ids))))
-        )
+        checked = sorted(set(self._aggregate.check_key.column(checks.many("ids", ids))))
+        row = await self._connection.fetch_one(queueing.DELETE_UNDELIVERED, {"id": checked})
+        assert row is not None, "the statement always returns one row"
+        deleted, settled, *heads = row
+        await self._follow(heads)
+        return int(deleted) + (await self._delete(settled) if settled else 0)
 
     async def purge(self, before: int, *, limit: int = 10_000) -> int:
         """Delete up to `limit` messages from before a Unix time in seconds, the oldest first, and return their number.
@@ -232,7 +246,7 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         Those with a delivery stay, with a dead one as well.
         """
         parameters = {"before": checks.integer("before", before), "limit": checks.integer("limit", limit, 1, MAX_ROWS)}
-        return await self._connection.execute(queueing.PURGE, parameters)
+        return await self._connection.execute(queueing.PURGE[await self._is_distributed()], parameters)
 
     async def page(
         self,
@@ -287,45 +301,68 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         (given,) = _MESSAGES.attributes("message", [message])
         values = {name: check(given.get(name)) for name, check in _CHECKS.items()}
         key = {"to_node": values["to_node"], "id": values["id"]}
-        for again in range(3):  # the conflicting row may be deleted before it is read
+        for _ in range(3):  # the conflicting row may be deleted before it is read
             row = await self._connection.fetch_one(store, {**values, **parameters})
             if row is None:
                 there = await self._connection.fetch_one(_SELECT_STORED, key)
                 if there is None:
-                    if again and await self.find(message.id) is not None:
+                    if await self.find(message.id) is not None and not await self._is_distributed():
                         raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
                     continue
                 found = _MESSAGES.load.of_values(there)
                 if not _same(found, values):
                     raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
-                row = (found.timestamp, found.created_at)
-                if store_again is not None and not there[_QUEUED]:
-                    await self._connection.fetch_one(store_again, {**key, **parameters})
-            given.update(timestamp=row[0], created_at=row[1])
+                if store_again is None or there[_QUEUED]:
+                    row = (found.timestamp, found.created_at)
+                else:
+                    row = await self._connection.fetch_one(store_again, {**key, **parameters})
+                    if row is None:  # queued or deleted meanwhile
+                        continue
+            timestamp, created_at, *under_another_key = row
+            if any(under_another_key):
+                raise self._connection.fail(
+                    ConflictError(
+                        f"an earlier message with id {message.id!r} was deleted beside this library, and its delivery "
+                        "has another key"
+                    )
+                )
+            given.update(timestamp=timestamp, created_at=created_at)
             mark_written(message, self._connection.writes)
             return
         raise ConflictError(f"message {message.id!r} is being stored and deleted concurrently", retryable=True)
 
-    async def _check_same(self, columns: dict[str, list[Any]]) -> None:
+    async def _check_same(self, columns: dict[str, list[Any]]) -> list[Row]:
+        """Return the rows that are there, after a check that each is the same as the message given."""
         by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
-        same: dict[str, bool] = {}
-        for found in await self._fetch_all(_SELECT_MANY, ids=list(by_id)):
+        others: set[str] = set()
+        same: list[Row] = []
+        rows = await self._connection.fetch_all(_SELECT_MANY, {"ids": list(by_id)})
+        for row, found in zip(rows, _MESSAGES.load.many(rows), strict=True):
             values = dict(zip(_CHECKS, by_id[found.id], strict=True))
-            if found.to_node == values["to_node"]:
-                same[found.id] = _same(found, values)
-            else:  # in a distributed database, it may stand beside ours
-                same.setdefault(found.id, False)
-        for key, is_same in same.items():
-            if not is_same:
-                raise self._connection.fail(AlreadyExistsError(f"a different message with id {key!r} exists"))
+            if found.to_node != values["to_node"]:
+                others.add(found.id)
+            elif _same(found, values):
+                same.append(row)
+            else:
+                raise self._connection.fail(AlreadyExistsError(f"a different message with id {found.id!r} exists"))
+        others.difference_update(row[0] for row in same)
+        if others and not await self._is_distributed():
+            raise self._connection.fail(AlreadyExistsError(f"a different message with id {min(others)!r} exists"))
+        return same
 
-    async def _delete(self, statement: Statement, ids: list[str]) -> int:
-        row = await self._connection.fetch_one(statement, {"id": ids})
+    async def _delete(self, ids: list[str]) -> int:
+        row = await self._connection.fetch_one(queueing.DELETE, {"id": ids})
         assert row is not None, "the statement always returns one row"
         deleted, *heads = row
+        await self._follow(heads)
+        return int(deleted)
+
+    async def _follow(self, heads: list[Any]) -> None:
         if heads[0] is not None:
             await self._advance(list(zip(*heads, strict=True)))
-        return int(deleted)
+
+    async def _is_distributed(self) -> bool:
+        return bool(await self._fetch_value(queueing.IS_DISTRIBUTED))
 
     def _by_time(
         self, to_node: str | None, from_node: str | None, since: int | None, until: int | None

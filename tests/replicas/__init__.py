@@ -1,0 +1,1 @@
+"""Tests of reads from replicas, on a primary and two standbys."""
