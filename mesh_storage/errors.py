@@ -250,8 +250,8 @@ def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:
         )
     if (sqlstate, error.diag.source_function) in _SHARDS_CHANGED:
         return SerializationError(
-            "a table was distributed, or a part of it moved to another server, while a statement ran; retry the unit of "
-            f"work. PostgreSQL reports {error.diag.message_primary!r} (SQLSTATE {sqlstate})",
+            "a table was distributed, or a part of it moved to another server, while a statement ran; retry the unit "
+            f"of work. PostgreSQL reports {error.diag.message_primary!r} (SQLSTATE {sqlstate})",
             sqlstate=sqlstate,
         )
     kind = _BY_SQLSTATE.get(sqlstate) or _BY_CLASS.get(sqlstate[:2], MeshStorageError)

@@ -60,6 +60,8 @@ _ONE_NODE = (
     "SELECT citus_set_coordinator_host('localhost', current_setting('port')::int)",
     "SELECT citus_set_node_property('localhost', current_setting('port')::int, 'shouldhaveshards', true)",
 )
+# One at a time, since Citus gives its replication slots the same names in every database. "mesh_tst" as a number.
+_TURN = int.from_bytes(b"mesh_tst")
 _MARKED = "SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1"
 _FOUND = "SELECT datname FROM pg_database WHERE starts_with(datname, %s) AND pg_get_userbyid(datdba) = current_user"
 _OTHERS = """
@@ -120,7 +122,9 @@ class Databases:
         with engine.connect(server.connect) as connection:
             for statement in _ONE_NODE:
                 connection.execute(statement)
-        distribution.distribute_server(server, apply=True)
+        with self._admin.transaction():
+            self._admin.execute("SELECT pg_advisory_xact_lock(%s)", [_TURN])
+            distribution.distribute_server(server, apply=True)
 
     def close(self) -> None:
         """Drop the template database."""

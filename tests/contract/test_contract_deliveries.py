@@ -318,7 +318,6 @@ def test_a_message_that_another_service_deleted_is_passed_over(
     assert backlog(storage) == Backlog(0, 0, 0, 0, 0, None, ())
 
 
-@pytest.mark.one_server
 def test_old_messages_without_a_delivery_are_removed(storage: MeshStorage) -> None:
     with storage.begin() as uow:
         uow.messages.store(message(1, timestamp=OLD))
@@ -371,6 +370,18 @@ def test_what_was_only_stored_is_queued_once(storage: MeshStorage, mesh_storage_
         uow.messages.send(message(1, timestamp=OLD + 2))  # was queued before
         uow.messages.send(message(3, timestamp=OLD - 1))  # was not
         assert uow.messages.enqueue(since=0) == 0
+    assert ids(claim(storage)) == ["m-3"]
+
+
+def test_the_oldest_that_was_never_queued_comes_first_and_each_to_its_receiver(storage: MeshStorage) -> None:
+    given = [message(number, timestamp=OLD + number) for number in (3, 1, 2)]
+    with storage.begin() as uow:
+        uow.messages.store_many([*given, Message(id="m-0", from_node="a", to_node="c", content=b"", timestamp=OLD)])
+        uow.messages.send(given[1])
+        assert uow.messages.enqueue(since=OLD, limit=2) == 2
+    assert (ids(claim(storage)), ids(claim(storage, receiver="c"))) == (["m-1", "m-2"], ["m-0"])
+    with storage.begin() as uow:
+        assert uow.messages.enqueue(since=OLD) == 1
     assert ids(claim(storage)) == ["m-3"]
 
 

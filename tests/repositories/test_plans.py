@@ -17,6 +17,8 @@ from sqlalchemy import text
 from mesh_storage import Delivery, LogEntry, Mesh, MeshStorage, Message, Node, Route, UnitOfWork
 from mesh_storage.testing import Databases
 
+pytestmark = pytest.mark.one_server  # The plans of a distributed database are those of its shards.
+
 Work: TypeAlias = Callable[[UnitOfWork], Any]
 Executed: TypeAlias = list[tuple[bytes, Any]]
 ROWS = 20_000
