@@ -25,7 +25,7 @@ MOST_ATTEMPTS = 4
 # The statement has one moment for all rows, as those of the library have.
 LAPSE = """
     UPDATE mesh_deliveries SET available_at = (SELECT clock_timestamp())
-    WHERE state IN ('queued', 'leased') AND available_at > clock_timestamp()
+    WHERE state IN ('queued', 'leased') AND available_at > (SELECT clock_timestamp())
 """
 
 ids = st.sampled_from(["1", "2", "3", "4", "5"])

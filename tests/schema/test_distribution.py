@@ -222,7 +222,8 @@ def test_with_the_new_keys_a_message_to_another_receiver_is_no_conflict_whatever
 def test_with_the_new_keys_old_messages_without_a_delivery_are_removed(keyed_url: str) -> None:
     with MeshStorage.open(keyed_url) as storage:
         with storage.begin() as uow:
-            uow.messages.store_many([message(number, to) for number in range(1, 4) for to in ("b", "c")])
+            for to in ("b", "c"):
+                uow.messages.store_many([message(number, to) for number in range(1, 4)])
             uow.messages.send(message(1, "b"))
             uow.messages.store(message(9, "b"))
         with storage.begin() as uow:
