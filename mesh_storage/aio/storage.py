@@ -320,7 +320,10 @@ class AsyncMeshStorage:
                 database = sync_connection(connection.driver.sqlalchemy)
                 revision, unclear = None, None
                 missing: tuple[str, ...] = ()
+                silent: tuple[str, ...] = ()
                 try:
+                    if row is not None and row[1]:
+                        silent = tuple(name for (name,) in await connection.fetch_all(health.WORKERS))
                     if len(self._replicas):
                         primary = standing(await connection.ask(STANDING), now())
                     revision, missing = await connection.perform(in_greenlet, schema.examine, database)
@@ -328,7 +331,10 @@ class AsyncMeshStorage:
                     unclear = error
             finally:
                 await self._pool.release(connection)
-            return health.answered(row, revision, missing, unclear, round_trip_ms=round_trip_ms, **pool), primary
+            return (
+                health.answered(row, revision, missing, unclear, silent, round_trip_ms=round_trip_ms, **pool),
+                primary,
+            )
         except ClosedError:
             raise
         except MeshStorageError as error:

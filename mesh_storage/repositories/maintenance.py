@@ -7,7 +7,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from mesh_storage.postgres.connection import UnitOfWorkConnection
-from mesh_storage.repositories import removal
+from mesh_storage.repositories import queueing, removal
 from mesh_storage.repositories.removal import Maintained
 
 
@@ -24,5 +24,7 @@ class Maintenance:
         row = self._connection.fetch_one(removal.CHANGES, {"limit": removal.STEP, "older_than": changes_older_than})
         messages = 0
         if messages_older_than is not None:
-            messages = execute(removal.MESSAGES, {"limit": removal.STEP, "older_than": messages_older_than})
+            asked = self._connection.fetch_one(queueing.IS_DISTRIBUTED)
+            statement = removal.MESSAGES[asked is not None and asked[0]]
+            messages = execute(statement, {"limit": removal.STEP, "older_than": messages_older_than})
         return Maintained(sum(expired), 0 if row is None else row[0], messages)

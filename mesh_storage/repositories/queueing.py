@@ -13,6 +13,8 @@ from mesh_storage.repositories import checks
 from mesh_storage.repositories.deliveries import MOMENT, NUMBERS, TEXTS, check_receiver, statement
 
 KEY_LENGTH = 255
+NO_SUCH_KEY = "42P10"
+"""The SQLSTATE of a conflict target that is no key of the table."""
 _MOST_RECEIVERS = 10_000
 
 _TIMESTAMP = "coalesce({}, extract(epoch FROM now())::bigint)"
@@ -21,8 +23,14 @@ _NEW = f"""
     VALUES (:id, :from_node, :to_node, :content, {_TIMESTAMP.format("CAST(:timestamp AS bigint)")}, true)
     ON CONFLICT DO NOTHING RETURNING id, timestamp, created_at
 """  # noqa: S608 - our own names
+# A message that goes to others than its `to_node` needs an id that is unique among all of them: a distributed database,
+# where it is not, refuses this conflict target, rather than to keep deliveries apart from their message.
+_NEW_TO_OTHERS = _NEW.replace("ON CONFLICT", "ON CONFLICT (id)")
 # Of two that queue the same message at once, one waits for the other here and then finds it queued.
-_STORED = "UPDATE mesh_messages SET queued = true WHERE id = :id AND NOT queued RETURNING id, timestamp, created_at"
+_STORED = """
+    UPDATE mesh_messages SET queued = true WHERE to_node = :to_node AND id = :id AND NOT queued
+    RETURNING id, timestamp, created_at
+"""
 
 # Another service may have deleted an earlier message with this id, and nobody has noticed yet: then its delivery
 # becomes that of the new one, in its old place.
@@ -76,8 +84,16 @@ def _send_keyed(stored: str) -> Statement:
     )
 
 
-SEND = {False: _send(_NEW), True: _send_keyed(_NEW)}
-"""Stores a message and queues it, without a key or with one; returns no row if the id is taken."""
+SEND = {
+    (False, False): _send(_NEW),
+    (True, False): _send_keyed(_NEW),
+    (False, True): _send(_NEW_TO_OTHERS),
+    (True, True): _send_keyed(_NEW_TO_OTHERS),
+}
+"""Stores a message and queues it, without a key or with one, for its `to_node` or for others as well.
+
+Returns no row if the id is taken.
+"""
 QUEUE = {False: _send(_STORED), True: _send_keyed(_STORED)}
 """The same for a message that is there already; returns no row if it was queued before."""
 SEND_MANY = statement(
@@ -108,88 +124,124 @@ SEND_MANY = statement(
 QUEUE_MANY = statement(
     f"""
     WITH stored AS (
-        UPDATE mesh_messages SET queued = true WHERE id = ANY(:id) AND NOT queued RETURNING id, to_node
+        UPDATE mesh_messages AS m SET queued = true
+        FROM unnest(:id, :to_node, :position) AS input (id, to_node, position)
+        WHERE m.id = ANY(:id) AND m.to_node = input.to_node AND m.id = input.id AND NOT m.queued
+        RETURNING m.id, m.to_node, input.position
     ),
     queued AS (
         INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
-        SELECT stored.id, stored.to_node, {MOMENT} + :delay
-        FROM stored JOIN unnest(:id, :position) AS input (id, position) ON input.id = stored.id
-        ORDER BY input.position {_INSTEAD}
+        SELECT id, to_node, {MOMENT} + :delay FROM stored ORDER BY position {_INSTEAD}
     )
     SELECT count(*) FROM stored
     """,  # noqa: S608 - our own names
     id=TEXTS,
+    to_node=TEXTS,
     position=NUMBERS,
     delay=Interval,
 )
-ENQUEUE = statement(
-    f"""
-    WITH found AS MATERIALIZED (
-        SELECT id FROM mesh_messages WHERE timestamp >= :since AND NOT queued
-        ORDER BY timestamp, id LIMIT :limit FOR UPDATE SKIP LOCKED
-    ),
-    stored AS (
-        UPDATE mesh_messages SET queued = true WHERE id = ANY(ARRAY(SELECT id FROM found))
-        RETURNING id, to_node, timestamp
-    ),
-    queued AS (
-        INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
-        SELECT id, to_node, {MOMENT} FROM stored ORDER BY timestamp, id {_INSTEAD}
-    )
-    SELECT count(*) FROM stored
-    """  # noqa: S608 - our own names
+IS_DISTRIBUTED = statement(
+    "SELECT indnkeyatts > 1 FROM pg_index WHERE indrelid = 'mesh_messages'::regclass AND indisprimary", writes=False
 )
+"""Returns whether an id is unique for each receiver only, as in a distributed database.
+
+Citus locks no rows of several receivers, so it takes no SKIP LOCKED there.
+"""
 
 
-def _delete(condition: str) -> Statement:
-    # The lanes are locked before, as by an acknowledgement. A message that was queued since the snapshot, and whose
-    # deliveries are not seen therefore, is found to be so once its row is locked.
+def _enqueue(lock: str) -> Statement:
     return statement(
         f"""
-        WITH lanes AS MATERIALIZED (
-            SELECT lane.receiver, lane.key FROM mesh_delivery_lanes AS lane
-            JOIN mesh_deliveries AS d ON d.receiver = lane.receiver AND d.key = lane.key
-            WHERE d.message_id = ANY(:id) ORDER BY lane.receiver COLLATE "C", lane.key COLLATE "C" FOR UPDATE OF lane
+        WITH found AS MATERIALIZED (
+            SELECT id, to_node FROM mesh_messages WHERE timestamp >= :since AND NOT queued
+            ORDER BY timestamp, id LIMIT :limit {lock}
         ),
-        old AS MATERIALIZED (SELECT id, queued FROM mesh_messages WHERE id = ANY(:id)),
-        deleted AS (
-            DELETE FROM mesh_messages AS m USING old
-            WHERE m.id = old.id AND m.queued = old.queued AND {condition} RETURNING m.id
+        stored AS (
+            UPDATE mesh_messages AS m SET queued = true FROM found
+            WHERE m.id = ANY(ARRAY(SELECT id FROM found))
+            AND m.to_node = found.to_node AND m.id = found.id AND NOT m.queued
+            RETURNING m.id, m.to_node, m.timestamp
         ),
-        cancelled AS (
-            DELETE FROM mesh_deliveries AS d USING deleted
-            WHERE (SELECT count(*) FROM lanes) >= 0 AND d.message_id = deleted.id
-            RETURNING d.receiver, d.key, d.seq, d.state
-        ),
-        heads AS (SELECT receiver, key, seq FROM cancelled WHERE key IS NOT NULL AND state <> 'waiting')
-        SELECT (SELECT count(*) FROM deleted), array_agg(receiver), array_agg(key), array_agg(seq) FROM heads
-        """,  # noqa: S608 - our own names
-        id=TEXTS,
+        queued AS (
+            INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
+            SELECT id, to_node, {MOMENT} FROM stored ORDER BY timestamp, id {_INSTEAD}
+        )
+        SELECT count(*) FROM stored
+        """  # noqa: S608 - our own names
     )
 
 
-# OFFSET 0 keeps the server from reading all deliveries instead of those of each message; likewise below. A dead one
-# that was driven back since the snapshot is not dead any more once its row is locked.
-DELETE = _delete("true")
-DELETE_SETTLED = _delete(
-    """
-    NOT EXISTS (
-        SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id AND NOT EXISTS (
-            SELECT FROM mesh_deliveries AS dead
-            WHERE dead.message_id = d.message_id AND dead.receiver = d.receiver AND dead.state = 'dead' FOR UPDATE
-        ) OFFSET 0
+ENQUEUE = {False: _enqueue("FOR UPDATE SKIP LOCKED"), True: _enqueue("")}
+"""Queues what never was, on one server and in a distributed database, where it waits for who has locked a message."""
+
+# As `send` does, a lane that is there is written, which locks it until the commit; one that is made was that of a
+# delivery that is gone by now, and is removed again with those that are empty.
+_LANES = """
+    INSERT INTO mesh_delivery_lanes (receiver, key)
+    SELECT receiver, key FROM mesh_deliveries WHERE message_id = ANY(:id) AND key IS NOT NULL
+    GROUP BY receiver, key ORDER BY receiver COLLATE "C", key COLLATE "C"
+    ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key RETURNING receiver, key, xmax = 0 AS is_new
+"""
+# A message that was queued since the snapshot, and whose deliveries are not seen therefore, is found to be so once its
+# row is locked.
+_DELETED = """
+    DELETE FROM mesh_messages AS m USING old
+    WHERE m.id = ANY(:id) AND m.to_node = old.to_node AND m.id = old.id AND m.queued = old.queued RETURNING m.id
+"""
+_HEADS = "array_agg(receiver), array_agg(key), array_agg(seq) FROM heads"
+DELETE = statement(
+    f"""
+    WITH lanes AS ({_LANES}),
+    old AS MATERIALIZED (SELECT id, to_node, queued FROM mesh_messages WHERE id = ANY(:id)),
+    deleted AS ({_DELETED}),
+    cancelled AS (
+        DELETE FROM mesh_deliveries
+        WHERE (SELECT count(*) FROM lanes) >= 0 AND message_id = ANY(ARRAY(SELECT id FROM deleted))
+        RETURNING receiver, key, seq, state
+    ),
+    heads AS (
+        SELECT receiver, key, seq FROM cancelled WHERE key IS NOT NULL AND state <> 'waiting'
+        UNION ALL SELECT receiver, key, 0 FROM lanes WHERE is_new
     )
-    """
+    SELECT (SELECT count(*) FROM deleted), {_HEADS}
+    """,  # noqa: S608 - our own names
+    id=TEXTS,
 )
+"""Deletes messages with their deliveries; returns how many, and the removed first ones of keys."""
+# A dead delivery is written to lock it: one that was driven back since the snapshot is not dead any more then.
+DELETE_UNDELIVERED = statement(
+    f"""
+    WITH lanes AS ({_LANES}),
+    dead AS (
+        UPDATE mesh_deliveries SET state = state
+        WHERE (SELECT count(*) FROM lanes) >= 0 AND message_id = ANY(:id) AND state = 'dead'
+        RETURNING message_id, receiver
+    ),
+    seen AS MATERIALIZED (SELECT message_id, receiver FROM mesh_deliveries WHERE message_id = ANY(:id)),
+    old AS MATERIALIZED (
+        SELECT id, to_node, queued FROM mesh_messages
+        WHERE id = ANY(:id) AND id <> ALL(ARRAY(SELECT message_id FROM seen))
+    ),
+    deleted AS ({_DELETED}),
+    settled AS (
+        SELECT seen.message_id FROM seen LEFT JOIN dead USING (message_id, receiver)
+        GROUP BY seen.message_id HAVING count(*) = count(dead.receiver)
+    ),
+    heads AS (SELECT receiver, key, 0 AS seq FROM lanes WHERE is_new)
+    SELECT (SELECT count(*) FROM deleted), ARRAY(SELECT message_id FROM settled ORDER BY message_id), {_HEADS}
+    """,  # noqa: S608 - our own names
+    id=TEXTS,
+)
+"""Deletes messages without a delivery; returns how many, and the ids of those with dead ones only, now locked."""
 
 
-def purge(condition: str, **types: Any) -> Statement:
-    """Return the statement that deletes old messages without a delivery.
+def purge(condition: str, **types: Any) -> dict[bool, Statement]:
+    """Return the statements that delete old messages without a delivery, on one server and in a distributed database.
 
     A message that was queued since the snapshot is checked anew once its row is locked: `queued` is another then.
     """
-    return statement(
-        f"""
+    # OFFSET 0 keeps the server from reading all deliveries instead of those of each message.
+    one_server = f"""
         WITH old AS MATERIALIZED (
             SELECT id, queued FROM mesh_messages AS m WHERE {condition}
             AND NOT EXISTS (SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id OFFSET 0)
@@ -202,9 +254,20 @@ def purge(condition: str, **types: Any) -> Statement:
             ) AS locked
         )
         DELETE FROM mesh_messages WHERE id = ANY(ARRAY(SELECT id FROM free))
-        """,  # noqa: S608 - our own names
-        **types,
-    )
+    """  # noqa: S608 - our own names
+    distributed = f"""
+        WITH old AS MATERIALIZED (
+            SELECT id, to_node, queued FROM mesh_messages AS m WHERE {condition}
+            AND NOT EXISTS (
+                SELECT FROM mesh_deliveries AS d WHERE d.receiver = m.to_node AND d.message_id = m.id OFFSET 0
+            )
+            ORDER BY timestamp, id LIMIT :limit
+        )
+        DELETE FROM mesh_messages AS m USING old
+        WHERE m.id = ANY(ARRAY(SELECT id FROM old))
+        AND m.to_node = old.to_node AND m.id = old.id AND m.queued = old.queued
+    """  # noqa: S608 - our own names
+    return {False: statement(one_server, **types), True: statement(distributed, **types)}
 
 
 PURGE = purge("timestamp < :before")

@@ -121,12 +121,23 @@ GAUGES = (
 )
 """Another one is an entry here: all are parts of one query."""
 
-QUERY = " UNION ALL ".join(
-    f"SELECT {number}, label::text, value::float8 "  # noqa: S608 - our own statements
-    f"FROM ({gauge.sql}) AS _ (label, value) WHERE value IS NOT NULL"
-    for number, gauge in enumerate(GAUGES)
-).encode()
+# What a distributed database has is in other tables than those of these names, also on the coordinator.
+_OF_TABLES = ("mesh_storage.changes.", "mesh_storage.delivery.", "mesh_storage.table.")
+
+
+def _query(without: tuple[str, ...] = ()) -> bytes:
+    return " UNION ALL ".join(
+        f"SELECT {number}, label::text, value::float8 "  # noqa: S608 - our own statements
+        f"FROM ({gauge.sql}) AS _ (label, value) WHERE value IS NOT NULL"
+        for number, gauge in enumerate(GAUGES)
+        if not gauge.name.startswith(without)
+    ).encode()
+
+
+QUERY = _query()
 """All gauges: the number, the label and the value of each."""
+WITHOUT_TABLES = _query(_OF_TABLES)
+"""The same without those of tables, for a distributed database, which refuses `QUERY`."""
 
 Values = list[tuple[str | None, float]]
 
@@ -162,7 +173,11 @@ class Statistics:
         read: dict[Gauge, Values] = {gauge: [] for gauge in GAUGES}
         try:
             connection = self._connected()
-            for number, label, value in connection.execute(QUERY):
+            try:
+                rows = connection.execute(QUERY).fetchall()
+            except psycopg.errors.FeatureNotSupported:
+                rows = connection.execute(WITHOUT_TABLES).fetchall()
+            for number, label, value in rows:
                 read[GAUGES[number]].append((label, value))
         except (MeshStorageError, psycopg.Error) as error:
             logger.debug("no statistics", exc_info=error)

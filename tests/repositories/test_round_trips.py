@@ -107,6 +107,13 @@ def version(entry: StateEntry | ConfigEntry) -> int:
     return entry.version
 
 
+def bury(uow: UnitOfWork) -> list[str]:
+    """Set a message aside, and return its id."""
+    deliveries = uow.messages.claim("queue")
+    uow.messages.bury(deliveries, "reason")
+    return [each.message.id for each in deliveries]
+
+
 DAY = timedelta(days=1)
 ONE = Cost(1, 1)
 TWO = Cost(2, 2)  # The first call makes what the second one needs.
@@ -157,23 +164,28 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "messages.ack": (lambda uow: uow.messages.ack(uow.messages.claim("queue")), TWO),
     "messages.ack of a key": (lambda uow: uow.messages.ack(uow.messages.claim("keyed")), Cost(3, 3)),
     "messages.backlog": (lambda uow: uow.messages.backlog(), ONE),
+    "messages.backlog of a receiver": (lambda uow: uow.messages.backlog("queue"), ONE),
     "messages.bury": (lambda uow: uow.messages.bury(uow.messages.claim("queue"), "reason"), TWO),
     "messages.claim": (lambda uow: uow.messages.claim("queue"), ONE),
     "messages.claim of many": (lambda uow: uow.messages.claim("queue", limit=100), ONE),
     "messages.dead": (lambda uow: uow.messages.dead(), ONE),
+    "messages.dead of a receiver": (lambda uow: uow.messages.dead("queue"), ONE),
     "messages.delete_many": (lambda uow: uow.messages.delete_many(["msg-1", "msg-2"]), ONE),
-    "messages.enqueue": (lambda uow: uow.messages.enqueue(since=0), ONE),
+    "messages.delete_many of dead ones": (lambda uow: uow.messages.delete_many(bury(uow)), Cost(4, 4)),
+    "messages.enqueue": (lambda uow: uow.messages.enqueue(since=0), TWO),
     "messages.extend": (lambda uow: uow.messages.extend(uow.messages.claim("queue"), DAY), TWO),
     "messages.find": (lambda uow: uow.messages.find("msg-1"), ONE),
     "messages.get": (lambda uow: uow.messages.get("msg-1"), ONE),
     "messages.nack": (lambda uow: uow.messages.nack(uow.messages.claim("queue")), TWO),
     "messages.page": (lambda uow: uow.messages.page(to_node="b", since=1), ONE),
-    "messages.purge": (lambda uow: uow.messages.purge(1000), ONE),
+    "messages.page of all": (lambda uow: uow.messages.page(since=1), ONE),
+    "messages.purge": (lambda uow: uow.messages.purge(1000), TWO),
     "messages.redrive": (lambda uow: uow.messages.redrive("queue"), ONE),
     "messages.send": (lambda uow: uow.messages.send(message(4)), ONE),
     "messages.send again": (lambda uow: uow.messages.send(message(1005, "queue")), TWO),
     "messages.send of what was stored": (lambda uow: uow.messages.send(message(1)), Cost(3, 3)),
-    "messages.send of a key": (lambda uow: uow.messages.send(message(4), key="k", receivers=["a", "b"]), ONE),
+    "messages.send of a key": (lambda uow: uow.messages.send(message(4), key="k"), ONE),
+    "messages.send to others": (lambda uow: uow.messages.send(message(4), key="k", receivers=["a", "b"]), ONE),
     "messages.send_many": (lambda uow: uow.messages.send_many(map(message, range(8, 400))), ONE),
     "messages.send_many again": (lambda uow: uow.messages.send_many(map(message, range(4))), Cost(3, 3)),
     "messages.store": (lambda uow: uow.messages.store(message(4)), ONE),

@@ -179,6 +179,7 @@ def test_a_waiting_message_that_is_deleted_while_its_turn_comes_leaves_no_gap(st
     assert take(storage, 10) == ["m-3"]
 
 
+@pytest.mark.one_server
 def test_a_message_is_not_purged_while_it_is_queued(storage: MeshStorage) -> None:
     with storage.begin() as uow:
         uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"", timestamp=1))
@@ -198,6 +199,7 @@ def test_a_message_is_not_purged_while_it_is_queued(storage: MeshStorage) -> Non
 # What a claim looks at
 
 
+@pytest.mark.one_server
 def test_a_claim_does_not_look_at_those_that_wait_behind_a_key(storage: MeshStorage) -> None:
     send(storage, 0, key="hot")
     fill = """
@@ -312,6 +314,7 @@ def test_a_stored_message_that_changes_while_it_is_sent_is_sent_once(
     assert take(storage, 10) == ["m-1"]
 
 
+@pytest.mark.one_server
 def test_an_acknowledgement_of_several_receivers_and_a_message_to_them_do_not_deadlock(storage: MeshStorage) -> None:
     with storage.begin() as uow:
         uow.messages.send(message(1), key="k", receivers=["b", "c"])
@@ -382,6 +385,22 @@ def test_a_message_that_is_queued_while_it_is_deleted_stays_or_takes_its_deliver
     with storage.begin(read_only=True) as uow:
         assert (uow.messages.count(), uow.messages.backlog().due) == (1, 1)
     assert take(storage, 10) == ["m-1"]
+
+
+@pytest.mark.parametrize("how", ["delete", "delete_many"])
+def test_a_key_whose_only_message_is_acknowledged_while_it_is_deleted_is_not_held(
+    storage: MeshStorage, how: str
+) -> None:
+    send(storage, 1, key="k")
+    with storage.begin() as uow:
+        deliveries = uow.messages.claim("b")
+
+    def delete(uow: UnitOfWork) -> None:
+        uow.messages.delete("m-1") if how == "delete" else uow.messages.delete_many(["m-1"])
+
+    beside(storage, lambda uow: uow.messages.ack(deliveries), delete)
+    send(storage, 2, key="k")
+    assert take(storage) == ["m-2"]
 
 
 def test_a_dead_one_that_is_driven_back_while_it_is_deleted_stays(storage: MeshStorage) -> None:
