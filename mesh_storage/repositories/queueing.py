@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import ARRAY, Interval, LargeBinary
+from sqlalchemy import ARRAY, BigInteger, Interval, LargeBinary, Text
 
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.postgres.statement import Statement
@@ -238,12 +238,20 @@ DELETE_UNDELIVERED = statement(
 def purge(condition: str, **types: Any) -> dict[bool, Statement]:
     """Return the statements that delete old messages without a delivery, on one server and in a distributed database.
 
-    A message that was queued since the snapshot is checked anew once its row is locked: `queued` is another then.
+    They look behind a place, and return how many were deleted, how many were found, and the last of these. A message
+    that was queued since the snapshot is checked anew once its row is locked: `queued` is another then.
+    """
+    behind = "(timestamp, id) > (:timestamp, :id)"
+    counts = """
+        SELECT (SELECT count(*) FROM deleted), (SELECT count(*) FROM old), last.timestamp, last.id
+        FROM (SELECT) AS always LEFT JOIN (
+            SELECT timestamp, id FROM old ORDER BY timestamp DESC, id DESC LIMIT 1
+        ) AS last ON true
     """
     # OFFSET 0 keeps the server from reading all deliveries instead of those of each message.
     one_server = f"""
         WITH old AS MATERIALIZED (
-            SELECT id, queued FROM mesh_messages AS m WHERE {condition}
+            SELECT id, timestamp, queued FROM mesh_messages AS m WHERE {condition} AND {behind}
             AND NOT EXISTS (SELECT FROM mesh_deliveries AS d WHERE d.message_id = m.id OFFSET 0)
             ORDER BY timestamp, id LIMIT :limit
         ),
@@ -252,21 +260,26 @@ def purge(condition: str, **types: Any) -> dict[bool, Statement]:
                 SELECT m.id FROM mesh_messages AS m WHERE m.id = old.id AND m.queued = old.queued
                 FOR UPDATE SKIP LOCKED
             ) AS locked
-        )
-        DELETE FROM mesh_messages WHERE id = ANY(ARRAY(SELECT id FROM free))
+        ),
+        deleted AS (DELETE FROM mesh_messages WHERE id = ANY(ARRAY(SELECT id FROM free)) RETURNING id)
+        {counts}
     """  # noqa: S608 - our own names
     distributed = f"""
         WITH old AS MATERIALIZED (
-            SELECT id, to_node, queued FROM mesh_messages AS m WHERE {condition}
+            SELECT id, timestamp, to_node, queued FROM mesh_messages AS m WHERE {condition} AND {behind}
             AND NOT EXISTS (
                 SELECT FROM mesh_deliveries AS d WHERE d.receiver = m.to_node AND d.message_id = m.id OFFSET 0
             )
             ORDER BY timestamp, id LIMIT :limit
+        ),
+        deleted AS (
+            DELETE FROM mesh_messages AS m USING old
+            WHERE m.id = ANY(ARRAY(SELECT id FROM old))
+            AND m.to_node = old.to_node AND m.id = old.id AND m.queued = old.queued RETURNING m.id
         )
-        DELETE FROM mesh_messages AS m USING old
-        WHERE m.id = ANY(ARRAY(SELECT id FROM old))
-        AND m.to_node = old.to_node AND m.id = old.id AND m.queued = old.queued
+        {counts}
     """  # noqa: S608 - our own names
+    types = {"timestamp": BigInteger, "id": Text, **types}
     return {False: statement(one_server, **types), True: statement(distributed, **types)}
 
 

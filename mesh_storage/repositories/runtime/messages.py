@@ -42,6 +42,7 @@ from mesh_storage.repositories.aggregates import LIMIT
 from mesh_storage.repositories.base import Listing
 from mesh_storage.repositories.deliveries import MESSAGES as _MESSAGES
 from mesh_storage.repositories.deliveries import check_delay
+from mesh_storage.repositories.maintenance import Maintenance
 from mesh_storage.repositories.pages import MAX_ROWS, Page, Position
 from mesh_storage.repositories.runtime.deliveries import DeliveryRepository
 
@@ -247,8 +248,8 @@ class MessageRepository(DeliveryRepository):
 
         Those with a delivery stay, with a dead one as well.
         """
-        parameters = {"before": checks.integer("before", before), "limit": checks.integer("limit", limit, 1, MAX_ROWS)}
-        return self._connection.execute(queueing.PURGE[self._is_distributed()], parameters)
+        before, limit = checks.integer("before", before), checks.integer("limit", limit, 1, MAX_ROWS)
+        return Maintenance(self._connection).remove_messages(queueing.PURGE, limit, before=before)
 
     def page(
         self,

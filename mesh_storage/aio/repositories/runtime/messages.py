@@ -25,6 +25,7 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.repositories.base import AsyncListing
+from mesh_storage.aio.repositories.maintenance import AsyncMaintenance
 from mesh_storage.aio.repositories.runtime.deliveries import AsyncDeliveryRepository
 from mesh_storage.errors import (
     AlreadyExistsError,
@@ -245,8 +246,8 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
 
         Those with a delivery stay, with a dead one as well.
         """
-        parameters = {"before": checks.integer("before", before), "limit": checks.integer("limit", limit, 1, MAX_ROWS)}
-        return await self._connection.execute(queueing.PURGE[await self._is_distributed()], parameters)
+        before, limit = checks.integer("before", before), checks.integer("limit", limit, 1, MAX_ROWS)
+        return await AsyncMaintenance(self._connection).remove_messages(queueing.PURGE, limit, before=before)
 
     async def page(
         self,
