@@ -81,6 +81,7 @@ class Databases:
     def __init__(self, connect: dict[str, Any], *, distribute: bool = False) -> None:
         """Initialize with the arguments of a connection, and whether to distribute what has the schema by Citus."""
         self._connect = {"client_encoding": "UTF8", **connect}
+        self._distributes = distribute
         self._admin = engine.connect(self._connect)
         # Random rather than a process id, since several machines may share a server.
         mark = secrets.randbits(48)
@@ -110,6 +111,8 @@ class Databases:
         template = self._template if with_schema else "template0"
         self._execute(f"CREATE DATABASE {{}} TEMPLATE {{}} STRATEGY {self._strategy}", name, template)
         try:
+            if self._distributes:  # which a copy does not have of its template
+                self._execute(f"ALTER DATABASE {{}} {distribution.SEQUENTIAL}", name)
             yield self._url(name)
         finally:
             # Without sessions, since FORCE looks only every 100 ms whether those that it has terminated are gone.

@@ -69,6 +69,14 @@ _TO_OTHERS = """
 """
 
 
+# By default, Citus refuses to write what a foreign key leads to, after a call of all shards in the same unit of work.
+SEQUENTIAL = "SET citus.multi_shard_modify_mode = 'sequential'"
+_MODE = """
+    SELECT datname, current_setting('citus.multi_shard_modify_mode', true) = 'sequential', pg_has_role(datdba, 'USAGE')
+    FROM pg_database WHERE datname = current_database()
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Distribution:
     """What there is to do to distribute a database."""
@@ -197,6 +205,9 @@ def _steps(
     known = methods or {}
     left = [table for table in COLUMNS if known.get(there[table]) != "h"]
     yield from _keys(fetch, namespace, there)
+    ((database, is_sequential, _),) = fetch(_MODE)
+    if not is_sequential:
+        yield (f"ALTER DATABASE {sql.Identifier(database).as_string()} {SEQUENTIAL}",)
     for table in LOCAL:
         if table in there and there[table] not in known:
             yield (_BRIEFLY, _add_local(tables.qualified(namespace, table)))
@@ -271,17 +282,7 @@ def _lacking(
     fetch: tables.Fetch, namespace: str, there: Mapping[str, int], methods: Mapping[int, str] | None
 ) -> Iterable[str]:
     """Yield what stands against the distribution."""
-    if methods is None:
-        yield (
-            "the extension citus is not there: preload it (shared_preload_libraries) and CREATE EXTENSION citus, on "
-            "all servers"
-        )
-    else:
-        nodes = fetch("SELECT groupid, shouldhaveshards FROM pg_catalog.pg_dist_node WHERE isactive")
-        if not any(groupid == 0 for groupid, _ in nodes):
-            yield "Citus does not know the coordinator's address: SELECT citus_set_coordinator_host(...)"
-        if not any(takes_shards for _, takes_shards in nodes):
-            yield "there is no worker: SELECT citus_add_node(...)"
+    yield from _lacking_of_servers(fetch, methods)
     ((level, plugins),) = fetch("SELECT current_setting('wal_level'), current_setting('output_plugin_libraries', true)")
     if methods is None or methods.get(there[_MESSAGES]) != "h":
         if level != "logical":
@@ -298,6 +299,24 @@ def _lacking(
         ((to_others,),) = [(False,)] if methods is not None and methods.get(there[_MESSAGES]) == "h" else fetch(query)
         if to_others:
             yield "there are open deliveries to others than the to_node of their message: let these be consumed first"
+
+
+def _lacking_of_servers(fetch: tables.Fetch, methods: Mapping[int, str] | None) -> Iterable[str]:
+    """Yield what the cluster and the database lack."""
+    if methods is None:
+        yield (
+            "the extension citus is not there: preload it (shared_preload_libraries) and CREATE EXTENSION citus, on "
+            "all servers"
+        )
+    else:
+        nodes = fetch("SELECT groupid, shouldhaveshards FROM pg_catalog.pg_dist_node WHERE isactive")
+        if not any(groupid == 0 for groupid, _ in nodes):
+            yield "Citus does not know the coordinator's address: SELECT citus_set_coordinator_host(...)"
+        if not any(takes_shards for _, takes_shards in nodes):
+            yield "there is no worker: SELECT citus_add_node(...)"
+    ((database, is_sequential, is_owner),) = fetch(_MODE)
+    if not is_sequential and not is_owner:
+        yield f"its owner must ALTER DATABASE {sql.Identifier(database).as_string()} {SEQUENTIAL}"
 
 
 def _literal(text: str) -> str:

@@ -402,6 +402,7 @@ def test_every_public_method_of_every_repository_is_in_the_table(storage: MeshSt
     assert members - {"session", "commit", "rollback", "savepoint", "maintenance", "position"} == set(REPOSITORIES)
 
 
+@pytest.mark.one_server  # since one method is refused
 def test_a_method_costs_this_much(opened: Opener, wire: Wire) -> None:
     costs = {}
     for name, (work, _) in METHODS.items():
@@ -423,6 +424,7 @@ def test_a_unit_of_work_costs_this_much(opened: Opener, wire: Wire) -> None:
     assert costs == {name: cost for name, (*_, cost) in UNITS.items()} | (POOLED if opened.pooled else {})
 
 
+@pytest.mark.one_server  # where health() asks no workers
 def test_run_and_health_cost_this_much(opened: Opener, wire: Wire) -> None:
     with opened.storage() as storage:
         assert wire.cost_of(partial(storage.run, put)) == Cost(3, 3)
