@@ -1,6 +1,6 @@
 """Big tables: what filling, listing, purging and backing up messages take as their number grows.
 
-    python -m benchmarks.large [--sizes N,N] [--batch N] [--purge N] [--json FILE]
+    python -m benchmarks.large [--sizes N,N] [--batch N] [--purge N] [--wait S] [--set TABLE:NAME=VALUE] [--json FILE]
 
 The ids are random, as those of real senders are, and 50 nodes write to 47 of them. Client and server share the
 machine. It needs about 1 GB of disk for a million messages, in the directory for temporary files.
@@ -70,6 +70,9 @@ class Point:
     purge: Cost
     purge_slowest: float
     """The slowest unit of work, each of one `purge`."""
+    page_purged: float
+    """The first page, with the rows that were purged before it; likewise the next, some time later."""
+    page_later: float
 
 
 _Shown: TypeAlias = tuple[str, float, Callable[[Point], float]]
@@ -96,6 +99,8 @@ _ROWS: dict[str, _Shown] = {
     "purge, processor time": ("{:.1f} s", 1, lambda point: point.purge.cpu),
     "purge, the slowest unit of work": ("{:,.0f} ms", 1e-3, lambda point: point.purge_slowest),
     "purge, memory of the client": ("{:,.0f} MiB", _MIB, lambda point: point.purge.peak),
+    "page, the first after the purge": ("{:.2f} ms", 1e-3, lambda point: point.page_purged),
+    "page, the first after the wait": ("{:.2f} ms", 1e-3, lambda point: point.page_later),
 }
 """How each line of the table is shown: its form, its unit, and its value."""
 
@@ -103,11 +108,12 @@ _ROWS: dict[str, _Shown] = {
 class Run:
     """A table of messages that grows from size to size, and loses its oldest tenth after each is measured."""
 
-    def __init__(self, database: Database, batch: int, purge: int) -> None:
+    def __init__(self, database: Database, batch: int, purge: int, wait: float) -> None:
         self._database = database
         self._storage = database.storage
         self._batch = batch
         self._purge_by = purge
+        self._wait = wait
         self._first = 0
         self._last = 0
         """The messages from the first number up to this one are there."""
@@ -135,6 +141,8 @@ class Run:
         backup.peak = backup_peak
         with self._measured() as purge:
             purged, slowest = self._purge(size // 10)
+        page_purged = self._pages(None)[0]
+        time.sleep(self._wait)
         point = Point(
             messages=size,
             part=part,
@@ -152,6 +160,8 @@ class Run:
             purged=purged,
             purge=purge,
             purge_slowest=slowest,
+            page_purged=page_purged,
+            page_later=self._pages(None)[0],
         )
         _report(json.dumps(asdict(point)))
         return point
@@ -255,11 +265,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", default="1000000,2000000,5000000,10000000", metavar="N,N", help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=5_000, metavar="N", help="messages of a store_many (%(default)s)")
     parser.add_argument("--purge", type=int, default=10_000, metavar="N", help="messages of a purge (%(default)s)")
+    parser.add_argument("--wait", type=float, default=150.0, metavar="S", help="seconds after a purge (%(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="TABLE:NAME=VALUE", help="a storage parameter; may be repeated"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     given = parser.parse_args(arguments)
     sizes = sorted(int(size) for size in given.sizes.split(","))
     with durable_database() as database:
-        run = Run(database, given.batch, given.purge)
+        database.set(given.set)
+        run = Run(database, given.batch, given.purge, given.wait)
         points = [run.measure(size, sizes[0]) for size in sizes]
     print(table(points))
     if given.json is not None:

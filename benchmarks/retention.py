@@ -1,7 +1,7 @@
 """Retention under load: whether `mesh-storage maintain` keeps a table of messages small while many are sent.
 
     python -m benchmarks.retention [--seconds S] [--rate N] [--keep S] [--every S] [--deliveries]
-        [--set TABLE:NAME=VALUE] [--json FILE]
+        [--naptime S] [--set TABLE:NAME=VALUE] [--json FILE]
 
 Writers send at a steady rate, and the command removes what is too old. With `--deliveries`, the messages are queued,
 claimed and acknowledged as well. Clients and server share the machine.
@@ -39,7 +39,8 @@ _HEAD = """\
 | seconds | sent a second | median | 99 % | slowest | overdue | messages | indexes | dead | vacuums | deliveries | all |
 | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
 _SIZES = """
-    SELECT relname, pg_table_size(relid), pg_indexes_size(relid), n_live_tup, n_dead_tup, autovacuum_count
+    SELECT relname, pg_table_size(relid), pg_indexes_size(relid), n_live_tup, n_dead_tup, autovacuum_count,
+        total_autovacuum_time / 1000
     FROM pg_stat_user_tables WHERE relname = ANY(%s)
 """
 _OVERDUE = "SELECT count(*) FROM mesh_messages WHERE timestamp < floor(extract(epoch FROM now()))::bigint - %s"
@@ -55,6 +56,8 @@ class Table:
     dead: int
     vacuums: int
     """How often autovacuum has ended since the beginning."""
+    vacuum_seconds: float
+    """How long it took in total, which only PostgreSQL 18 tells."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ def _line(sample: Sample) -> str:
         f"{messages.heap / _MIB:,.0f} MiB",
         f"{messages.indexes / _MIB:,.0f} MiB",
         f"{messages.dead:,}",
-        f"{messages.vacuums + deliveries.vacuums}",
+        f"{messages.vacuums} / {messages.vacuum_seconds:,.0f} s",
         f"{(deliveries.heap + deliveries.indexes) / _MIB:,.0f} MiB",
         f"{sample.size / _MIB:,.0f} MiB",
     ]
@@ -248,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=100, help="messages in a unit of work (%(default)s)")
     parser.add_argument("--keep", type=int, default=30, help="seconds that messages are kept (%(default)s)")
     parser.add_argument("--every", type=int, default=5, help="seconds between two removals (%(default)s)")
+    parser.add_argument("--naptime", type=int, metavar="S", help="the server's autovacuum_naptime, if not its default")
     parser.add_argument("--deliveries", action="store_true", help="also queue, claim and acknowledge them")
     parser.add_argument(
         "--set", action="append", default=[], metavar="TABLE:NAME=VALUE", help="a storage parameter; may be repeated"
@@ -256,9 +260,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     load = Load(given.rate, given.writers, given.batch, given.deliveries)
     with durable_database() as database:
-        with database.connection(autocommit=True) as connection:
-            for table, _, parameter in (each.partition(":") for each in given.set):
-                connection.execute(f"ALTER TABLE {table} SET ({parameter})")
+        database.set(given.set)
+        if given.naptime is not None:
+            with database.connection(autocommit=True) as connection:
+                connection.execute(f"ALTER SYSTEM SET autovacuum_naptime = {given.naptime}")
+                connection.execute("SELECT pg_reload_conf()")
         samples = measure(
             database,
             load,
