@@ -255,7 +255,8 @@ def table(points: Sequence[Point]) -> str:
     for words, (form, unit, of) in _ROWS.items():
         values = [of(point) for point in points]
         shown = " | ".join(form.format(value / unit) for value in values)
-        lines.append(f"| {words} | {shown} | {values[-1] / values[0]:.2f} |")
+        ratio = f"{values[-1] / values[0]:.2f}" if values[0] else ""  # less than a tick of processor time
+        lines.append(f"| {words} | {shown} | {ratio} |")
     return "\n".join(lines)
 
 
