@@ -409,7 +409,7 @@ def test_one_of_a_batch_that_is_lost_costs_the_extension_of_the_others_little(
     def handle(_uow: UnitOfWork, delivery: Delivery) -> None:
         if delivery.message.id != "m-0":
             return
-        raw.execute("UPDATE mesh_deliveries SET available_at = clock_timestamp() WHERE message_id = 'm-77'")
+        raw.execute("UPDATE mesh_deliveries SET available_at = now() WHERE message_id = 'm-77'")
         assert extended.wait(30)
         stop.set()
 
