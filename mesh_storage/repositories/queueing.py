@@ -208,13 +208,14 @@ DELETE = statement(
     id=TEXTS,
 )
 """Deletes messages with their deliveries; returns how many, and the removed first ones of keys."""
-# A dead delivery is written to lock it: one that was driven back since the snapshot is not dead any more then.
+# A dead delivery is written to lock it: one that was driven back since the snapshot is not dead any more then. With IN,
+# the index of all dead ones does not seem to fit, which PostgreSQL 15 would read as a whole.
 DELETE_UNDELIVERED = statement(
     f"""
     WITH lanes AS ({_LANES}),
     dead AS (
         UPDATE mesh_deliveries SET state = state
-        WHERE (SELECT count(*) FROM lanes) >= 0 AND message_id = ANY(:id) AND state = 'dead'
+        WHERE (SELECT count(*) FROM lanes) >= 0 AND message_id = ANY(:id) AND state IN ('dead', '')
         RETURNING message_id, receiver
     ),
     seen AS MATERIALIZED (SELECT message_id, receiver FROM mesh_deliveries WHERE message_id = ANY(:id)),
