@@ -357,6 +357,28 @@ def test_in_an_old_snapshot_no_lane_is_taken_for_empty(storage: MeshStorage, iso
     assert take(storage, 10) == ["m-3"]
 
 
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_in_an_old_snapshot_no_lane_is_left_behind_what_was_acknowledged_since(
+    storage: MeshStorage, isolation: Any
+) -> None:
+    """Those sent later would wait for ever."""
+    send(storage, 1, key="k")
+    with storage.begin() as uow:
+        deliveries = uow.messages.claim("b")
+    attempts = []
+
+    def delete(uow: UnitOfWork) -> int:
+        attempts.append(uow.messages.count())
+        if len(attempts) == 1:
+            with storage.begin() as other:
+                other.messages.ack(deliveries)
+        return uow.messages.delete_many(["m-1"])
+
+    assert storage.run(delete, isolation=isolation) == 1
+    send(storage, 2, key="k")
+    assert take(storage, 10) == ["m-2"]
+
+
 def beside(storage: MeshStorage, first: Callable[[UnitOfWork], object], second: Callable[[UnitOfWork], Any]) -> Any:
     """Return what a unit of work gets that has to wait for another one."""
 
