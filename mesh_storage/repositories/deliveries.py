@@ -154,28 +154,46 @@ def _remove(condition: str) -> Statement:
 ACK_KEYED = _remove(_HELD)
 DROP = _remove(_SAME)
 """Removes what was just claimed although its message is gone, also if that was once too often."""
-# Looks for what follows the removed first message of a key behind its place, since dead index entries lie before it.
-ADVANCE = statement(
-    f"""
-    WITH lane AS MATERIALIZED (SELECT * FROM unnest(:key, :seq) AS input (key, seq)),
-    following AS MATERIALIZED (
-        SELECT head.key, head.message_id, {MOMENT} AS moment FROM lane CROSS JOIN LATERAL (
-            SELECT d.key, d.message_id FROM mesh_deliveries AS d
-            WHERE d.receiver = :receiver AND d.key = lane.key AND d.seq > lane.seq ORDER BY d.seq LIMIT 1
-        ) AS head
-    ), promoted AS (
-        UPDATE mesh_deliveries AS d SET state = 'queued', available_at = greatest(available_at, following.moment)
-        FROM following
-        WHERE d.receiver = :receiver AND d.message_id = following.message_id AND d.state = 'waiting'
+
+
+# Looks for what follows the removed first message of a key behind its place, since dead index entries lie before it. It
+# is written also if it does not wait: so who sees it in a snapshot from before it was removed has a serialization
+# failure, rather than to keep the lane of an empty key.
+def _advance(lanes: str, *, lane: str, following: str, **types: Any) -> Statement:
+    return statement(
+        f"""
+        WITH lane AS MATERIALIZED (SELECT * FROM {lanes}),
+        following AS MATERIALIZED (
+            SELECT head.receiver, head.key, head.message_id, {MOMENT} AS moment FROM lane CROSS JOIN LATERAL (
+                SELECT d.receiver, d.key, d.message_id FROM mesh_deliveries AS d
+                WHERE d.receiver = {lane} AND d.key = lane.key AND d.seq > lane.seq ORDER BY d.seq LIMIT 1
+            ) AS head
+        ), promoted AS (
+            UPDATE mesh_deliveries AS d SET
+                state = CASE WHEN d.state = 'waiting' THEN 'queued' ELSE d.state END,
+                available_at = CASE WHEN d.state = 'waiting' THEN greatest(d.available_at, following.moment)
+                    ELSE d.available_at END
+            FROM following WHERE d.receiver = {following} AND d.message_id = following.message_id
+        )
+        DELETE FROM mesh_delivery_lanes AS emptied USING lane
+        WHERE emptied.receiver = {lane} AND emptied.key = lane.key AND NOT EXISTS (
+            SELECT FROM following WHERE following.receiver = emptied.receiver AND following.key = emptied.key
+        )
+        """,  # noqa: S608 - our own names
+        key=TEXTS,
+        seq=NUMBERS,
+        **types,
     )
-    DELETE FROM mesh_delivery_lanes AS emptied USING lane
-    WHERE emptied.receiver = :receiver AND emptied.key = lane.key AND NOT EXISTS (
-        SELECT FROM following WHERE following.key = emptied.key
-    )
-    """,  # noqa: S608 - our own names
-    key=TEXTS,
-    seq=NUMBERS,
+
+
+ADVANCE = _advance("unnest(:key, :seq) AS input (key, seq)", lane=":receiver", following=":receiver")
+ADVANCE_SEVERAL = _advance(
+    "unnest(:receiver, :key, :seq) AS input (receiver, key, seq)",
+    lane="lane.receiver",
+    following="following.receiver",
+    receiver=TEXTS,
 )
+"""The same for keys of several receivers, which a distributed database refuses."""
 NACK = statement(
     f"""
     UPDATE mesh_deliveries AS d SET state = 'queued', available_at = lease.due_at FROM (

@@ -149,19 +149,11 @@ Citus locks no rows of several receivers, so it takes no SKIP LOCKED there.
 """
 
 
-def _enqueue(lock: str) -> Statement:
+def _enqueue(found: str, stored: str) -> Statement:
     return statement(
         f"""
-        WITH found AS MATERIALIZED (
-            SELECT id, to_node FROM mesh_messages WHERE timestamp >= :since AND NOT queued
-            ORDER BY timestamp, id LIMIT :limit {lock}
-        ),
-        stored AS (
-            UPDATE mesh_messages AS m SET queued = true FROM found
-            WHERE m.id = ANY(ARRAY(SELECT id FROM found))
-            AND m.to_node = found.to_node AND m.id = found.id AND NOT m.queued
-            RETURNING m.id, m.to_node, m.timestamp
-        ),
+        WITH found AS MATERIALIZED ({found}),
+        stored AS ({stored}),
         queued AS (
             INSERT INTO mesh_deliveries AS d (message_id, receiver, available_at)
             SELECT id, to_node, {MOMENT} FROM stored ORDER BY timestamp, id {_INSTEAD}
@@ -171,7 +163,27 @@ def _enqueue(lock: str) -> Statement:
     )
 
 
-ENQUEUE = {False: _enqueue("FOR UPDATE SKIP LOCKED"), True: _enqueue("")}
+_UNQUEUED = """
+    SELECT id, to_node FROM mesh_messages WHERE timestamp >= :since AND NOT queued ORDER BY timestamp, id LIMIT :limit
+"""
+ENQUEUE = {
+    False: _enqueue(
+        f"{_UNQUEUED} FOR UPDATE SKIP LOCKED",
+        """
+        UPDATE mesh_messages SET queued = true WHERE id = ANY(ARRAY(SELECT id FROM found))
+        RETURNING id, to_node, timestamp
+        """,
+    ),
+    True: _enqueue(
+        _UNQUEUED,
+        """
+        UPDATE mesh_messages AS m SET queued = true FROM found
+        WHERE m.id = ANY(ARRAY(SELECT id FROM found))
+        AND m.to_node = found.to_node AND m.id = found.id AND NOT m.queued
+        RETURNING m.id, m.to_node, m.timestamp
+        """,
+    ),
+}
 """Queues what never was, on one server and in a distributed database, where it waits for who has locked a message."""
 
 # As `send` does, a lane that is there is written, which locks it until the commit; one that is made was that of a
@@ -219,9 +231,9 @@ DELETE_UNDELIVERED = statement(
         RETURNING message_id, receiver
     ),
     seen AS MATERIALIZED (SELECT message_id, receiver FROM mesh_deliveries WHERE message_id = ANY(:id)),
+    found AS MATERIALIZED (SELECT id, to_node, queued FROM mesh_messages WHERE id = ANY(:id)),
     old AS MATERIALIZED (
-        SELECT id, to_node, queued FROM mesh_messages
-        WHERE id = ANY(:id) AND id <> ALL(ARRAY(SELECT message_id FROM seen))
+        SELECT found.* FROM found LEFT JOIN seen ON seen.message_id = found.id WHERE seen.message_id IS NULL
     ),
     deleted AS ({_DELETED}),
     settled AS (

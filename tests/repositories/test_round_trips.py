@@ -114,6 +114,11 @@ def bury(uow: UnitOfWork) -> list[str]:
     return [each.message.id for each in deliveries]
 
 
+def send_to_many(uow: UnitOfWork) -> str:
+    """Send a message of a key to many receivers, and return its id."""
+    return uow.messages.send(message(4), key="k", receivers=[f"receiver-{number}" for number in range(9)]).id
+
+
 DAY = timedelta(days=1)
 ONE = Cost(1, 1)
 TWO = Cost(2, 2)  # The first call makes what the second one needs.
@@ -161,6 +166,7 @@ METHODS: dict[str, tuple[Work, Cost]] = {
     "routes.update": (lambda uow: uow.routes.update(uow.routes.get(ROUTE)), TWO),
     "messages.count": (lambda uow: uow.messages.count(to_node="b"), ONE),
     "messages.delete": (lambda uow: uow.messages.delete("msg-1"), ONE),
+    "messages.delete of a key of many receivers": (lambda uow: uow.messages.delete(send_to_many(uow)), Cost(4, 4)),
     "messages.ack": (lambda uow: uow.messages.ack(uow.messages.claim("queue")), TWO),
     "messages.ack of a key": (lambda uow: uow.messages.ack(uow.messages.claim("keyed")), Cost(3, 3)),
     "messages.backlog": (lambda uow: uow.messages.backlog(), ONE),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -357,6 +358,28 @@ def test_in_an_old_snapshot_no_lane_is_taken_for_empty(storage: MeshStorage, iso
     assert take(storage, 10) == ["m-3"]
 
 
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_in_an_old_snapshot_no_lane_is_left_behind_what_was_acknowledged_since(
+    storage: MeshStorage, isolation: Any
+) -> None:
+    """Those sent later would wait for ever."""
+    send(storage, 1, key="k")
+    with storage.begin() as uow:
+        deliveries = uow.messages.claim("b")
+    attempts = []
+
+    def delete(uow: UnitOfWork) -> int:
+        attempts.append(uow.messages.count())
+        if len(attempts) == 1:
+            with storage.begin() as other:
+                other.messages.ack(deliveries)
+        return uow.messages.delete_many(["m-1"])
+
+    assert storage.run(delete, isolation=isolation) == 1
+    send(storage, 2, key="k")
+    assert take(storage, 10) == ["m-2"]
+
+
 def beside(storage: MeshStorage, first: Callable[[UnitOfWork], object], second: Callable[[UnitOfWork], Any]) -> Any:
     """Return what a unit of work gets that has to wait for another one."""
 
@@ -482,3 +505,28 @@ def test_a_dead_one_whose_message_another_service_deleted_goes_when_it_is_driven
     with storage.begin() as uow:
         assert uow.messages.redrive("b") == 1
     assert take(storage) == ["m-2"]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def test_each_of_many_takes_no_longer_the_more_there_are(storage: MeshStorage) -> None:
+    """Together that would be the square of their number. The statistics of the server know nothing of them yet."""
+    ids = [f"m-{number}" for number in range(10_000)]
+    with storage.begin() as uow:
+        uow.messages.send_many(message(number, "a") for number in range(20_000, 21_000))
+        uow.session.execute(text("ANALYZE mesh_messages, mesh_deliveries"))
+
+    def run(work: Callable[[UnitOfWork], int], result: int) -> float:
+        def once() -> None:
+            with storage.begin() as uow:
+                assert work(uow) == result
+
+        return seconds(once)
+
+    stored = run(lambda uow: uow.messages.store_many(map(message, range(10_000))), 10_000)
+    assert run(lambda uow: uow.messages.enqueue(since=0), 10_000) < 20 * stored
+    assert run(lambda uow: uow.messages.delete_many(ids), 0) < 2 * stored

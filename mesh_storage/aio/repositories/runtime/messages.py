@@ -40,8 +40,8 @@ from mesh_storage.postgres.batch import Batch
 from mesh_storage.postgres.statement import Row, Statement
 from mesh_storage.repositories import checks, queueing
 from mesh_storage.repositories.aggregates import LIMIT
+from mesh_storage.repositories.deliveries import ADVANCE_SEVERAL, check_delay
 from mesh_storage.repositories.deliveries import MESSAGES as _MESSAGES
-from mesh_storage.repositories.deliveries import check_delay
 from mesh_storage.repositories.pages import MAX_ROWS, Page, Position
 
 _TABLE = _MESSAGES.table
@@ -359,8 +359,15 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         return int(deleted)
 
     async def _follow(self, heads: list[Any]) -> None:
-        if heads[0] is not None:
-            await self._advance(list(zip(*heads, strict=True)))
+        """Let the next message of each key follow, of several receivers at once where one server has them all."""
+        receivers, keys, numbers = heads
+        if receivers is None:
+            return
+        if len(set(receivers)) > 1 and not await self._is_distributed():
+            parameters = {"receiver": receivers, "key": keys, "seq": numbers}
+            await self._connection.execute(ADVANCE_SEVERAL, parameters)
+        else:
+            await self._advance(list(zip(receivers, keys, numbers, strict=True)))
 
     async def _is_distributed(self) -> bool:
         return bool(await self._fetch_value(queueing.IS_DISTRIBUTED))
