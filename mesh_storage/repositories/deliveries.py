@@ -92,7 +92,8 @@ def statement(sql: str, *, writes: bool = True, **types: Any) -> Statement:
 # due any more. A token is the time in microseconds, but larger than the one before it, so it only grows for a delivery,
 # also across a restore or a failover. What was claimed too often is set aside instead. All times come from the SELECT:
 # Citus accepts only immutable functions within CASE and greatest() of an UPDATE. The message is joined by its receiver,
-# so that all is in one shard; `MESSAGES_OF` has those that were sent to others than their `to_node`.
+# so that all is in one shard; `MESSAGES_OF` has those that were sent to others than their `to_node`. On one server an
+# index by the receiver must not serve, which would be read as a whole for each message; with this collation none does.
 CLAIM = statement(
     f"""
     WITH due AS MATERIALIZED (
@@ -115,7 +116,8 @@ CLAIM = statement(
         RETURNING {_DELIVERY_COLUMNS}, due.due_at
     )
     SELECT {_DELIVERY_COLUMNS}, {_MESSAGE_COLUMNS}, d.due_at
-    FROM claimed AS d LEFT JOIN mesh_messages AS m ON m.to_node = :receiver AND m.id = d.message_id
+    FROM claimed AS d LEFT JOIN mesh_messages AS m
+    ON m.to_node = CAST(:receiver AS text) COLLATE "C" AND m.id = d.message_id
     ORDER BY d.due_at, d.seq
     """,  # noqa: S608 - our own names
     floor=DateTime(timezone=True),

@@ -31,14 +31,15 @@ TABLES = "|".join(COLUMNS)
 COLUMN = "|".join(sorted({*COLUMNS.values()}))
 READ = re.compile(rf"\b(?:FROM|JOIN|UPDATE|USING) (?:{TABLES})\b")
 WRITTEN = re.compile(rf"\bINSERT INTO (?:{TABLES})\b")
-PINNED = re.compile(rf"\b(?:{COLUMN}) = (?:%\(\w+\)|d\.receiver\b)")
+PINNED = re.compile(rf"\b(?:{COLUMN}) = (?:CAST\()?(?:%\(\w+\)|d\.receiver\b)")
 SET = re.compile(r"\bSET (.*?)(?= FROM | WHERE | RETURNING |$)")
 MOMENT = "(SELECT clock_timestamp())"
 CHANGING = re.compile(
     r"\b(?:now|clock_timestamp|nextval|random|extract|date_part|format)\(|\bCURRENT_TIMESTAMP\b", re.IGNORECASE
 )
 ORDER = ("none", "one", "those of its rows", "all", "refused")
-REFUSED = ("messages.send to others",)
+REFUSED = ("messages.send to others", "messages.delete of a key of many receivers")
+"""The second sends what it deletes."""
 ONE_SERVER = (queueing.ENQUEUE[False], queueing.PURGE[False], removal.MESSAGES[False])
 MESSAGES = """'"public"."mesh_messages"'"""
 DELIVERIES = """'"public"."mesh_deliveries"'"""
@@ -140,7 +141,7 @@ def test_it_is_documented_how_many_shards_a_call_touches(keyed_url: str, sent: l
             sent.clear()
             work(uow)
         touched = max(map(shards, sent), key=ORDER.index)
-        if touched != "none":
+        if touched != "none" and name != REFUSED[1]:
             found[name] = touched
     assert found == documented()
     assert {name.partition(".")[0] for name in METHODS} == {*REPOSITORIES}
