@@ -229,7 +229,7 @@ REDRIVE_ALL = statement(_REDRIVE)
 REDRIVE = statement(f"{_REDRIVE} AND message_id = ANY(:message_id)", message_id=TEXTS)
 _DEAD = f"""
     SELECT {_DELIVERY_COLUMNS}, {_MESSAGE_COLUMNS} FROM mesh_deliveries AS d
-    LEFT JOIN mesh_messages AS m ON m.to_node = d.receiver AND m.id = d.message_id WHERE d.state = 'dead'
+    LEFT JOIN mesh_messages AS m ON m.to_node = d.receiver COLLATE "C" AND m.id = d.message_id WHERE d.state = 'dead'
 """  # noqa: S608 - our own names
 DEAD = statement(f"{_DEAD} AND d.receiver = :receiver AND d.seq > :seq ORDER BY d.seq LIMIT :limit", writes=False)
 DEAD_OF_ALL = statement(

@@ -28,7 +28,8 @@ _NEW = f"""
 _NEW_TO_OTHERS = _NEW.replace("ON CONFLICT", "ON CONFLICT (id)")
 # Of two that queue the same message at once, one waits for the other here and then finds it queued.
 _STORED = """
-    UPDATE mesh_messages SET queued = true WHERE to_node = :to_node AND id = :id AND NOT queued
+    UPDATE mesh_messages SET queued = true
+    WHERE to_node = CAST(:to_node AS text) COLLATE "C" AND id = :id AND NOT queued
     RETURNING id, timestamp, created_at
 """
 
@@ -126,7 +127,7 @@ QUEUE_MANY = statement(
     WITH stored AS (
         UPDATE mesh_messages AS m SET queued = true
         FROM unnest(:id, :to_node, :position) AS input (id, to_node, position)
-        WHERE m.id = ANY(:id) AND m.to_node = input.to_node AND m.id = input.id AND NOT m.queued
+        WHERE m.id = ANY(:id) AND m.to_node = input.to_node COLLATE "C" AND m.id = input.id AND NOT m.queued
         RETURNING m.id, m.to_node, input.position
     ),
     queued AS (
@@ -195,17 +196,23 @@ _LANES = """
     ON CONFLICT (receiver, key) DO UPDATE SET key = excluded.key RETURNING receiver, key, xmax = 0 AS is_new
 """
 # A message that was queued since the snapshot, and whose deliveries are not seen therefore, is found to be so once its
-# row is locked.
+# row is locked. Its id comes from an array, which is looked up in an index whatever the statistics know.
 _DELETED = """
-    DELETE FROM mesh_messages AS m USING old
-    WHERE m.id = ANY(:id) AND m.to_node = old.to_node AND m.id = old.id AND m.queued = old.queued RETURNING m.id
+    queued AS (
+        DELETE FROM mesh_messages WHERE id = ANY(ARRAY(SELECT id FROM old WHERE queued)) AND queued RETURNING id
+    ),
+    others AS (
+        DELETE FROM mesh_messages
+        WHERE id = ANY(ARRAY(SELECT id FROM old WHERE NOT queued)) AND NOT queued RETURNING id
+    ),
+    deleted AS (SELECT id FROM queued UNION ALL SELECT id FROM others)
 """
 _HEADS = "array_agg(receiver), array_agg(key), array_agg(seq) FROM heads"
 DELETE = statement(
     f"""
     WITH lanes AS ({_LANES}),
-    old AS MATERIALIZED (SELECT id, to_node, queued FROM mesh_messages WHERE id = ANY(:id)),
-    deleted AS ({_DELETED}),
+    old AS MATERIALIZED (SELECT id, queued FROM mesh_messages WHERE id = ANY(:id)),
+    {_DELETED},
     cancelled AS (
         DELETE FROM mesh_deliveries
         WHERE (SELECT count(*) FROM lanes) >= 0 AND message_id = ANY(ARRAY(SELECT id FROM deleted))
@@ -231,11 +238,11 @@ DELETE_UNDELIVERED = statement(
         RETURNING message_id, receiver
     ),
     seen AS MATERIALIZED (SELECT message_id, receiver FROM mesh_deliveries WHERE message_id = ANY(:id)),
-    found AS MATERIALIZED (SELECT id, to_node, queued FROM mesh_messages WHERE id = ANY(:id)),
+    found AS MATERIALIZED (SELECT id, queued FROM mesh_messages WHERE id = ANY(:id)),
     old AS MATERIALIZED (
         SELECT found.* FROM found LEFT JOIN seen ON seen.message_id = found.id WHERE seen.message_id IS NULL
     ),
-    deleted AS ({_DELETED}),
+    {_DELETED},
     settled AS (
         SELECT seen.message_id FROM seen LEFT JOIN dead USING (message_id, receiver)
         GROUP BY seen.message_id HAVING count(*) = count(dead.receiver)

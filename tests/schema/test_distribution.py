@@ -31,7 +31,7 @@ TABLES = "|".join(COLUMNS)
 COLUMN = "|".join(sorted({*COLUMNS.values()}))
 READ = re.compile(rf"\b(?:FROM|JOIN|UPDATE|USING) (?:{TABLES})\b")
 WRITTEN = re.compile(rf"\bINSERT INTO (?:{TABLES})\b")
-PINNED = re.compile(rf"\b(?:{COLUMN}) = (?:CAST\()?(?:%\(\w+\)|d\.receiver\b)")
+PINNED = re.compile(rf"\b(?:{COLUMN}) = (?:CAST)?\(?(?:%\(\w+\)|d\.receiver\b)")
 SET = re.compile(r"\bSET (.*?)(?= FROM | WHERE | RETURNING |$)")
 MOMENT = "(SELECT clock_timestamp())"
 CHANGING = re.compile(
