@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,12 @@ class Database:
                     yield storage
             finally:
                 admin.execute("DROP DATABASE without_triggers WITH (FORCE)")
+
+    def set(self, parameters: Iterable[str]) -> None:
+        """Set storage parameters of tables, each given as `TABLE:NAME=VALUE`."""
+        with self.connection(autocommit=True) as connection:
+            for table, _, parameter in (each.partition(":") for each in parameters):
+                connection.execute(f"ALTER TABLE {table} SET ({parameter})")
 
     def fill(self, rows: int) -> None:
         """Empty all tables, and fill those of the runtime layer with rows numbered from 1."""

@@ -160,6 +160,9 @@ class Supervisor:
         options = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "--no-instructions"]
         if self.throw_away:
             options.append("--no-sync")
+        else:
+            # By default autovacuum looks once a minute, until when what was removed takes space in vain.
+            options += ["--set", "autovacuum_naptime=10s"]
         _, words = self._program("initdb", *options, "--pgdata", str(unfinished), output=subprocess.PIPE).communicate()
         if not (unfinished / "PG_VERSION").exists():
             self.failure = f"initdb failed: {words.decode(errors='replace').strip()[-2000:]}"

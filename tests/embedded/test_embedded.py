@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from mesh_storage import ClosedError, ConfigurationError, MeshStorage, MeshStorageError
@@ -104,6 +105,20 @@ def test_a_server_whose_supervisor_was_killed_is_taken_over(home: Path) -> None:
             assert uow.state.get("k").value == b"v"
             assert postmaster(home) != pid
     assert eventually(lambda: postmaster(home) is None)
+
+
+def test_autovacuum_looks_every_ten_seconds_unless_its_user_says_otherwise(home: Path) -> None:
+    def naptime() -> str:
+        server = EmbeddedServer.open(home)
+        try:
+            with psycopg.connect(**server.connect_arguments | {"dbname": "postgres"}, autocommit=True) as connection:
+                ((found,),) = connection.execute("SHOW autovacuum_naptime").fetchall()
+                connection.execute("ALTER SYSTEM SET autovacuum_naptime = '20s'")
+        finally:
+            server.close()
+        return str(found)
+
+    assert [naptime(), naptime()] == ["10s", "20s"]
 
 
 def test_memory_is_gone_at_close() -> None:

@@ -8,9 +8,12 @@ from typing import Any
 
 import psycopg
 import pytest
+from alembic import command
 
 from mesh_storage import MeshStorage, Message, schema
 from mesh_storage.models import Base
+from mesh_storage.postgres.server import open_server
+from mesh_storage.settings import Settings
 from tests.schema import legacy
 from tests.schema.conftest import Alembic
 
@@ -104,11 +107,6 @@ def test_the_library_works_on_it(legacy_url: str) -> None:
 def test_the_way_back_gives_the_database_of_the_go_service(legacy_url: str, connection: legacy.Connection) -> None:
     before = legacy.rows(connection), legacy.others(connection), legacy.structure(connection)
     schema.upgrade(legacy_url)
-    from alembic import command
-
-    from mesh_storage.postgres.server import open_server
-    from mesh_storage.settings import Settings
-
     server = open_server(Settings(url=legacy_url))
     command.downgrade(schema.alembic_config(server.connect), "base")
     after = legacy.structure(connection)
@@ -159,3 +157,18 @@ def test_a_part_of_the_tables_is_adopted_too(legacy_url: str, connection: legacy
     check = alembic(legacy_url, "check")
     assert "No new upgrade operations" in check.communicate(timeout=60)[0]
     assert connection.execute(messages).fetchall() == before
+
+
+def test_parameters_of_autovacuum_that_the_owner_has_set_stay(legacy_url: str, connection: legacy.Connection) -> None:
+    def options() -> list[str]:
+        (found,) = connection.execute(
+            "SELECT reloptions FROM pg_class WHERE oid = 'mesh_messages'::regclass"
+        ).fetchone()
+        return sorted(found or [])
+
+    connection.execute("ALTER TABLE mesh_messages SET (autovacuum_vacuum_scale_factor = 0.3, fillfactor = 95)")
+    schema.upgrade(legacy_url)
+    theirs = ["autovacuum_vacuum_scale_factor=0.3", "fillfactor=95"]
+    assert options() == sorted([*theirs, "autovacuum_vacuum_threshold=1000"])
+    command.downgrade(schema.alembic_config(open_server(Settings(url=legacy_url)).connect), "0013")
+    assert options() == theirs
