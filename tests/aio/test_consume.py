@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from mesh_storage import Backlog, Delivery, InvalidInputError, Message
+from mesh_storage import Backlog, Delivery, InvalidInputError, Message, SerializationError
 from mesh_storage.aio import AsyncMeshStorage, AsyncUnitOfWork
 
 
@@ -129,3 +130,49 @@ def test_what_a_handler_awaits_is_cancelled_and_the_worker_goes_on(mesh_storage_
             assert (await backlog(storage)).due == 0
 
     asyncio.run(main())
+
+
+def test_a_lost_one_a_failed_one_and_one_that_takes_long_end_as_on_the_blocking_side(
+    mesh_storage_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    handled: list[str] = []
+
+    async def main() -> None:
+        stop = asyncio.Event()
+
+        async def handle(uow: AsyncUnitOfWork, delivery: Delivery) -> None:
+            handled.append(delivery.message.id)
+            await uow.state.put(f"{delivery.message.id} {delivery.attempts}", b"")
+            match delivery.message.id, delivery.attempts:
+                case "m-1", _:
+                    async with storage.begin() as other:
+                        await other.messages.ack([delivery])
+                case "m-2", 1:
+                    raise SerializationError("try again")
+                case "m-2", _:
+                    raise ValueError("5 €")
+                case "m-3", _:
+                    await asyncio.sleep(4)  # longer than the lease
+                    stop.set()
+
+        async with AsyncMeshStorage.open(mesh_storage_url) as storage:
+            await send(storage, 1, 2, 3)
+            workers = (
+                storage.consume("b", handle, batch=3, lease=timedelta(seconds=3), max_attempts=2, poll=0.1, stop=stop)
+                for _ in range(2)
+            )
+            await asyncio.wait_for(asyncio.gather(*workers), 60)
+            async with storage.begin(read_only=True) as uow:
+                assert [entry.key async for entry in uow.state.stream()] == ["m-3 1"]
+                (dead,) = (await uow.messages.dead("b")).items
+                assert (dead.message.id, dead.reason) == ("m-2", "ValueError: 5 €")
+            assert (await backlog(storage)) == Backlog(0, 0, 0, 0, 1, None, ())
+
+    asyncio.run(main())
+    assert sorted(handled) == ["m-1", "m-2", "m-2", "m-3"]
+    records = [
+        (vars(record)["message_id"], vars(record).get("error"))
+        for record in caplog.records
+        if "message_id" in vars(record)
+    ]
+    assert sorted(records, key=str) == [("m-1", None), ("m-2", "SerializationError"), ("m-2", "ValueError")]
