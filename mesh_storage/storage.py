@@ -185,7 +185,8 @@ class MeshStorage:
         synchronous standby, is not retried. After an error on a replica, the primary is next.
 
         Raises:
-            InvalidInputError: An argument is invalid; `work` is a coroutine function, which is for `AsyncMeshStorage`.
+            InvalidInputError: An argument is invalid; `work` is a coroutine function, or returns a coroutine, which
+                is for `AsyncMeshStorage`.
             MeshStorageError: The error of the last attempt, or one that is not retryable.
         """
         retry = Retry(work, attempts, within, timeout)
