@@ -277,12 +277,14 @@ def _field(error: psycopg.Error) -> str | None:
 
 
 def _named(error: psycopg.Error) -> tuple[str | None, str | None]:
-    """Return the table and the constraint, without the number of the shard in which Citus has a table."""
+    """Return the table and the constraint, without the number of the shard in which Citus has a table of ours."""
+    from mesh_storage.models.base import Base
+
     table, constraint = error.diag.table_name, error.diag.constraint_name
-    shard = re.search(r"_\d{6,}$", table or "")
-    if table is None or shard is None or (constraint is not None and not constraint.endswith(shard.group())):
+    shard = re.fullmatch(r"(\w+)(_\d{6,})", table or "")
+    if shard is None or shard[1] not in Base.metadata.tables:
         return table, constraint
-    return table.removesuffix(shard.group()), constraint and constraint.removesuffix(shard.group())
+    return shard[1], constraint and constraint.removesuffix(shard[2])
 
 
 def _unavailable(error: psycopg.OperationalError) -> str:

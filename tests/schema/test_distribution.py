@@ -342,14 +342,22 @@ def test_backups_and_restores_refuse_distributed_tables_only(mesh_storage_url: s
         check({"mesh_messages": "h", "mesh_node_state": "h", "mesh_state": "n"})
 
 
-def test_an_error_names_the_constraint_without_the_shard(storage: MeshStorage, mesh_storage_url: str) -> None:
+@pytest.mark.parametrize(
+    ("table", "check", "named"),
+    [
+        ("mesh_state_102041", "mesh_state_key_check_102041", ("mesh_state_key_check", "StateEntry.key")),
+        # Another service's, which is named by the month.
+        ("orders_202611", "orders_key_check_202611", ("orders_key_check_202611", "orders_key_check_202611")),
+    ],
+)
+def test_an_error_names_the_constraint_without_the_shard(
+    storage: MeshStorage, mesh_storage_url: str, table: str, check: str, named: tuple[str, str]
+) -> None:
     with psycopg.connect(mesh_storage_url) as connection:
-        connection.execute(
-            "CREATE TABLE mesh_state_102041 (CONSTRAINT mesh_state_key_check_102041 CHECK (key <> ''), key text)"
-        )
+        connection.execute(f"CREATE TABLE {table} (CONSTRAINT {check} CHECK (key <> ''), key text)".encode())
     with pytest.raises(InvalidInputError) as error, storage.begin() as uow:
-        uow.session.execute(text("INSERT INTO mesh_state_102041 VALUES ('')"))
-    assert (error.value.constraint, error.value.field) == ("mesh_state_key_check", "StateEntry.key")
+        uow.session.execute(text(f"INSERT INTO {table} VALUES ('')"))
+    assert (error.value.constraint, error.value.field) == named
 
 
 def test_health_has_no_workers_to_ask(storage: MeshStorage) -> None:

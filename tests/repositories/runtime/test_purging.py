@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +11,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from mesh_storage import MeshStorage, Message, UnitOfWork
+from mesh_storage import MeshStorage, MeshStorageError, Message, UnitOfWork
 from mesh_storage.repositories import removal
 
 ROWS = 2_000
@@ -58,19 +59,36 @@ def test_a_step_does_not_read_again_what_those_before_it_have_passed(
         assert uow.messages.purge(ROWS, limit=STEP) == 0
 
 
-def test_what_was_committed_late_or_rolled_back_is_removed_all_the_same(storage: MeshStorage) -> None:
+def test_what_was_committed_late_is_removed_all_the_same(storage: MeshStorage) -> None:
     store(storage, *range(100, 110))
     with storage.begin() as uow:
         assert uow.messages.purge(105, limit=3) == 3
-    with storage.unit_of_work() as uow:
-        assert uow.messages.purge(105, limit=1) == 1
-        uow.rollback()
     with storage.begin() as uow:
         uow.messages.store(message(50, 1))
     with storage.begin() as uow:
         assert uow.messages.purge(105, limit=3) == 3
         assert sorted(found.timestamp for found in uow.messages.stream()) == [*range(105, 110)]
         assert uow.messages.purge(105, limit=3) == 0
+
+
+@pytest.mark.parametrize("by", ["rollback", "savepoint", "commit"])
+def test_what_was_not_committed_is_the_oldest_again(storage: MeshStorage, by: str) -> None:
+    store(storage, *range(100, 110))
+    with storage.unit_of_work() as uow:
+        if by == "savepoint":
+            with suppress(ZeroDivisionError), uow.savepoint():
+                assert uow.messages.purge(200, limit=3) == 3
+                raise ZeroDivisionError
+        else:
+            assert uow.messages.purge(200, limit=3) == 3
+        if by == "commit":
+            uow.session.execute(text("CREATE TEMPORARY TABLE deferred (n int UNIQUE DEFERRABLE INITIALLY DEFERRED)"))
+            uow.session.execute(text("INSERT INTO deferred VALUES (1), (1)"))
+            with pytest.raises(MeshStorageError):
+                uow.commit()
+    with storage.begin() as uow:
+        assert uow.messages.purge(200, limit=1) == 1
+        assert uow.messages.find("m-0000") is None
 
 
 def test_after_a_while_it_begins_with_the_oldest_again(storage: MeshStorage, monkeypatch: pytest.MonkeyPatch) -> None:
