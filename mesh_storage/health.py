@@ -25,9 +25,14 @@ READ_ONLY = Statement(
     )
 )
 """Returns whether the server refuses writes, and whether it has Citus."""
+# An argument is evaluated before the call, so the limit for connecting to a worker is set by then.
 WORKERS = Statement(
     lambda: text(
-        "SELECT concat(nodename, ':', nodeport) FROM run_command_on_workers('SELECT 1') WHERE NOT success ORDER BY 1"
+        """
+        SELECT concat(nodename, ':', nodeport) FROM run_command_on_workers(
+            'SELECT ' || length(set_config('citus.node_connection_timeout', '1s', true))
+        ) WHERE NOT success ORDER BY 1
+        """
     ),
     writes=False,
 )

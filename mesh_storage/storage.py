@@ -387,11 +387,11 @@ class MeshStorage:
                 missing: tuple[str, ...] = ()
                 silent: tuple[str, ...] = ()
                 try:
-                    if row is not None and row[1]:
-                        silent = tuple(name for (name,) in connection.fetch_all(health.WORKERS))
                     if len(self._replicas):
                         primary = standing(connection.ask(STANDING), now())
                     revision, missing = connection.perform(schema.examine, connection.driver.sqlalchemy)
+                    if row is not None and row[1]:
+                        silent = tuple(name for (name,) in connection.fetch_all(health.WORKERS))
                 except MeshStorageError as error:
                     unclear = error
             finally:

@@ -322,11 +322,11 @@ class AsyncMeshStorage:
                 missing: tuple[str, ...] = ()
                 silent: tuple[str, ...] = ()
                 try:
-                    if row is not None and row[1]:
-                        silent = tuple(name for (name,) in await connection.fetch_all(health.WORKERS))
                     if len(self._replicas):
                         primary = standing(await connection.ask(STANDING), now())
                     revision, missing = await connection.perform(in_greenlet, schema.examine, database)
+                    if row is not None and row[1]:
+                        silent = tuple(name for (name,) in await connection.fetch_all(health.WORKERS))
                 except MeshStorageError as error:
                     unclear = error
             finally:

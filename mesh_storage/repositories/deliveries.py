@@ -93,7 +93,8 @@ def statement(sql: str, *, writes: bool = True, **types: Any) -> Statement:
 # also across a restore or a failover. What was claimed too often is set aside instead. All times come from the SELECT:
 # Citus accepts only immutable functions within CASE and greatest() of an UPDATE. The message is joined by its receiver,
 # so that all is in one shard; `MESSAGES_OF` has those that were sent to others than their `to_node`. On one server an
-# index by the receiver must not serve, which would be read as a whole for each message; with this collation none does.
+# index by the receiver must not serve, which would be read as a whole for each message; with this collation none does:
+# an adopted column may have "C", but hardly its other name.
 CLAIM = statement(
     f"""
     WITH due AS MATERIALIZED (
@@ -117,19 +118,24 @@ CLAIM = statement(
     )
     SELECT {_DELIVERY_COLUMNS}, {_MESSAGE_COLUMNS}, d.due_at
     FROM claimed AS d LEFT JOIN mesh_messages AS m
-    ON m.to_node = CAST(:receiver AS text) COLLATE "C" AND m.id = d.message_id
+    ON m.to_node = CAST(:receiver AS text) COLLATE "POSIX" AND m.id = d.message_id
     ORDER BY d.due_at, d.seq
     """,  # noqa: S608 - our own names
     floor=DateTime(timezone=True),
     lease=Interval,
 )
+DISTRIBUTED = "SELECT indnkeyatts > 1 FROM pg_index WHERE indrelid = 'mesh_messages'::regclass AND indisprimary"
+"""Selects whether an id is unique for each receiver only, as in a distributed database."""
 MESSAGES_OF = statement(
-    f"SELECT {_MESSAGE_COLUMNS} FROM mesh_messages AS m WHERE m.id = ANY(:id)",  # noqa: S608 - our own names
+    f"""
+    WITH key (by_receiver) AS MATERIALIZED ({DISTRIBUTED})
+    SELECT key.by_receiver, {_MESSAGE_COLUMNS} FROM mesh_messages AS m CROSS JOIN key WHERE m.id = ANY(:id)
+    """,  # noqa: S608 - our own names
     writes=False,
     id=TEXTS,
 )
 """Messages by id, which a row of `CLAIM` or `DEAD` lacks if its receiver is not the message's `to_node`, or if the
-message was stored anew since the snapshot."""
+message was stored anew since the snapshot. Each says whether it is its `to_node`'s alone."""
 _LEASES: dict[str, Any] = {"message_id": TEXTS, "token": NUMBERS}
 _LEASED = "unnest(:message_id, :token) AS lease (message_id, token)"
 _SAME = "d.receiver = :receiver AND d.message_id = lease.message_id AND d.token = lease.token"
@@ -229,7 +235,8 @@ REDRIVE_ALL = statement(_REDRIVE)
 REDRIVE = statement(f"{_REDRIVE} AND message_id = ANY(:message_id)", message_id=TEXTS)
 _DEAD = f"""
     SELECT {_DELIVERY_COLUMNS}, {_MESSAGE_COLUMNS} FROM mesh_deliveries AS d
-    LEFT JOIN mesh_messages AS m ON m.to_node = d.receiver COLLATE "C" AND m.id = d.message_id WHERE d.state = 'dead'
+    LEFT JOIN mesh_messages AS m ON m.to_node = d.receiver COLLATE "POSIX" AND m.id = d.message_id
+    WHERE d.state = 'dead'
 """  # noqa: S608 - our own names
 DEAD = statement(f"{_DEAD} AND d.receiver = :receiver AND d.seq > :seq ORDER BY d.seq LIMIT :limit", writes=False)
 DEAD_OF_ALL = statement(
@@ -301,15 +308,17 @@ def lacking(rows: Iterable[Row]) -> list[str]:
 
 
 def completed(rows: Iterable[Row], messages: Iterable[Row]) -> list[Row]:
-    """Add messages to those rows of deliveries that came without."""
-    found = {message[0]: message for message in messages}
-    end = len(_DELIVERY) + len(MESSAGES.names)
-    return [
-        (*row[: len(_DELIVERY)], *found[row[_MESSAGE_ID]], *row[end:])
-        if row[len(_DELIVERY)] is None and row[_MESSAGE_ID] in found
-        else row
-        for row in rows
-    ]
+    """Add messages of `MESSAGES_OF` to those rows of deliveries that came without."""
+    begin, end = len(_DELIVERY), len(_DELIVERY) + len(MESSAGES.names)
+    to_node = MESSAGES.names.index("to_node")
+    found = {(message[0], message[to_node] if by_receiver else None): message for by_receiver, *message in messages}
+
+    def complete(row: Row) -> Row:
+        key = row[_MESSAGE_ID]
+        message = row[begin:end] if has_message(row) else found.get((key, row[0])) or found.get((key, None))
+        return row if message is None else (*row[:begin], *message, *row[end:])
+
+    return [complete(row) for row in rows]
 
 
 def has_message(row: Row) -> bool:

@@ -10,7 +10,7 @@ from sqlalchemy import ARRAY, BigInteger, Interval, LargeBinary, Text
 from mesh_storage.errors import InvalidInputError
 from mesh_storage.postgres.statement import Statement
 from mesh_storage.repositories import checks
-from mesh_storage.repositories.deliveries import MOMENT, NUMBERS, TEXTS, check_receiver, statement
+from mesh_storage.repositories.deliveries import DISTRIBUTED, MOMENT, NUMBERS, TEXTS, check_receiver, statement
 
 KEY_LENGTH = 255
 NO_SUCH_KEY = "42P10"
@@ -29,7 +29,7 @@ _NEW_TO_OTHERS = _NEW.replace("ON CONFLICT", "ON CONFLICT (id)")
 # Of two that queue the same message at once, one waits for the other here and then finds it queued.
 _STORED = """
     UPDATE mesh_messages SET queued = true
-    WHERE to_node = CAST(:to_node AS text) COLLATE "C" AND id = :id AND NOT queued
+    WHERE to_node = CAST(:to_node AS text) COLLATE "POSIX" AND id = :id AND NOT queued
     RETURNING id, timestamp, created_at
 """
 
@@ -127,7 +127,7 @@ QUEUE_MANY = statement(
     WITH stored AS (
         UPDATE mesh_messages AS m SET queued = true
         FROM unnest(:id, :to_node, :position) AS input (id, to_node, position)
-        WHERE m.id = ANY(:id) AND m.to_node = input.to_node COLLATE "C" AND m.id = input.id AND NOT m.queued
+        WHERE m.id = ANY(:id) AND m.to_node = input.to_node COLLATE "POSIX" AND m.id = input.id AND NOT m.queued
         RETURNING m.id, m.to_node, input.position
     ),
     queued AS (
@@ -141,9 +141,7 @@ QUEUE_MANY = statement(
     position=NUMBERS,
     delay=Interval,
 )
-IS_DISTRIBUTED = statement(
-    "SELECT indnkeyatts > 1 FROM pg_index WHERE indrelid = 'mesh_messages'::regclass AND indisprimary", writes=False
-)
+IS_DISTRIBUTED = statement(DISTRIBUTED, writes=False)
 """Returns whether an id is unique for each receiver only, as in a distributed database.
 
 Citus locks no rows of several receivers, so it takes no SKIP LOCKED there.

@@ -153,6 +153,7 @@ class Statistics:
         self._lock = threading.Lock()
         self._connection: TimedConnection | None = None
         self._process = os.getpid()
+        self._sql = QUERY
         self._read: dict[Gauge, Values] = {}
         self._closed = False
 
@@ -174,9 +175,10 @@ class Statistics:
         try:
             connection = self._connected()
             try:
-                rows = connection.execute(QUERY).fetchall()
+                rows = connection.execute(self._sql).fetchall()
             except psycopg.errors.FeatureNotSupported:
-                rows = connection.execute(WITHOUT_TABLES).fetchall()
+                self._sql = WITHOUT_TABLES  # from now on, so that the server logs no error at each collection
+                rows = connection.execute(self._sql).fetchall()
             for number, label, value in rows:
                 read[GAUGES[number]].append((label, value))
         except (MeshStorageError, psycopg.Error) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import re
@@ -15,8 +16,10 @@ import pytest
 from sqlalchemy import text
 
 from mesh_storage import MeshStorage, Message, schema
+from mesh_storage.aio import AsyncMeshStorage
 from mesh_storage.cli import Exit, main
 from mesh_storage.errors import ConfigurationError, InvalidInputError
+from mesh_storage.health import Health
 from mesh_storage.models.base import Base
 from mesh_storage.postgres.connection import UnitOfWorkConnection
 from mesh_storage.postgres.statement import Statement
@@ -145,6 +148,25 @@ def test_it_is_documented_how_many_shards_a_call_touches(keyed_url: str, sent: l
             found[name] = touched
     assert found == documented()
     assert {name.partition(".")[0] for name in METHODS} == {*REPOSITORIES}
+
+
+def test_nobody_gets_a_message_of_the_same_id_to_another(keyed_url: str) -> None:
+    with MeshStorage.open(keyed_url) as storage:
+        with storage.begin() as uow:
+            for receiver in ("b", "c"):
+                for number in (1, 2):
+                    uow.messages.send(Message(id=f"m-{number}", from_node="a", to_node=receiver, content=b""))
+        with storage.begin() as uow:
+            (buried,) = uow.messages.claim("b")
+            uow.messages.bury([buried], reason="it cannot be handled")
+        with psycopg.connect(keyed_url) as connection:  # beside this library
+            connection.execute("DELETE FROM mesh_messages WHERE to_node = 'b'")
+        with storage.begin() as uow:
+            assert uow.messages.dead("b").items == uow.messages.dead().items == []
+            assert uow.messages.claim("b", limit=10) == []
+            assert {(found.message.to_node, found.receiver) for found in uow.messages.claim("c", limit=10)} == {
+                ("c", "c")
+            }
 
 
 def test_every_table_is_distributed_or_stays() -> None:
@@ -362,6 +384,30 @@ def test_an_error_names_the_constraint_without_the_shard(
 
 def test_health_has_no_workers_to_ask(storage: MeshStorage) -> None:
     assert storage.health().silent_workers == ()
+
+
+async def check(url: str) -> Health:
+    async with AsyncMeshStorage.open(url) as storage:
+        return await storage.health()
+
+
+def test_health_names_the_workers_that_do_not_answer_and_waits_for_none_of_them(mesh_storage_url: str) -> None:
+    with psycopg.connect(mesh_storage_url) as connection:  # what stands in for Citus
+        connection.execute("SET allow_system_table_mods = on")
+        connection.execute(
+            "INSERT INTO pg_extension SELECT 1, 'citus', extowner, extnamespace, true, '1' FROM pg_extension LIMIT 1"
+        )
+        connection.execute(
+            """
+            CREATE FUNCTION run_command_on_workers(text) RETURNS TABLE (nodename text, nodeport int, success bool)
+            AS $$ VALUES ('w-2', 5432, false), ('w-1', 5432, false),
+                ('w-3', 5432, current_setting('citus.node_connection_timeout') = '1s') $$ LANGUAGE sql
+            """
+        )
+    with MeshStorage.open(mesh_storage_url) as storage:
+        for health in (storage.health(), asyncio.run(check(mesh_storage_url))):
+            assert health.silent_workers == ("w-1:5432", "w-2:5432")
+            assert (health.ok, health.connected, health.revision) == (False, True, schema.head())
 
 
 def test_the_command_shows_what_it_changes_and_what_is_lacking(

@@ -546,10 +546,12 @@ BY_ID: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.one_server
 @pytest.mark.parametrize("name", BY_ID)
+@pytest.mark.parametrize("collation", ["default", "C"])
 def test_messages_are_found_by_their_ids_though_the_statistics_do_not_know_the_receiver(
-    storage: MeshStorage, name: str
+    storage: MeshStorage, name: str, collation: str
 ) -> None:
     with storage.begin() as uow:
+        uow.session.execute(text(f'ALTER TABLE mesh_messages ALTER to_node TYPE varchar COLLATE "{collation}"'))
         uow.messages.send_many(message(number, "a") for number in range(20_000, 21_000))
         uow.session.execute(text("ANALYZE mesh_messages, mesh_deliveries"))
     with storage.begin() as uow:

@@ -77,7 +77,7 @@ _STORE_MANY = Statement(_store_many)
 # By receiver as well, since in a distributed database others may have messages of the same id.
 _SELECT_STORED = Statement(
     lambda: select(_TABLE).where(
-        _TABLE.c.to_node == collate(bindparam("to_node", type_=Text), "C"), _TABLE.c.id == bindparam("id")
+        _TABLE.c.to_node == collate(bindparam("to_node", type_=Text), "POSIX"), _TABLE.c.id == bindparam("id")
     )
 )
 _SELECT_MANY = Statement(lambda: select(_TABLE).where(_TABLE.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))))
