@@ -176,7 +176,7 @@ _MISSING = (
     "your service's migrations."
 )
 _ADVICE = {
-    "0A000": "The server cannot do this; what a distributed database refuses is in docs/scaling.md.",
+    "0A000": "The server cannot do this; if the database is distributed, docs/scaling.md says what it refuses.",
     "42501": "The database role lacks a privilege; mesh-storage roles grants it, as docs/operations.md describes.",
     "42703": _MISSING,
     "42P01": _MISSING,

@@ -166,7 +166,7 @@ DROP = _remove(_SAME)
 
 # Looks for what follows the removed first message of a key behind its place, since dead index entries lie before it. It
 # is written also if it does not wait: so who sees it in a snapshot from before it was removed has a serialization
-# failure, rather than to keep the lane of an empty key.
+# failure, rather than keep the lane of an empty key.
 def _advance(lanes: str, *, lane: str, following: str, **types: Any) -> Statement:
     return statement(
         f"""

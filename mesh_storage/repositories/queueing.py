@@ -24,7 +24,7 @@ _NEW = f"""
     ON CONFLICT DO NOTHING RETURNING id, timestamp, created_at
 """  # noqa: S608 - our own names
 # A message that goes to others than its `to_node` needs an id that is unique among all of them: a distributed database,
-# where it is not, refuses this conflict target, rather than to keep deliveries apart from their message.
+# where it is not, refuses this conflict target, rather than keep deliveries apart from their message.
 _NEW_TO_OTHERS = _NEW.replace("ON CONFLICT", "ON CONFLICT (id)")
 # Of two that queue the same message at once, one waits for the other here and then finds it queued.
 _STORED = """
