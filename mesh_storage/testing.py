@@ -128,6 +128,8 @@ class Databases:
         with self._admin.transaction():
             self._admin.execute("SELECT pg_advisory_xact_lock(%s)", [_TURN])
             distribution.distribute_server(server, apply=True)
+        with engine.connect(server.connect) as connection:  # so that nothing is removed later, in each copy
+            connection.execute("CALL citus_cleanup_orphaned_resources()")
 
     def close(self) -> None:
         """Drop the template database."""
