@@ -126,8 +126,8 @@ def check_on_one_server(fetch: tables.Fetch) -> None:
         )
     if fetch("SELECT FROM pg_index WHERE indrelid = to_regclass('mesh_messages') AND indisprimary AND indnkeyatts > 1"):
         raise ConfigurationError(
-            "mesh_messages: it is being distributed, and an id may stand for several messages by now; run: mesh-storage "
-            "distribute, which does what is left"
+            "mesh_messages: it is being distributed, and by now an id may stand for several messages; run: "
+            "mesh-storage distribute, which does what is left"
         )
 
 
