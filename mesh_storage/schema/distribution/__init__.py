@@ -13,8 +13,8 @@ from mesh_storage.errors import ConfigurationError, ConflictError, MeshStorageEr
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.schema import deploy, migration, tables
 from mesh_storage.schema.distribution.catalog import COLUMNS, LOCAL, SEQUENTIAL, Catalog, literal, methods_of
-from mesh_storage.schema.distribution.obstacles import obstacles
-from mesh_storage.schema.distribution.steps import holds_up_nobody, steps, swaps_key
+from mesh_storage.schema.distribution.obstacles import obstacles_of
+from mesh_storage.schema.distribution.steps import holds_up_nobody, steps_of, swaps_key
 from mesh_storage.settings import settings_of
 
 __all__ = ["CHANGES", "COLUMNS", "LOCAL", "SEQUENTIAL", "Distribution", "check_on_one_server", "distribute", "examine"]
@@ -103,9 +103,9 @@ def examine(connection: psycopg.Connection[Any]) -> Distribution:
     location = tables.locate_during_upgrade(fetch)
     deploy.check(location.revision)
     found = Catalog.of(fetch, location)
-    if not (left := tuple(steps(found))):
+    if not (left := tuple(steps_of(found))):
         return Distribution((), (), ())
-    return Distribution(left, tuple(obstacles(found)), CHANGES)
+    return Distribution(left, tuple(obstacles_of(found)), CHANGES)
 
 
 def check_on_one_server(fetch: tables.Fetch) -> None:

@@ -70,7 +70,7 @@ _TO_OTHERS = """
 """
 
 
-def obstacles(found: Catalog) -> Iterable[str]:
+def obstacles_of(found: Catalog) -> Iterable[str]:
     """Yield what stands against the distribution, each with what to do."""
     yield from _of_servers(found)
     of_role = tuple(_of_role(found))

@@ -26,7 +26,7 @@ _INDEXES = """
 """
 
 
-def steps(found: Catalog) -> Iterable[tuple[str, ...]]:
+def steps_of(found: Catalog) -> Iterable[tuple[str, ...]]:
     """Yield the statements, in order; those of one step are one transaction."""
     yield from _keys(found)
     database, is_set, _, _ = found.mode
