@@ -72,7 +72,7 @@ def distribute(url: str | None = None, *, apply: bool = True) -> Distribution:
 
     Raises:
         ConfigurationError: The server lacks something, or the database holds what cannot be distributed; the message
-            says all of it. Nothing was changed, unless somebody has sent to others than the `to_node` meanwhile.
+            says all of it. Nothing was changed, except for a new index if somebody has sent to others meanwhile.
         ConflictError: Another process is distributing it.
         SchemaMismatchError: The schema is older or newer than this code requires, or missing.
         StorageTimeoutError: A step could not get its locks.
@@ -138,8 +138,6 @@ def _apply(connection: psycopg.Connection[Any]) -> Distribution:
     for step in made.steps:
         logger.info("distributing", extra={"event": "distribute", "statement": step[-1]})
         _carry_out(connection, step)
-        if swaps_key(step):  # until then, somebody may have sent to others
-            _checked(examine(connection))
     return made
 
 
@@ -159,6 +157,8 @@ def _carry_out(connection: psycopg.Connection[Any], step: tuple[str, ...]) -> No
         with connection.transaction() if len(step) > 1 else nullcontext():
             for statement in step:
                 connection.execute(statement.encode())
+            if swaps_key(step):  # until it had its lock, somebody may have sent to others, whom purge would overlook
+                _checked(examine(connection))
 
     try:
         migration.patiently(attempt)
