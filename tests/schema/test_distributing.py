@@ -21,6 +21,7 @@ from mesh_storage.errors import (
     ConflictError,
     InvalidInputError,
     MeshStorageError,
+    SchemaMismatchError,
     StorageTimeoutError,
 )
 from mesh_storage.schema import distribution, migration
@@ -196,6 +197,12 @@ def test_it_is_locked_before_it_is_examined(mesh_storage_url: str, citus: Citus)
     schema.distribute(mesh_storage_url)
     assert not citus.before
     assert "pg_try_advisory_lock" in citus.asked[0]
+
+
+def test_a_table_that_is_gone_is_named(mesh_storage_url: str, admin: psycopg.Connection[Any]) -> None:
+    admin.execute("DROP TABLE mesh_delivery_lanes")
+    with pytest.raises(SchemaMismatchError, match="missing: mesh_delivery_lanes"):
+        schema.distribute(mesh_storage_url, apply=False)
 
 
 def test_an_index_that_was_left_invalid_is_made_anew(mesh_storage_url: str, admin: psycopg.Connection[Any]) -> None:

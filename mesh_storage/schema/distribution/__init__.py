@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 
-from mesh_storage.errors import ConfigurationError, ConflictError, MeshStorageError, translate
+from mesh_storage.errors import ConfigurationError, ConflictError, MeshStorageError, SchemaMismatchError, translate
 from mesh_storage.postgres.server import Server, open_server
 from mesh_storage.schema import deploy, migration, tables
 from mesh_storage.schema.distribution.catalog import COLUMNS, LOCAL, SEQUENTIAL, Catalog, literal, methods_of
@@ -43,7 +43,7 @@ class Distribution:
     """What there is to do to distribute a database."""
 
     steps: tuple[tuple[str, ...], ...]
-    """The statements, in order; those of one step are one transaction. None if nothing is left to do."""
+    """The statements, in order; those of one step are one transaction. Empty if nothing is left to do."""
     lacking: tuple[str, ...]
     """What stands against them: what the servers lack, and what is in the database."""
     changes: tuple[str, ...]
@@ -74,7 +74,7 @@ def distribute(url: str | None = None, *, apply: bool = True) -> Distribution:
         ConfigurationError: The server lacks something, or the database holds what cannot be distributed; the message
             says all of it. Nothing was changed, except for a new index if somebody has sent to others meanwhile.
         ConflictError: Another process is distributing it.
-        SchemaMismatchError: The schema is older or newer than this code requires, or missing.
+        SchemaMismatchError: The schema is older or newer than this code requires, or missing, or one of its tables is.
         StorageTimeoutError: A step could not get its locks.
         UnavailableError: The database cannot be reached.
         MeshStorageError: A step failed, in one of these ways or another; the message has the statement and what
@@ -102,6 +102,8 @@ def examine(connection: psycopg.Connection[Any]) -> Distribution:
     fetch = tables.by_psycopg(connection)
     location = tables.locate_during_upgrade(fetch)
     deploy.check(location.revision)
+    if location.missing:
+        raise SchemaMismatchError(f"tables of the schema are missing: {', '.join(location.missing)}")
     found = Catalog.of(fetch, location)
     if not (left := tuple(steps_of(found))):
         return Distribution((), (), ())
