@@ -155,8 +155,9 @@ def _distribute(given: argparse.Namespace, server: Server) -> Answer:
     facts = {"applied": not given.dry_run, **asdict(planned)}
     parts = {"changes": planned.changes, "lacking": planned.lacking, "statements": planned.statements}
     words = "\n".join(f"{name}:\n" + "".join(f"  {each}\n" for each in part) for name, part in parts.items() if part)
+    words = words.rstrip() or "nothing is left to do"
     if given.dry_run:
-        return Exit.CONFIGURATION if planned.lacking else Exit.OK, facts, words.rstrip()
+        return Exit.CONFIGURATION if planned.lacking else Exit.OK, facts, words
     if not given.json:
         print(words, flush=True)  # noqa: T201
     distribution.distribute_server(server, apply=True)

@@ -9,7 +9,7 @@ import re
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any
 
 import psycopg
 import pytest
@@ -17,8 +17,7 @@ from sqlalchemy import text
 
 from mesh_storage import MeshStorage, Message, schema
 from mesh_storage.aio import AsyncMeshStorage
-from mesh_storage.cli import Exit, main
-from mesh_storage.errors import ConfigurationError, InvalidInputError
+from mesh_storage.errors import InvalidInputError
 from mesh_storage.health import Health
 from mesh_storage.models.base import Base
 from mesh_storage.postgres.connection import UnitOfWorkConnection
@@ -26,7 +25,6 @@ from mesh_storage.postgres.statement import Statement
 from mesh_storage.repositories import queueing, removal
 from mesh_storage.schema import distribution
 from mesh_storage.schema.distribution import COLUMNS, LOCAL
-from mesh_storage.schema.tables import by_psycopg
 from tests.repositories.test_round_trips import METHODS, REPOSITORIES, fill, message
 
 SCALING = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -44,9 +42,7 @@ ORDER = ("none", "one", "those of its rows", "all", "refused")
 REFUSED = ("messages.send to others", "messages.delete of a key of many receivers")
 """The second sends what it deletes."""
 ONE_SERVER = (queueing.ENQUEUE[False], queueing.PURGE[False], removal.MESSAGES[False])
-MESSAGES = """'"public"."mesh_messages"'"""
 DELIVERIES = """'"public"."mesh_deliveries"'"""
-LACKING_HERE = "the extension citus is not there"
 
 
 def plain(statement: Statement) -> str:
@@ -280,90 +276,6 @@ def test_a_message_that_somebody_deleted_is_not_among_the_dead(storage: MeshStor
         assert [each.message.id for each in uow.messages.dead("b", after=page.next, limit=1).items] == ["msg-3"]
 
 
-def test_a_plain_server_is_told_what_it_lacks_and_is_not_changed(mesh_storage_url: str) -> None:
-    planned = schema.distribute(mesh_storage_url, apply=False)
-    assert any(each.startswith(LACKING_HERE) for each in planned.lacking)
-    assert planned.statements[0].startswith("CREATE UNIQUE INDEX CONCURRENTLY mesh_messages_to_node_id_key")
-    assert [each for each in planned.statements if "create_distributed_table_concurrently" in each] == [
-        f"SELECT create_distributed_table_concurrently({MESSAGES}, 'to_node', colocate_with => {DELIVERIES})"
-    ]
-    local = [each for each in planned.statements if "citus_add_local_table_to_metadata" in each]
-    assert len(local) == len(LOCAL)
-    with pytest.raises(ConfigurationError, match=LACKING_HERE):
-        schema.distribute(mesh_storage_url)
-    assert schema.distribute(mesh_storage_url, apply=False) == planned
-
-
-def test_an_index_that_was_left_invalid_is_made_anew(mesh_storage_url: str) -> None:
-    with psycopg.connect(mesh_storage_url, autocommit=True) as connection:
-        connection.execute("CREATE INDEX mesh_messages_id_idx ON mesh_messages (id)")
-        connection.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'mesh_messages_id_idx'::regclass")
-        planned = distribution.examine(connection).statements
-    assert planned[0] == 'DROP INDEX CONCURRENTLY "public"."mesh_messages_id_idx"'
-    assert 'CREATE INDEX CONCURRENTLY mesh_messages_id_idx ON "public"."mesh_messages" (id)' in planned
-
-
-def test_what_cannot_be_distributed_is_said_with_its_reason(mesh_storage_url: str, storage: MeshStorage) -> None:
-    with storage.begin() as uow:
-        uow.messages.send(Message(id="m", from_node="a", to_node="b", content=b""), receivers=["c"])
-    with psycopg.connect(mesh_storage_url, autocommit=True) as connection:
-        connection.execute("CREATE TABLE theirs (node_id varchar(64) REFERENCES mesh_node_state)")
-        lacking = distribution.examine(connection).lacking
-    assert any("theirs has the foreign key or trigger theirs_node_id_fkey" in each for each in lacking)
-    assert any("to others than the to_node" in each for each in lacking)
-
-
-class Catalog:
-    """A connection's catalog, in which Citus is there and knows these tables, beside what the server says."""
-
-    def __init__(self, url: str, methods: dict[str, str], nodes: list[tuple[int, bool]]) -> None:
-        self._connection = psycopg.connect(url, autocommit=True)
-        self._methods, self._nodes = methods, nodes
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-
-    def execute(self, query: bytes) -> Any:
-        if b"extname = 'citus'" in query:
-            return self._connection.execute("SELECT")
-        if b"FROM pg_catalog.pg_dist_partition" in query:
-            known = [f"('{table}'::regclass::oid::bigint, '{method}'::text)" for table, method in self._methods.items()]
-            return self._connection.execute(f"VALUES {', '.join(known)}".encode())
-        if b"FROM pg_catalog.pg_dist_node" in query:
-            return self._connection.execute(f"VALUES {', '.join(map(str, self._nodes))}".encode())
-        return self._connection.execute(query)
-
-
-def test_with_citus_it_goes_on_where_it_was(mesh_storage_url: str) -> None:
-    with Catalog(mesh_storage_url, {"mesh_messages": "h", "mesh_state": "n"}, [(0, False), (1, True)]) as catalog:
-        made = distribution.examine(cast("Any", catalog))
-    assert not made.lacking
-    assert not [each for each in made.statements if "_concurrently('" in each]
-    assert len([each for each in made.statements if "create_distributed_table(" in each]) == 3
-    local = [each for each in made.statements if "citus_add_local_table_to_metadata" in each]
-    assert len(local) == len(LOCAL) - 1
-    assert not any('"mesh_state"' in each for each in local)
-
-
-def test_with_citus_but_without_workers_that_is_lacking(mesh_storage_url: str) -> None:
-    with Catalog(mesh_storage_url, {"mesh_messages": "h"}, [(5, False)]) as catalog:
-        lacking = distribution.examine(cast("Any", catalog)).lacking
-    assert ["coordinator" in lacking[0], "no worker" in lacking[1], len(lacking)] == [True, True, 2]
-
-
-def test_backups_and_restores_refuse_distributed_tables_only(mesh_storage_url: str) -> None:
-    def check(methods: dict[str, str]) -> None:
-        with Catalog(mesh_storage_url, methods, []) as catalog:
-            distribution.check_on_one_server(by_psycopg(cast("Any", catalog)))
-
-    check({"mesh_state": "n"})
-    with pytest.raises(ConfigurationError, match="mesh_messages, mesh_node_state: distributed by Citus"):
-        check({"mesh_messages": "h", "mesh_node_state": "h", "mesh_state": "n"})
-
-
 @pytest.mark.parametrize(
     ("table", "check", "named"),
     [
@@ -408,14 +320,3 @@ def test_health_names_the_workers_that_do_not_answer_and_waits_for_none_of_them(
         for health in (storage.health(), asyncio.run(check(mesh_storage_url))):
             assert health.silent_workers == ("w-1:5432", "w-2:5432")
             assert (health.ok, health.connected, health.revision) == (False, True, schema.head())
-
-
-def test_the_command_shows_what_it_changes_and_what_is_lacking(
-    mesh_storage_url: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["distribute", "--dry-run", "--url", mesh_storage_url]) == Exit.CONFIGURATION
-    said = capsys.readouterr().out
-    assert all(f"  {each}\n" in said for each in distribution.CHANGES)
-    assert LACKING_HERE in said
-    assert "CREATE UNIQUE INDEX CONCURRENTLY mesh_messages_to_node_id_key" in said
-    assert main(["distribute", "--url", mesh_storage_url]) == Exit.CONFIGURATION
