@@ -96,10 +96,16 @@ class Database:
 
 
 @contextmanager
-def durable_database() -> Generator[Database]:
-    """Create a database with durable commits, and remove it afterwards."""
+def durable_database(parameters: Iterable[str] = ()) -> Generator[Database]:
+    """Create a database with durable commits, and remove it afterwards.
+
+    The server has the parameters given as `NAME=VALUE`.
+    """
     with tempfile.TemporaryDirectory(prefix="mesh_storage-benchmark-") as name:
         path = Path(name) / "postgresql"
+        EmbeddedServer.open(path).close()
+        with (path / "data" / "postgresql.auto.conf").open("a") as configuration:
+            configuration.writelines(f"{each}\n" for each in parameters)
         server = EmbeddedServer.open(path)
         try:
             url = f"embedded:{path}"

@@ -1,9 +1,10 @@
 """Big tables: what filling, listing, purging and backing up messages take as their number grows.
 
-    python -m benchmarks.large [--sizes N,N] [--batch N] [--purge N] [--wait S] [--set TABLE:NAME=VALUE] [--json FILE]
+    python -m benchmarks.large [--sizes N,N] [--batch N] [--purge N] [--wait S] [--ordered]
+        [--server NAME=VALUE] [--set TABLE:NAME=VALUE] [--json FILE]
 
-The ids are random, as those of real senders are, and 50 nodes write to 47 of them. Client and server share the
-machine. It needs about 1 GB of disk for a million messages, in the directory for temporary files.
+The ids are random, as UUIDs are, or in the order of time, as ULIDs are, and 50 nodes write to 47 of them. Client and
+server share the machine. It needs about 1 GB of disk for a million messages, in the directory for temporary files.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
 from uuid import uuid4
+
+from ulid import ULID
 
 from benchmarks import processes
 from benchmarks.database import Database, durable_database
@@ -108,9 +111,10 @@ _ROWS: dict[str, _Shown] = {
 class Run:
     """A table of messages that grows from size to size, and loses its oldest tenth after each is measured."""
 
-    def __init__(self, database: Database, batch: int, purge: int, wait: float) -> None:
+    def __init__(self, database: Database, new_id: Callable[[], str], batch: int, purge: int, wait: float) -> None:
         self._database = database
         self._storage = database.storage
+        self._new_id = new_id
         self._batch = batch
         self._purge_by = purge
         self._wait = wait
@@ -184,7 +188,8 @@ class Run:
         end = self._last + number
         for start in range(self._last, end, self._batch):
             with self._storage.begin() as uow:
-                uow.messages.store_many(map(_message, range(start, min(start + self._batch, end))))
+                numbers = range(start, min(start + self._batch, end))
+                uow.messages.store_many(_message(self._new_id(), number) for number in numbers)
         self._last = end
 
     def _sizes(self) -> tuple[int, int]:
@@ -229,14 +234,22 @@ class Run:
                 return purged, slowest
 
 
-def _message(number: int) -> Message:
+def _message(key: str, number: int) -> Message:
     return Message(
-        id=uuid4().hex,
+        id=key,
         from_node=f"node-{number % _SENDERS}",
         to_node=f"node-{number % _RECEIVERS}",
         content=CONTENT,
         timestamp=_timestamp(number),
     )
+
+
+def _random() -> str:
+    return uuid4().hex
+
+
+def _ordered() -> str:
+    return str(ULID())
 
 
 def _timestamp(number: int) -> int:
@@ -267,15 +280,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=5_000, metavar="N", help="messages of a store_many (%(default)s)")
     parser.add_argument("--purge", type=int, default=10_000, metavar="N", help="messages of a purge (%(default)s)")
     parser.add_argument("--wait", type=float, default=150.0, metavar="S", help="seconds after a purge (%(default)s)")
+    parser.add_argument("--ordered", action="store_true", help="ids in the order of time, not random ones")
+    parser.add_argument(
+        "--server", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the server; may be repeated"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="TABLE:NAME=VALUE", help="a storage parameter; may be repeated"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     given = parser.parse_args(arguments)
     sizes = sorted(int(size) for size in given.sizes.split(","))
-    with durable_database() as database:
+    with durable_database(given.server) as database:
         database.set(given.set)
-        run = Run(database, given.batch, given.purge, given.wait)
+        run = Run(database, _ordered if given.ordered else _random, given.batch, given.purge, given.wait)
         points = [run.measure(size, sizes[0]) for size in sizes]
     print(table(points))
     if given.json is not None:

@@ -1,7 +1,7 @@
 """Retention under load: whether `mesh-storage maintain` keeps a table of messages small while many are sent.
 
     python -m benchmarks.retention [--seconds S] [--rate N] [--keep S] [--every S] [--deliveries]
-        [--naptime S] [--set TABLE:NAME=VALUE] [--json FILE]
+        [--server NAME=VALUE] [--set TABLE:NAME=VALUE] [--json FILE]
 
 Writers send at a steady rate, and the command removes what is too old. With `--deliveries`, the messages are queued,
 claimed and acknowledged as well. Clients and server share the machine.
@@ -251,20 +251,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=100, help="messages in a unit of work (%(default)s)")
     parser.add_argument("--keep", type=int, default=30, help="seconds that messages are kept (%(default)s)")
     parser.add_argument("--every", type=int, default=5, help="seconds between two removals (%(default)s)")
-    parser.add_argument("--naptime", type=int, metavar="S", help="the server's autovacuum_naptime, if not its default")
     parser.add_argument("--deliveries", action="store_true", help="also queue, claim and acknowledge them")
+    parser.add_argument(
+        "--server", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the server; may be repeated"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="TABLE:NAME=VALUE", help="a storage parameter; may be repeated"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     given = parser.parse_args(arguments)
     load = Load(given.rate, given.writers, given.batch, given.deliveries)
-    with durable_database() as database:
+    with durable_database(given.server) as database:
         database.set(given.set)
-        if given.naptime is not None:
-            with database.connection(autocommit=True) as connection:
-                connection.execute(f"ALTER SYSTEM SET autovacuum_naptime = {given.naptime}")
-                connection.execute("SELECT pg_reload_conf()")
         samples = measure(
             database,
             load,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import traceback
 from typing import Literal
 
@@ -175,6 +176,7 @@ _MISSING = (
     "your service's migrations."
 )
 _ADVICE = {
+    "0A000": "The server cannot do this; if the database is distributed, docs/scaling.md says what it refuses.",
     "42501": "The database role lacks a privilege; mesh-storage roles grants it, as docs/operations.md describes.",
     "42703": _MISSING,
     "42P01": _MISSING,
@@ -187,6 +189,9 @@ _ADVICE = {
 _PREPARED_ELSEWHERE = ("26000", "42P05")
 # 0A000 (feature_not_supported) has many causes; raised by this server function, it means a changed result type.
 _RESULT_TYPE_CHANGED = ("0A000", "RevalidateCachedQuery")
+# XX000 (internal_error) likewise; raised by these functions of Citus, it means that a table or shard that the statement
+# was planned for has been distributed, moved or split meanwhile.
+_SHARDS_CHANGED = {("XX000", "GetCitusTableCacheEntry"), ("XX000", "LookupShardRelationFromCatalog")}
 
 
 def prepared_in_vain(error: MeshStorageError) -> bool:
@@ -231,7 +236,7 @@ def connection_refused(error: Exception) -> tuple[MeshStorageError, Exception | 
 
 
 def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:
-    sqlstate, constraint = error.sqlstate, error.diag.constraint_name
+    sqlstate, (_, constraint) = error.sqlstate, _named(error)
     if sqlstate is None:
         if isinstance(error, psycopg.OperationalError):
             return UnavailableError(_unavailable(error))
@@ -241,6 +246,12 @@ def _translate_psycopg(error: psycopg.Error) -> MeshStorageError:
     if (sqlstate, error.diag.source_function) == _RESULT_TYPE_CHANGED:
         return UnavailableError(
             "the type of a column changed after this connection prepared its statements; retry on a new connection",
+            sqlstate=sqlstate,
+        )
+    if (sqlstate, error.diag.source_function) in _SHARDS_CHANGED:
+        return SerializationError(
+            "a table was distributed, or a part of it moved to another server, while a statement ran; retry the unit "
+            f"of work. PostgreSQL reports {error.diag.message_primary!r} (SQLSTATE {sqlstate})",
             sqlstate=sqlstate,
         )
     kind = _BY_SQLSTATE.get(sqlstate) or _BY_CLASS.get(sqlstate[:2], MeshStorageError)
@@ -260,9 +271,20 @@ def _field(error: psycopg.Error) -> str | None:
     """Return the rejected attribute, by column name or check constraint name (`{table}_{column}_check`)."""
     from mesh_storage.models.base import attribute_of
 
-    table, column, constraint = error.diag.table_name, error.diag.column_name, error.diag.constraint_name
+    (table, constraint), column = _named(error), error.diag.column_name
     column = column or (constraint and constraint.removeprefix(f"{table}_").removesuffix("_check"))
     return table and column and (attribute_of(table, column) or column)
+
+
+def _named(error: psycopg.Error) -> tuple[str | None, str | None]:
+    """Return the table and the constraint, without the number of the shard in which Citus has a table of ours."""
+    from mesh_storage.models.base import Base
+
+    table, constraint = error.diag.table_name, error.diag.constraint_name
+    shard = re.fullmatch(r"(\w+)(_\d{6,})", table or "")
+    if shard is None or shard[1] not in Base.metadata.tables:
+        return table, constraint
+    return shard[1], constraint and constraint.removesuffix(shard[2])
 
 
 def _unavailable(error: psycopg.OperationalError) -> str:

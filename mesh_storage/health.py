@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, literal_column, or_, select
+from sqlalchemy import column, exists, func, literal_column, or_, select, table, text
 
 from mesh_storage import schema
 from mesh_storage.errors import ConfigurationError, MeshStorageError, UnavailableError
@@ -20,9 +20,23 @@ READ_ONLY = Statement(
         or_(
             func.pg_is_in_recovery(),
             func.current_setting(literal_column("'default_transaction_read_only'")) == literal_column("'on'"),
-        )
+        ),
+        exists().select_from(table("pg_extension")).where(column("extname") == literal_column("'citus'")),
     )
 )
+"""Returns whether the server refuses writes, and whether it has Citus."""
+# An argument is evaluated before the call, so the limit for connecting to a worker is set by then.
+WORKERS = Statement(
+    lambda: text(
+        """
+        SELECT concat(nodename, ':', nodeport) FROM run_command_on_workers(
+            'SELECT ' || length(set_config('citus.node_connection_timeout', '1s', true))
+        ) WHERE NOT success ORDER BY 1
+        """
+    ),
+    writes=False,
+)
+"""Asks each worker of Citus, and returns those that do not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +80,8 @@ class Health:
     missing_privileges: tuple[str, ...] = ()
     """The privileges that a service needs on the tables of its units of work and this role lacks, as in
     `INSERT, UPDATE ON nodes`."""
+    silent_workers: tuple[str, ...] = ()
+    """The workers of a distributed database that do not answer the coordinator, as in `worker-1:5432`."""
     replicas: tuple[ReplicaHealth, ...] = ()
     """The replicas of `replica_url`; the primary answers in their place, so they do not count for `ok`."""
 
@@ -73,10 +89,13 @@ class Health:
     def ok(self) -> bool:
         """Whether the database is connected, writable, and has the current schema, and this role may read its tables.
 
+        Of a distributed database, all workers must answer.
+
         Privileges to write are not required, since a role may be one that only reads: see `missing_privileges`.
         """
         readable = not any(lacking.startswith("SELECT") for lacking in self.missing_privileges)
-        return self.connected and self.writable and self.revision == self.head and readable
+        current = self.revision == self.head and not self.silent_workers
+        return self.connected and self.writable and current and readable
 
 
 def answered(
@@ -84,6 +103,7 @@ def answered(
     revision: str | None,
     missing_privileges: tuple[str, ...],
     unclear: MeshStorageError | None,
+    silent_workers: tuple[str, ...],
     *,
     round_trip_ms: float,
     pool_size: int,
@@ -100,6 +120,7 @@ def answered(
         pool_in_use=pool_in_use,
         error=unclear,
         missing_privileges=missing_privileges,
+        silent_workers=silent_workers,
     )
 
 

@@ -385,15 +385,21 @@ class MeshStorage:
                 round_trip_ms = (time.perf_counter() - begun) * 1000
                 revision, unclear = None, None
                 missing: tuple[str, ...] = ()
+                silent: tuple[str, ...] = ()
                 try:
                     if len(self._replicas):
                         primary = standing(connection.ask(STANDING), now())
                     revision, missing = connection.perform(schema.examine, connection.driver.sqlalchemy)
+                    if row is not None and row[1]:
+                        silent = tuple(name for (name,) in connection.fetch_all(health.WORKERS))
                 except MeshStorageError as error:
                     unclear = error
             finally:
                 self._pool.release(connection)
-            return health.answered(row, revision, missing, unclear, round_trip_ms=round_trip_ms, **pool), primary
+            return (
+                health.answered(row, revision, missing, unclear, silent, round_trip_ms=round_trip_ms, **pool),
+                primary,
+            )
         except ClosedError:
             raise
         except MeshStorageError as error:

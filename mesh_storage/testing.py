@@ -2,7 +2,8 @@
 
 Put `pytest_plugins = ["mesh_storage.testing"]` into the top-level `conftest.py`. Then `mesh_storage` is an open storage
 and `mesh_storage_url` the URL of its database. The databases are created from a template database on a temporary server
-in RAM, or on the server of `MESH_STORAGE_TEST_URL` (as a role with CREATEDB).
+in RAM, or on the server of `MESH_STORAGE_TEST_URL` (as a role with CREATEDB). With `MESH_STORAGE_TEST_DISTRIBUTE=1`,
+each is distributed on this server alone, which must have Citus (as a superuser).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from mesh_storage.models import (
 from mesh_storage.models.base import new_id
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server
+from mesh_storage.schema import distribution
 from mesh_storage.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:  # mesh_storage.aio needs an extra
@@ -53,11 +55,19 @@ _NAMES = "mesh_storage_test_"
 _NUMBER = re.compile("[0-9a-f]{12}")
 _VACATING_TIMEOUT_S = 30.0
 _ENDING_TIMEOUT_S = 1.0
+_ONE_NODE = (
+    "CREATE EXTENSION IF NOT EXISTS citus",
+    "SELECT citus_set_coordinator_host('localhost', current_setting('port')::int)",
+    "SELECT citus_set_node_property('localhost', current_setting('port')::int, 'shouldhaveshards', true)",
+)
+# One at a time, since Citus gives its replication slots the same names in every database. "mesh_tst" as a number.
+_TURN = int.from_bytes(b"mesh_tst")
 _MARKED = "SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1"
 _FOUND = "SELECT datname FROM pg_database WHERE starts_with(datname, %s) AND pg_get_userbyid(datdba) = current_user"
 _OTHERS = """
     SELECT pid, usename, application_name FROM pg_stat_activity
-    WHERE datname = %s AND coalesce(backend_type, 'client backend') = 'client backend'
+    WHERE datname = %s
+    AND (coalesce(backend_type, 'client backend') = 'client backend' OR starts_with(backend_type, 'Citus'))
 """
 
 
@@ -68,8 +78,10 @@ class Databases:
     lock has left, because it was killed, is dropped by the next one.
     """
 
-    def __init__(self, connect: dict[str, Any]) -> None:
+    def __init__(self, connect: dict[str, Any], *, distribute: bool = False) -> None:
+        """Initialize with the arguments of a connection, and whether to distribute what has the schema by Citus."""
         self._connect = {"client_encoding": "UTF8", **connect}
+        self._distributes = distribute
         self._admin = engine.connect(self._connect)
         # Random rather than a process id, since several machines may share a server.
         mark = secrets.randbits(48)
@@ -84,6 +96,8 @@ class Databases:
             self._drop_stale()
             self._execute("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'", self._template)
             schema.upgrade_server(Server({**self._connect, "dbname": self._template}))
+            if distribute:
+                self._distribute(self._template)
             self._vacate_template()
         except BaseException:
             with suppress(psycopg.Error):
@@ -97,11 +111,25 @@ class Databases:
         template = self._template if with_schema else "template0"
         self._execute(f"CREATE DATABASE {{}} TEMPLATE {{}} STRATEGY {self._strategy}", name, template)
         try:
+            if self._distributes:  # which a copy does not have of its template
+                self._execute(f"ALTER DATABASE {{}} {distribution.SEQUENTIAL}", name)
             yield self._url(name)
         finally:
             # Without sessions, since FORCE looks only every 100 ms whether those that it has terminated are gone.
             self._end_sessions(name, timeout=_ENDING_TIMEOUT_S)
             self._execute("DROP DATABASE {} WITH (FORCE)", name)
+
+    def _distribute(self, name: str) -> None:
+        """Distribute a database over one server, which is its coordinator and its worker."""
+        server = Server({**self._connect, "dbname": name})
+        with engine.connect(server.connect) as connection:
+            for statement in _ONE_NODE:
+                connection.execute(statement)
+        with self._admin.transaction():
+            self._admin.execute("SELECT pg_advisory_xact_lock(%s)", [_TURN])
+            distribution.distribute_server(server, apply=True)
+        with engine.connect(server.connect) as connection:  # so that nothing is removed later, in each copy
+            connection.execute("CALL citus_cleanup_orphaned_resources()")
 
     def close(self) -> None:
         """Drop the template database."""
@@ -155,7 +183,7 @@ class Databases:
 def databases() -> Generator[Databases]:
     """Yield the factory of databases, on a temporary server or the one of `MESH_STORAGE_TEST_URL`."""
     with _server() as connect:
-        made = Databases(connect)
+        made = Databases(connect, distribute=os.environ.get("MESH_STORAGE_TEST_DISTRIBUTE") == "1")
         try:
             yield made
         finally:

@@ -27,15 +27,16 @@ class Service:
     """A role, and the databases that it may use."""
 
     def __init__(self) -> None:
-        self._grants = ""
+        self._grants: list[bytes] = []
 
     def url(self, url: str) -> str:
         """Return the URL of a database for the service, after granting what it needs, and nothing else."""
         if not self._grants:  # The same for every database, which all may connect to.
             statements = schema.grants(url, service=NAME)
-            self._grants = "; ".join(each for each in statements if "ON DATABASE" not in each)
+            self._grants = [each.encode() for each in statements if "ON DATABASE" not in each]
         with psycopg.connect(url, autocommit=True) as admin:
-            admin.execute(self._grants.encode())
+            for grant in self._grants:  # Citus takes no more than one in a string.
+                admin.execute(grant)
         return sqlalchemy.make_url(url).set(username=NAME, password=PASSWORD).render_as_string(hide_password=False)
 
 

@@ -33,7 +33,19 @@ from tests.processes import changes_are_over, eventually
 
 SECRET = "hush-hush"  # noqa: S105 - what must not be printed
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("health", "schema", "upgrade", "roles", "maintain", "backup", "psql", "restore", "verify", "completion")
+COMMANDS = (
+    "health",
+    "schema",
+    "upgrade",
+    "roles",
+    "distribute",
+    "maintain",
+    "backup",
+    "psql",
+    "restore",
+    "verify",
+    "completion",
+)
 NOWHERE = f"postgresql://somebody:{SECRET}@127.0.0.1:1/nowhere"
 
 
@@ -113,7 +125,8 @@ def test_health(call: Call) -> None:
     assert status == Exit.OK
     assert {**facts, "round_trip_ms": None} == {
         "ok": True, "connected": True, "writable": True, "round_trip_ms": None, "revision": schema.head(),
-        "head": schema.head(), "missing_privileges": [], "replicas": [], "error": None, "message": None,
+        "head": schema.head(), "missing_privileges": [], "silent_workers": [], "replicas": [], "error": None,
+        "message": None,
     }  # fmt: skip
     assert facts["round_trip_ms"] > 0
 

@@ -143,7 +143,7 @@ def test_a_lease_that_was_lost_has_no_effect_and_is_logged(
         handled.append(delivery.attempts)
         uow.state.put(f"effect {delivery.attempts}", b"")
         if delivery.attempts == 1:
-            raw.execute("UPDATE mesh_deliveries SET available_at = clock_timestamp()")
+            raw.execute("UPDATE mesh_deliveries SET available_at = now()")
 
     send(storage, 1)
     until_empty(storage, handle)
@@ -180,7 +180,7 @@ def test_a_failure_is_tried_again_later_and_the_last_time_set_aside(
         working = threads.submit(storage.consume, "b", handle, poll=0.02, max_attempts=2, stop=stop)
         assert eventually(lambda: backlog(storage).delayed == 1)
         assert backlog(storage).held == ("k",)
-        raw.execute("UPDATE mesh_deliveries SET available_at = clock_timestamp()")
+        raw.execute("UPDATE mesh_deliveries SET available_at = now()")
         assert eventually(lambda: backlog(storage).dead == 1)
         stop.set()
         working.result(30)
@@ -409,7 +409,7 @@ def test_one_of_a_batch_that_is_lost_costs_the_extension_of_the_others_little(
     def handle(_uow: UnitOfWork, delivery: Delivery) -> None:
         if delivery.message.id != "m-0":
             return
-        raw.execute("UPDATE mesh_deliveries SET available_at = clock_timestamp() WHERE message_id = 'm-77'")
+        raw.execute("UPDATE mesh_deliveries SET available_at = now() WHERE message_id = 'm-77'")
         assert extended.wait(30)
         stop.set()
 

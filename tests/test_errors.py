@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import psycopg
 import pytest
+from psycopg.pq import DiagnosticField
 from pydantic import SecretStr
 from sqlalchemy import text
 
@@ -169,3 +170,16 @@ def test_a_connection_that_died_in_the_pool_is_replaced_before_anybody_sees_it(s
         assert now & set(pids) == {survivor}
     with storage.begin(read_only=True) as uow:
         assert [entry.key for entry in uow.state.stream()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [("GetCitusTableCacheEntry", SerializationError), ("LookupShardRelationFromCatalog", SerializationError),
+     ("another", MeshStorageError)],
+)  # fmt: skip
+def test_an_internal_error_is_retryable_where_it_says_that_a_table_was_distributed(
+    function: str, kind: type[MeshStorageError]
+) -> None:
+    fields = {DiagnosticField.SQLSTATE: b"XX000", DiagnosticField.SOURCE_FUNCTION: function.encode()}
+    error = translate(psycopg.errors.InternalError_(info={**fields}))
+    assert (type(error), error.retryable, error.sqlstate) == (kind, kind is SerializationError, "XX000")

@@ -320,15 +320,21 @@ class AsyncMeshStorage:
                 database = sync_connection(connection.driver.sqlalchemy)
                 revision, unclear = None, None
                 missing: tuple[str, ...] = ()
+                silent: tuple[str, ...] = ()
                 try:
                     if len(self._replicas):
                         primary = standing(await connection.ask(STANDING), now())
                     revision, missing = await connection.perform(in_greenlet, schema.examine, database)
+                    if row is not None and row[1]:
+                        silent = tuple(name for (name,) in await connection.fetch_all(health.WORKERS))
                 except MeshStorageError as error:
                     unclear = error
             finally:
                 await self._pool.release(connection)
-            return health.answered(row, revision, missing, unclear, round_trip_ms=round_trip_ms, **pool), primary
+            return (
+                health.answered(row, revision, missing, unclear, silent, round_trip_ms=round_trip_ms, **pool),
+                primary,
+            )
         except ClosedError:
             raise
         except MeshStorageError as error:

@@ -38,7 +38,7 @@ from mesh_storage.errors import (
     UnavailableError,
 )
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.schema import changes, migration, tables
+from mesh_storage.schema import changes, distribution, migration, tables
 from mesh_storage.schema.tables import Location
 from mesh_storage.settings import Settings
 
@@ -90,8 +90,9 @@ def backup(
     Raises:
         AlreadyExistsError: The path exists.
         InvalidInputError: The path cannot be written.
-        ConfigurationError: pg_dump is missing or too old, or no available one produces a backup that restores on other
-            servers; or this user may not read the tables, or `transaction_pooling` is set.
+        ConfigurationError: The database is distributed; pg_dump is missing or too old, or no available one produces
+            a backup that restores on other servers; or this user may not read the tables, or `transaction_pooling` is
+            set.
         SchemaMismatchError: The database has no schema of mesh_storage, or a newer one.
         StorageTimeoutError: A table was locked for longer than `lock_timeout`.
         UnavailableError: The disk is full, or the database cannot be reached.
@@ -106,6 +107,7 @@ def backup(
         unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=target.parent))
     try:
         with catalog.connected(server) as connection:
+            distribution.check_on_one_server(tables.by_psycopg(connection))
             manifest = _dump(connection, unfinished, jobs, report)
         with _path_errors(target):
             manifest = manifest.write(unfinished, lambda done, total: report(Progress("sum", done, total)))
@@ -149,8 +151,8 @@ def restore(
         ConflictError: The tables contain rows and `overwrite` was not given, or the rows violate a constraint that
             others added to the tables, or an object of others cannot be kept.
         MissingReferenceError: Foreign keys of or to other tables would be violated.
-        ConfigurationError: pg_restore is missing or too old, the server lacks something the tables need, this user may
-            not change the tables, or `transaction_pooling` is set.
+        ConfigurationError: The database is distributed, pg_restore is missing or too old, the server lacks something
+            the tables need, this user may not change the tables, or `transaction_pooling` is set.
         StorageTimeoutError: A table was in use for longer than `lock_timeout`.
         UnavailableError: The database cannot be reached, or its disk is full.
     """
@@ -413,6 +415,7 @@ def _select(connection: Connection, manifest: Manifest, location: Location) -> a
 def _restore(server: Server, source: Path, report: Report, *, overwrite: bool, jobs: int) -> Manifest:
     manifest = _check(source, report)
     with migration.turn(server.connect), catalog.transaction(server) as (session, connection):
+        distribution.check_on_one_server(tables.by_psycopg(connection))
         tools = client_tools.find(max(manifest.tool_major, client_tools.server_major(connection)))
         _load(session, connection, manifest, tools, source / _DUMP, report=report, overwrite=overwrite, jobs=jobs)
     if manifest.revision != schema.head() or _version_table(manifest) != tables.VERSION_TABLE:

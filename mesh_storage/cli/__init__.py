@@ -101,6 +101,8 @@ def parser(*, directories: object = None) -> argparse.ArgumentParser:
     granting.add_argument("--service", metavar="NAME", help="a role that uses the repositories")
     granting.add_argument("--reader", metavar="NAME", help="a role that reads, and takes backups")
     granting.add_argument("--apply", action="store_true", help="grant it, all or nothing, as the owner of the tables")
+    spreading = add("distribute", "distribute what grows over the workers of Citus, beside other sessions")
+    spreading.add_argument("--dry-run", action="store_true", help="only show what it changes, lacks and does")
     keeping = add("maintain", "remove what has expired and what is no longer kept, in steps that hold nobody up")
     keeping.add_argument("--every", type=_interval, metavar="SECONDS", help="stay, and repeat it after so many seconds")
     keeping.add_argument(

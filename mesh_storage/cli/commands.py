@@ -31,7 +31,7 @@ from mesh_storage.errors import (
 from mesh_storage.health import Health, ReplicaHealth
 from mesh_storage.postgres import engine
 from mesh_storage.postgres.server import Server, open_server
-from mesh_storage.schema import roles
+from mesh_storage.schema import distribution, roles
 from mesh_storage.settings import Settings, settings_of
 from mesh_storage.storage import MeshStorage
 
@@ -83,6 +83,7 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
         "revision": health.revision,
         "head": health.head,
         "missing_privileges": list(health.missing_privileges),
+        "silent_workers": list(health.silent_workers),
         "replicas": [_replica(each) for each in health.replicas],
         "error": None,
         "message": None,
@@ -96,6 +97,8 @@ def _health(_given: argparse.Namespace, server: Server) -> Answer:
         if error is not None:
             raise error
         schema.check(health.revision)
+        if health.silent_workers:
+            raise UnavailableError(f"workers do not answer: {', '.join(health.silent_workers)}")
         if not health.ok:
             raise ConfigurationError(lacking)
     except MeshStorageError as wrong:
@@ -145,6 +148,20 @@ def _roles(given: argparse.Namespace, server: Server) -> Answer:
     names = " and ".join(name for name in (given.service, given.reader) if name is not None)
     words = f"granted to {names}" if given.apply else "".join(f"{each};\n" for each in statements).rstrip()
     return Exit.OK, {"applied": given.apply, "statements": list(statements)}, words
+
+
+def _distribute(given: argparse.Namespace, server: Server) -> Answer:
+    planned = distribution.distribute_server(server, apply=False)
+    facts = {"applied": not given.dry_run, **asdict(planned)}
+    parts = {"changes": planned.changes, "lacking": planned.lacking, "statements": planned.statements}
+    words = "\n".join(f"{name}:\n" + "".join(f"  {each}\n" for each in part) for name, part in parts.items() if part)
+    words = words.rstrip() or "nothing is left to do"
+    if given.dry_run:
+        return Exit.CONFIGURATION if planned.lacking else Exit.OK, facts, words
+    if not given.json:
+        print(words, flush=True)  # noqa: T201
+    distribution.distribute_server(server, apply=True)
+    return Exit.OK, facts, f"distributed: {', '.join(distribution.COLUMNS)}"
 
 
 def _backup(given: argparse.Namespace, server: Server) -> Answer:
@@ -254,6 +271,7 @@ _ON_SERVER: dict[str, Callable[[argparse.Namespace, Server], Answer]] = {
     "schema": _schema,
     "upgrade": _upgrade,
     "roles": _roles,
+    "distribute": _distribute,
     "maintain": _maintain,
     "backup": _backup,
     "restore": _restore,

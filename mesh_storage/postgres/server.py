@@ -60,8 +60,8 @@ class Server:
         """
         if self.local_parameters is not None:
             raise ConfigurationError(
-                "invalid setting 'transaction_pooling': migrations, backup and restore need a dedicated session; set "
-                "the URL to the server itself, and transaction_pooling to false"
+                "invalid setting 'transaction_pooling': migrations, grants, distribution, backup and restore need a "
+                "dedicated session; set the URL to the server itself, and transaction_pooling to false"
             )
 
     def close(self) -> None:

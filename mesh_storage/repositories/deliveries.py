@@ -76,6 +76,7 @@ TEXTS = ARRAY(Text)
 NUMBERS = ARRAY(BigInteger)
 MESSAGES = Aggregate(Message)
 _DELIVERY = ("receiver", "attempts", "token", "available_at", "key", "reason", "dead_at", "state", "message_id", "seq")
+_MESSAGE_ID = _DELIVERY.index("message_id")
 _DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in _DELIVERY)
 _MESSAGE_COLUMNS = ", ".join(f"m.{column.name}" for column in table_of(Message).columns)
 
@@ -89,11 +90,17 @@ def statement(sql: str, *, writes: bool = True, **types: Any) -> Statement:
 
 # The longest due first. What another has claimed since the snapshot is checked anew once its row is locked, and is not
 # due any more. A token is the time in microseconds, but larger than the one before it, so it only grows for a delivery,
-# also across a restore or a failover. What was claimed too often is set aside instead.
+# also across a restore or a failover. What was claimed too often is set aside instead. All times come from the SELECT:
+# Citus accepts only immutable functions within CASE and greatest() of an UPDATE. The message is joined by its receiver,
+# so that all is in one shard; `MESSAGES_OF` has those that were sent to others than their `to_node`. On one server an
+# index by the receiver must not serve, which would be read as a whole for each message; with this collation none does:
+# an adopted column may have "C", but hardly its other name.
 CLAIM = statement(
     f"""
     WITH due AS MATERIALIZED (
-        SELECT message_id, available_at FROM mesh_deliveries
+        SELECT message_id, available_at AS due_at, {MOMENT} AS moment, {MOMENT} + :lease AS leased_until,
+            (extract(epoch FROM {MOMENT}) * 1000000)::bigint AS number
+        FROM mesh_deliveries
         WHERE receiver = :receiver AND state IN ('queued', 'leased')
         AND available_at >= :floor AND available_at <= {MOMENT}
         ORDER BY available_at, seq LIMIT :limit FOR UPDATE SKIP LOCKED
@@ -101,19 +108,34 @@ CLAIM = statement(
         UPDATE mesh_deliveries AS d SET
             state = CASE WHEN attempts < :max_attempts THEN 'leased' ELSE 'dead' END,
             attempts = CASE WHEN attempts < :max_attempts THEN attempts + 1 ELSE attempts END,
-            token = greatest(token + 1, (extract(epoch FROM {MOMENT}) * 1000000)::bigint),
-            available_at = {MOMENT} + :lease,
-            reason = CASE WHEN attempts >= :max_attempts THEN format('not acknowledged in %s claims', attempts) END,
-            dead_at = CASE WHEN attempts >= :max_attempts THEN {MOMENT} END
+            token = greatest(token + 1, due.number),
+            available_at = due.leased_until,
+            reason = CASE WHEN attempts >= :max_attempts
+                THEN 'not acknowledged in ' || CAST(attempts AS text) || ' claims' END,
+            dead_at = CASE WHEN attempts >= :max_attempts THEN due.moment END
         FROM due WHERE d.receiver = :receiver AND d.message_id = due.message_id
-        RETURNING {_DELIVERY_COLUMNS}, due.available_at AS due_at
+        RETURNING {_DELIVERY_COLUMNS}, due.due_at
     )
     SELECT {_DELIVERY_COLUMNS}, {_MESSAGE_COLUMNS}, d.due_at
-    FROM claimed AS d LEFT JOIN mesh_messages AS m ON m.id = d.message_id ORDER BY d.due_at, d.seq
+    FROM claimed AS d LEFT JOIN mesh_messages AS m
+    ON m.to_node = CAST(:receiver AS text) COLLATE "POSIX" AND m.id = d.message_id
+    ORDER BY d.due_at, d.seq
     """,  # noqa: S608 - our own names
     floor=DateTime(timezone=True),
     lease=Interval,
 )
+DISTRIBUTED = "SELECT indnkeyatts > 1 FROM pg_index WHERE indrelid = 'mesh_messages'::regclass AND indisprimary"
+"""Selects whether an id is unique for each receiver only, as in a distributed database."""
+MESSAGES_OF = statement(
+    f"""
+    WITH key (by_receiver) AS MATERIALIZED ({DISTRIBUTED})
+    SELECT key.by_receiver, {_MESSAGE_COLUMNS} FROM mesh_messages AS m CROSS JOIN key WHERE m.id = ANY(:id)
+    """,  # noqa: S608 - our own names
+    writes=False,
+    id=TEXTS,
+)
+"""Messages by id, which a row of `CLAIM` or `DEAD` lacks if its receiver is not the message's `to_node`, or if the
+message was stored anew since the snapshot. Each says whether it is its `to_node`'s alone."""
 _LEASES: dict[str, Any] = {"message_id": TEXTS, "token": NUMBERS}
 _LEASED = "unnest(:message_id, :token) AS lease (message_id, token)"
 _SAME = "d.receiver = :receiver AND d.message_id = lease.message_id AND d.token = lease.token"
@@ -138,36 +160,54 @@ def _remove(condition: str) -> Statement:
 
 
 ACK_KEYED = _remove(_HELD)
-# A message of this id may have been stored anew since the snapshot of the claim.
-DROP = _remove(f"{_SAME} AND NOT EXISTS (SELECT FROM mesh_messages AS m WHERE m.id = d.message_id)")
+DROP = _remove(_SAME)
 """Removes what was just claimed although its message is gone, also if that was once too often."""
-# Looks for what follows the removed first message of a key behind its place, since dead index entries lie before it.
-ADVANCE = statement(
-    f"""
-    WITH lane AS MATERIALIZED (SELECT * FROM unnest(:receiver, :key, :seq) AS input (receiver, key, seq)),
-    following AS MATERIALIZED (
-        SELECT head.receiver, head.key, head.message_id FROM lane CROSS JOIN LATERAL (
-            SELECT d.receiver, d.key, d.message_id FROM mesh_deliveries AS d
-            WHERE d.receiver = lane.receiver AND d.key = lane.key AND d.seq > lane.seq ORDER BY d.seq LIMIT 1
-        ) AS head
-    ), promoted AS (
-        UPDATE mesh_deliveries AS d SET state = 'queued', available_at = greatest(available_at, {MOMENT})
-        FROM following
-        WHERE d.receiver = following.receiver AND d.message_id = following.message_id AND d.state = 'waiting'
+
+
+# Looks for what follows the removed first message of a key behind its place, since dead index entries lie before it. It
+# is written also if it does not wait: so who sees it in a snapshot from before it was removed has a serialization
+# failure, rather than keep the lane of an empty key.
+def _advance(lanes: str, *, lane: str, following: str, **types: Any) -> Statement:
+    return statement(
+        f"""
+        WITH lane AS MATERIALIZED (SELECT * FROM {lanes}),
+        following AS MATERIALIZED (
+            SELECT head.receiver, head.key, head.message_id, {MOMENT} AS moment FROM lane CROSS JOIN LATERAL (
+                SELECT d.receiver, d.key, d.message_id FROM mesh_deliveries AS d
+                WHERE d.receiver = {lane} AND d.key = lane.key AND d.seq > lane.seq ORDER BY d.seq LIMIT 1
+            ) AS head
+        ), promoted AS (
+            UPDATE mesh_deliveries AS d SET
+                state = CASE WHEN d.state = 'waiting' THEN 'queued' ELSE d.state END,
+                available_at = CASE WHEN d.state = 'waiting' THEN greatest(d.available_at, following.moment)
+                    ELSE d.available_at END
+            FROM following WHERE d.receiver = {following} AND d.message_id = following.message_id
+        )
+        DELETE FROM mesh_delivery_lanes AS emptied USING lane
+        WHERE emptied.receiver = {lane} AND emptied.key = lane.key AND NOT EXISTS (
+            SELECT FROM following WHERE following.receiver = emptied.receiver AND following.key = emptied.key
+        )
+        """,  # noqa: S608 - our own names
+        key=TEXTS,
+        seq=NUMBERS,
+        **types,
     )
-    DELETE FROM mesh_delivery_lanes AS emptied USING lane
-    WHERE emptied.receiver = lane.receiver AND emptied.key = lane.key AND NOT EXISTS (
-        SELECT FROM following WHERE following.receiver = emptied.receiver AND following.key = emptied.key
-    )
-    """,  # noqa: S608 - our own names
+
+
+ADVANCE = _advance("unnest(:key, :seq) AS input (key, seq)", lane=":receiver", following=":receiver")
+ADVANCE_SEVERAL = _advance(
+    "unnest(:receiver, :key, :seq) AS input (receiver, key, seq)",
+    lane="lane.receiver",
+    following="following.receiver",
     receiver=TEXTS,
-    key=TEXTS,
-    seq=NUMBERS,
 )
+"""The same for keys of several receivers, which a distributed database refuses."""
 NACK = statement(
     f"""
-    UPDATE mesh_deliveries AS d SET state = 'queued', available_at = {MOMENT} + lease.delay
-    FROM unnest(:message_id, :token, :delay) AS lease (message_id, token, delay) WHERE {_HELD}
+    UPDATE mesh_deliveries AS d SET state = 'queued', available_at = lease.due_at FROM (
+        SELECT message_id, token, {MOMENT} + delay AS due_at
+        FROM unnest(:message_id, :token, :delay) AS given (message_id, token, delay)
+    ) AS lease WHERE {_HELD}
     """,  # noqa: S608 - our own names
     **_LEASES,
     delay=ARRAY(Interval),
@@ -194,8 +234,9 @@ _REDRIVE = f"""
 REDRIVE_ALL = statement(_REDRIVE)
 REDRIVE = statement(f"{_REDRIVE} AND message_id = ANY(:message_id)", message_id=TEXTS)
 _DEAD = f"""
-    SELECT {_DELIVERY_COLUMNS}, {_MESSAGE_COLUMNS}
-    FROM mesh_deliveries AS d JOIN mesh_messages AS m ON m.id = d.message_id WHERE d.state = 'dead'
+    SELECT {_DELIVERY_COLUMNS}, {_MESSAGE_COLUMNS} FROM mesh_deliveries AS d
+    LEFT JOIN mesh_messages AS m ON m.to_node = d.receiver COLLATE "POSIX" AND m.id = d.message_id
+    WHERE d.state = 'dead'
 """  # noqa: S608 - our own names
 DEAD = statement(f"{_DEAD} AND d.receiver = :receiver AND d.seq > :seq ORDER BY d.seq LIMIT :limit", writes=False)
 DEAD_OF_ALL = statement(
@@ -204,23 +245,29 @@ DEAD_OF_ALL = statement(
 
 
 def _backlog(condition: str) -> Statement:
-    # One part for each index.
+    # One part for each index. The time comes from a CTE, since Citus pushes down no subquery beside an aggregate.
     return statement(
         f"""
-        SELECT active.*, waiting.*, dead.*, ARRAY(
-            SELECT key FROM mesh_deliveries WHERE {condition} AND key IS NOT NULL
-            AND (state = 'dead' OR state = 'queued' AND attempts > 0 AND available_at > {MOMENT})
+        WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS moment),
+        active AS MATERIALIZED (
+            SELECT count(*) FILTER (WHERE available_at <= moment) AS due,
+                count(*) FILTER (WHERE state = 'leased' AND available_at > moment) AS leased,
+                count(*) FILTER (WHERE state = 'queued' AND available_at > moment) AS delayed,
+                min(available_at) FILTER (WHERE available_at <= moment) AS oldest
+            FROM mesh_deliveries, clock WHERE {condition} AND state IN ('queued', 'leased')
+        ),
+        waiting AS MATERIALIZED (
+            SELECT count(*) AS number FROM mesh_deliveries WHERE {condition} AND key IS NOT NULL AND state = 'waiting'
+        ),
+        dead AS MATERIALIZED (SELECT count(*) AS number FROM mesh_deliveries WHERE {condition} AND state = 'dead'),
+        held AS MATERIALIZED (
+            SELECT seq, key FROM mesh_deliveries, clock WHERE {condition} AND key IS NOT NULL
+            AND (state = 'dead' OR state = 'queued' AND attempts > 0 AND available_at > moment)
             ORDER BY seq LIMIT 1000
         )
-        FROM (
-            SELECT count(*) FILTER (WHERE available_at <= {MOMENT}),
-                count(*) FILTER (WHERE state = 'leased' AND available_at > {MOMENT}),
-                count(*) FILTER (WHERE state = 'queued' AND available_at > {MOMENT}),
-                {MOMENT} - min(available_at) FILTER (WHERE available_at <= {MOMENT})
-            FROM mesh_deliveries WHERE {condition} AND state IN ('queued', 'leased')
-        ) AS active,
-        (SELECT count(*) FROM mesh_deliveries WHERE {condition} AND key IS NOT NULL AND state = 'waiting') AS waiting,
-        (SELECT count(*) FROM mesh_deliveries WHERE {condition} AND state = 'dead') AS dead
+        SELECT active.due, active.leased, active.delayed, clock.moment - active.oldest, waiting.number, dead.number,
+            ARRAY(SELECT key FROM held ORDER BY seq)
+        FROM active, waiting, dead, clock
         """,  # noqa: S608 - our own names
         writes=False,
     )
@@ -253,6 +300,30 @@ def delivery(row: Row) -> Delivery:
     values = row[len(_DELIVERY) : end]
     message = MESSAGES.load.of_values((message_id, *values[1:]))
     return Delivery(message, receiver, attempts, token, None if state == "dead" else available_at, key, reason, dead_at)
+
+
+def lacking(rows: Iterable[Row]) -> list[str]:
+    """Return the ids of the messages that rows of deliveries came without."""
+    return sorted({row[_MESSAGE_ID] for row in rows if row[len(_DELIVERY)] is None})
+
+
+def completed(rows: Iterable[Row], messages: Iterable[Row]) -> list[Row]:
+    """Add messages of `MESSAGES_OF` to those rows of deliveries that came without."""
+    begin, end = len(_DELIVERY), len(_DELIVERY) + len(MESSAGES.names)
+    to_node = MESSAGES.names.index("to_node")
+    found = {(message[0], message[to_node] if by_receiver else None): message for by_receiver, *message in messages}
+
+    def complete(row: Row) -> Row:
+        key = row[_MESSAGE_ID]
+        message = row[begin:end] if has_message(row) else found.get((key, row[0])) or found.get((key, None))
+        return row if message is None else (*row[:begin], *message, *row[end:])
+
+    return [complete(row) for row in rows]
+
+
+def has_message(row: Row) -> bool:
+    """Return whether the message of a delivery is there."""
+    return row[len(_DELIVERY)] is not None
 
 
 def place(row: Row) -> tuple[str, int]:

@@ -84,8 +84,10 @@ class ExpiringEntries(Entries[M]):
         return select(self.table).select_from(keys.join(self.table, self.key == keys.c.key)).where(self.live)
 
     def _insert_expiring(self) -> Insert:
-        times = {self.created_at: func.clock_timestamp(), self.updated_at: func.clock_timestamp()}
-        return self._insert().values({**times, self._expires_at: _EXPIRY})
+        # No subqueries: Citus accepts none among VALUES.
+        moment = func.clock_timestamp()
+        expiry = moment + bindparam("ttl", type_=Interval)
+        return self._insert().values({self.created_at: moment, self.updated_at: moment, self._expires_at: expiry})
 
     def _replaced(self, new: ReadOnlyColumnCollection[str, Any]) -> dict[Column[Any], ColumnElement[Any]]:
         # Not the clock again: Citus accepts no volatile function here.

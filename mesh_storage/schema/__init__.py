@@ -12,13 +12,16 @@ from mesh_storage.schema.deploy import (
     upgrade,
     upgrade_server,
 )
+from mesh_storage.schema.distribution import Distribution, distribute
 from mesh_storage.schema.roles import grants
 from mesh_storage.schema.tables import include_object
 
 __all__ = [
+    "Distribution",
     "alembic_config",
     "check",
     "current",
+    "distribute",
     "ensure",
     "examine",
     "grants",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -58,6 +58,8 @@ _OPTIONS = (
     "-c idle_session_timeout=0 -c client_connection_check_interval=1s "
     "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
 )
+# Only known from PostgreSQL 17 on, and a server rejects unknown options.
+_LIFT = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'"
 _VERSION_KEY = f"{tables.VERSION_TABLE}_pkc"
 _COPY_GRANTS = """
     DO $$
@@ -108,19 +110,32 @@ class InUseError(StorageTimeoutError):
 
 def create_engine(connect: dict[str, Any]) -> sqlalchemy.Engine:
     """Create the engine for migrations; its limits are connection options, so they apply from the first statement."""
-    arguments = {**connect, "options": f"{connect.get('options', '')} {_OPTIONS}".strip()}
     made = sqlalchemy.create_engine(
-        "postgresql+psycopg://", connect_args=arguments, poolclass=NullPool, hide_parameters=True
+        "postgresql+psycopg://", connect_args=_with_options(connect), poolclass=NullPool, hide_parameters=True
     )
     environment.keep_out(made)
 
     @sqlalchemy.event.listens_for(made, "connect")
     def lift(connection: Any, _record: Any) -> None:
-        # Only known from PostgreSQL 17 on, and a server rejects unknown options.
-        connection.execute("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'")
+        connection.execute(_LIFT)
         connection.commit()
 
     return made
+
+
+def connect(arguments: Mapping[str, Any]) -> psycopg.Connection[tuple[Any, ...]]:
+    """Open a connection in autocommit mode with the limits of migrations.
+
+    Raises:
+        UnavailableError: The server cannot be reached, or rejects the connection.
+    """
+    made = engine.connect(_with_options(arguments))
+    made.execute(_LIFT)
+    return made
+
+
+def _with_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {**arguments, "options": f"{arguments.get('options', '')} {_OPTIONS}".strip()}
 
 
 def settle(connection: sqlalchemy.Connection, *, changes: bool) -> Location:
@@ -177,7 +192,7 @@ def take_over(connection: sqlalchemy.Connection, location: Location) -> None:
 
 
 @contextmanager
-def turn(connect: dict[str, Any]) -> Generator[Callable[[], None]]:
+def turn(arguments: dict[str, Any]) -> Generator[Callable[[], None]]:
     """Hold the migration lock of this database during the block, waiting for other processes that hold it.
 
     The advisory lock is held by a separate connection without a transaction, so that it neither ends with one nor
@@ -187,8 +202,7 @@ def turn(connect: dict[str, Any]) -> Generator[Callable[[], None]]:
     Raises:
         StorageTimeoutError: Another process held the lock for longer than `TURN_TIMEOUT_S`.
     """
-    arguments = {**connect, "options": f"{connect.get('options', '')} {_OPTIONS}".strip()}
-    with engine.connect(arguments) as connection:
+    with connect(arguments) as connection:
         deadline = time.monotonic() + TURN_TIMEOUT_S
         while not _try_lock(connection):
             if time.monotonic() > deadline:
@@ -213,17 +227,17 @@ def patiently(work: Callable[[], None]) -> None:
 
     Raises:
         InUseError: It acquired none within `LOCK_PATIENCE_S`.
-        sqlalchemy.exc.DBAPIError: The same, or another failure.
+        sqlalchemy.exc.DBAPIError, psycopg.Error: The same, or another failure.
     """
     deadline = time.monotonic() + LOCK_PATIENCE_S
     pause = 0.2
     while True:
         try:
             return work()
-        except (InUseError, sqlalchemy.exc.DBAPIError) as error:
+        except (InUseError, sqlalchemy.exc.DBAPIError, psycopg.Error) as error:
             if not _is_in_use(error) or time.monotonic() > deadline:
                 raise
-        logger.info("waiting to retry the migration: the tables are locked", extra={"event": "retry", "pause": pause})
+        logger.info("waiting to retry: the tables are locked", extra={"event": "retry", "pause": pause})
         time.sleep(random.uniform(0.5, 1.0) * pause)  # noqa: S311 - not used for security
         pause = min(5.0, pause * 1.5)
 
@@ -237,9 +251,8 @@ def what_ended(error: sqlalchemy.exc.PendingRollbackError) -> BaseException:
 
 
 def _is_in_use(error: Exception) -> bool:
-    if isinstance(error, sqlalchemy.exc.DBAPIError):
-        return isinstance(error.orig, (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected))
-    return isinstance(error, InUseError)
+    original = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+    return isinstance(original, (InUseError, psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected))
 
 
 def lock(*names: str) -> None:

@@ -121,12 +121,23 @@ GAUGES = (
 )
 """Another one is an entry here: all are parts of one query."""
 
-QUERY = " UNION ALL ".join(
-    f"SELECT {number}, label::text, value::float8 "  # noqa: S608 - our own statements
-    f"FROM ({gauge.sql}) AS _ (label, value) WHERE value IS NOT NULL"
-    for number, gauge in enumerate(GAUGES)
-).encode()
+# What a distributed database has is in other tables than those of these names, also on the coordinator.
+_OF_TABLES = ("mesh_storage.changes.", "mesh_storage.delivery.", "mesh_storage.table.")
+
+
+def _query(without: tuple[str, ...] = ()) -> bytes:
+    return " UNION ALL ".join(
+        f"SELECT {number}, label::text, value::float8 "  # noqa: S608 - our own statements
+        f"FROM ({gauge.sql}) AS _ (label, value) WHERE value IS NOT NULL"
+        for number, gauge in enumerate(GAUGES)
+        if not gauge.name.startswith(without)
+    ).encode()
+
+
+QUERY = _query()
 """All gauges: the number, the label and the value of each."""
+WITHOUT_TABLES = _query(_OF_TABLES)
+"""The same without those of tables, for a distributed database, which refuses `QUERY`."""
 
 Values = list[tuple[str | None, float]]
 
@@ -142,6 +153,7 @@ class Statistics:
         self._lock = threading.Lock()
         self._connection: TimedConnection | None = None
         self._process = os.getpid()
+        self._sql = QUERY
         self._read: dict[Gauge, Values] = {}
         self._closed = False
 
@@ -162,7 +174,12 @@ class Statistics:
         read: dict[Gauge, Values] = {gauge: [] for gauge in GAUGES}
         try:
             connection = self._connected()
-            for number, label, value in connection.execute(QUERY):
+            try:
+                rows = connection.execute(self._sql).fetchall()
+            except psycopg.errors.FeatureNotSupported:
+                self._sql = WITHOUT_TABLES  # from now on, so that the server logs no error at each collection
+                rows = connection.execute(self._sql).fetchall()
+            for number, label, value in rows:
                 read[GAUGES[number]].append((label, value))
         except (MeshStorageError, psycopg.Error) as error:
             logger.debug("no statistics", exc_info=error)

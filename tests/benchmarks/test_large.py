@@ -13,9 +13,13 @@ from benchmarks import large, retention
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_a_table_is_measured_at_each_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("options", [[], ["--ordered", "--server", "shared_buffers=8MB"]])
+def test_a_table_is_measured_at_each_size(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     figures = tmp_path / "figures.json"
-    large.main(["--sizes", "2000,6000", "--batch", "700", "--purge", "150", "--wait", "0", "--json", str(figures)])
+    sizes = ["--sizes", "2000,6000", "--batch", "700", "--purge", "150", "--wait", "0"]
+    large.main([*options, *sizes, "--json", str(figures)])
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head == "| messages | 2,000 | 6,000 | 3.00 |"
     assert len(lines) == 24

@@ -345,6 +345,7 @@ def test_a_long_transaction_is_seen_after_its_commit(
     assert cached.state.get("a").value == b""
 
 
+@pytest.mark.one_server
 def test_a_truncate_is_seen(storage: MeshStorage, cached: Cached, raw: psycopg.Connection[Any]) -> None:
     fill(storage)
     assert cached.routing_table.find("z") is not None
@@ -400,7 +401,7 @@ def test_an_earlier_expiry_by_others_is_kept(
     with storage.begin() as uow:
         uow.state.put("a", b"", ttl=before)
     assert cached.state.find("a") is not None
-    raw.execute("UPDATE mesh_state SET expires_at = clock_timestamp() + interval '0.1 s'")
+    raw.execute("UPDATE mesh_state SET expires_at = (SELECT clock_timestamp()) + interval '0.1 s'")
     time.sleep(LATEST)
     assert cached.state.find("a") is None
 

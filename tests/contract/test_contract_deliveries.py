@@ -65,7 +65,7 @@ def execute(url: str, statement: str) -> None:
 
 def lapse(url: str) -> None:
     """Let all leases and delays be over."""
-    execute(url, "UPDATE mesh_deliveries SET available_at = clock_timestamp() WHERE state IN ('leased', 'queued')")
+    execute(url, "UPDATE mesh_deliveries SET available_at = now() WHERE state IN ('leased', 'queued')")
 
 
 def test_a_message_is_delivered_once(storage: MeshStorage) -> None:
@@ -100,6 +100,7 @@ def test_what_is_rolled_back_was_neither_sent_nor_claimed(storage: MeshStorage) 
     assert delivery.attempts == 1
 
 
+@pytest.mark.one_server
 def test_a_message_to_several_receivers_is_one_row_and_a_delivery_for_each(storage: MeshStorage) -> None:
     send(storage, 1, receivers=["c", "d", "c"])
     send(storage, 2)
@@ -116,7 +117,7 @@ def test_a_message_to_several_receivers_is_one_row_and_a_delivery_for_each(stora
 def test_a_lost_lease_is_known_whoever_claimed_since(storage: MeshStorage, mesh_storage_url: str, since: str) -> None:
     send(storage, 1, 2)
     lost, held = claim(storage)
-    execute(mesh_storage_url, "UPDATE mesh_deliveries SET available_at = clock_timestamp() WHERE message_id = 'm-1'")
+    execute(mesh_storage_url, "UPDATE mesh_deliveries SET available_at = now() WHERE message_id = 'm-1'")
     if since == "another":
         (again,) = claim(storage)
         assert (again.attempts, again.message.id) == (2, "m-1")
@@ -253,6 +254,7 @@ def test_what_was_claimed_too_often_is_set_aside(storage: MeshStorage, mesh_stor
         settle(storage, "ack", [delivery])
 
 
+@pytest.mark.one_server
 def test_those_of_a_key_go_one_at_a_time_in_the_order_of_sending(storage: MeshStorage) -> None:
     send(storage, 1, 2, key="k")
     send(storage, 3, 4, key="other")
@@ -291,6 +293,7 @@ def test_a_first_one_that_fails_holds_its_key_and_no_other(storage: MeshStorage,
         settle(storage, "ack", deliveries)
 
 
+@pytest.mark.one_server
 @pytest.mark.parametrize("position", ["first", "middle"])
 def test_a_deleted_message_takes_its_deliveries_along(storage: MeshStorage, position: str) -> None:
     send(storage, 1, 2, 3, key="k")
@@ -374,6 +377,7 @@ def test_a_dead_first_one_that_is_deleted_holds_its_key_no_longer(storage: MeshS
     assert ids(claim(storage)) == ["m-2"]
 
 
+@pytest.mark.one_server
 def test_what_was_only_stored_is_queued_once(storage: MeshStorage, mesh_storage_url: str) -> None:
     with storage.begin() as uow:
         uow.messages.store_many([message(2, timestamp=OLD + 1), message(1, timestamp=OLD + 2)])
@@ -396,6 +400,18 @@ def test_what_was_only_stored_is_queued_once(storage: MeshStorage, mesh_storage_
         uow.messages.send(message(1, timestamp=OLD + 2))  # was queued before
         uow.messages.send(message(3, timestamp=OLD - 1))  # was not
         assert uow.messages.enqueue(since=0) == 0
+    assert ids(claim(storage)) == ["m-3"]
+
+
+def test_the_oldest_that_was_never_queued_comes_first_and_each_to_its_receiver(storage: MeshStorage) -> None:
+    given = [message(number, timestamp=OLD + number) for number in (3, 1, 2)]
+    with storage.begin() as uow:
+        uow.messages.store_many([*given, Message(id="m-0", from_node="a", to_node="c", content=b"", timestamp=OLD)])
+        uow.messages.send(given[1])
+        assert uow.messages.enqueue(since=OLD, limit=2) == 2
+    assert (ids(claim(storage)), ids(claim(storage, receiver="c"))) == (["m-1", "m-2"], ["m-0"])
+    with storage.begin() as uow:
+        assert uow.messages.enqueue(since=OLD) == 1
     assert ids(claim(storage)) == ["m-3"]
 
 

@@ -49,17 +49,24 @@ def setting(uow: UnitOfWork, name: str) -> str:
     return str(uow.session.execute(text(f"SHOW {name}")).scalar_one())
 
 
+# One statement each, since Citus takes no several.
+WAITING = (
+    """
+    CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql
+        AS 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END'
+    """,
+    """
+    CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON mesh_state DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION wait()
+    """,
+    "SELECT pg_advisory_lock(1)",
+)
+
+
 def terminate_within_commit(other: psycopg.Connection[Any]) -> threading.Thread:
     """Let the next commit of something in the shared state wait, and end its session in a thread."""
-    other.execute(
-        """
-        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql
-            AS 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END';
-        CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON mesh_state DEFERRABLE INITIALLY DEFERRED
-            FOR EACH ROW EXECUTE FUNCTION wait();
-        SELECT pg_advisory_lock(1)
-        """
-    )
+    for statement in WAITING:
+        other.execute(statement)
 
     def terminate() -> None:
         while not other.execute(
@@ -271,7 +278,7 @@ def test_a_lost_connection_is_unavailable_and_replaced(storage: MeshStorage, oth
     with pytest.raises(UnavailableError) as error, storage.begin() as uow:
         uow.state.put("a", b"")
         other.execute(
-            "SELECT pg_terminate_backend(%s)", [uow.session.execute(text("SELECT pg_backend_pid()")).scalar()]
+            "SELECT pg_terminate_backend(%s::int)", [uow.session.execute(text("SELECT pg_backend_pid()")).scalar()]
         )
         uow.state.put("b", b"")
     assert error.value.retryable

@@ -57,7 +57,9 @@ def refused(uow: UnitOfWork, work: Callable[[], Any]) -> ConflictError:
 
 def expire(uow: UnitOfWork, table: str, key: str) -> None:
     """Let an entry have expired, by the database's clock."""
-    uow.session.execute(text(f"UPDATE {table} SET expires_at = clock_timestamp() WHERE key = :key"), {"key": key})
+    uow.session.execute(
+        text(f"UPDATE {table} SET expires_at = (SELECT clock_timestamp()) WHERE key = :key"), {"key": key}
+    )
 
 
 def test_a_version_changes_with_every_write_and_only_grows(storage: MeshStorage, mesh_storage_url: str) -> None:

@@ -179,6 +179,7 @@ def by_key(batch: Batch) -> dict[tuple[str, str], bool]:
     return {(change.aggregate, change.key): change.entry is not None for change in batch.changes}
 
 
+@pytest.mark.one_server
 def test_other_writers(storage: MeshStorage, raw: psycopg.Connection[Any]) -> None:
     start = cursor(storage)
     raw.execute("INSERT INTO mesh_state (key, value) VALUES ('sql', 'x'), ('old name', 'x')")
@@ -371,6 +372,7 @@ LOST: dict[str, Callable[[psycopg.Connection[Any]], object]] = {
 }
 
 
+@pytest.mark.one_server
 @pytest.mark.parametrize("how", LOST)
 def test_a_cursor_whose_changes_are_lost_is_refused(
     storage: MeshStorage, raw: psycopg.Connection[Any], how: str

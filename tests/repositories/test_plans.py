@@ -17,6 +17,8 @@ from sqlalchemy import text
 from mesh_storage import Delivery, LogEntry, Mesh, MeshStorage, Message, Node, Route, UnitOfWork
 from mesh_storage.testing import Databases
 
+pytestmark = pytest.mark.one_server  # The plans of a distributed database are those of its shards.
+
 Work: TypeAlias = Callable[[UnitOfWork], Any]
 Executed: TypeAlias = list[tuple[bytes, Any]]
 ROWS = 20_000
@@ -305,7 +307,7 @@ def test_it_goes_by_an_index_and_sorts_nothing_large(url: str, executed: Execute
             plan = plan_of(connection, mode, sql, parameters)
         for step in steps(plan):
             described = f"{sql.decode()}\n{json.dumps(plan, indent=1)}"
-            assert step["Node Type"] != "Seq Scan", described
+            assert step["Node Type"] != "Seq Scan" or step["Relation Name"] == "pg_index", described
             if (
                 "Index" in step["Node Type"] and "Index Cond" not in step
             ):  # It reads one end of the index, or all of it.
@@ -322,7 +324,7 @@ def test_maintenance_finds_what_is_over_by_an_index(url: str, executed: Executed
         with psycopg.connect(url) as connection:
             plan = plan_of(connection, mode, sql, parameters)
         whole = [step["Relation Name"] for step in steps(plan) if step["Node Type"] == "Seq Scan"]
-        assert set(whole) <= {"mesh_changes_epoch"}, json.dumps(plan, indent=1)  # a single row
+        assert set(whole) <= {"mesh_changes_epoch", "pg_index"}, json.dumps(plan, indent=1)  # a row, and few
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -52,7 +52,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self, storage: MeshStorage) -> None:
         super().__init__()
         with storage.begin() as uow:
-            uow.session.execute(text(f"TRUNCATE {self.table}"))
+            uow.session.execute(text(f"DELETE FROM {self.table}"))
         self.stack = ExitStack()
         self.uow = self.stack.enter_context(storage.unit_of_work())
         self.other = self.stack.enter_context(storage.unit_of_work(read_only=True))

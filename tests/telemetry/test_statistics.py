@@ -107,6 +107,28 @@ def test_the_backlog_of_deliveries_and_the_age_of_the_oldest(
     assert 3600 <= recorder.by("mesh_storage.delivery.oldest_age")[()] < 7000
 
 
+def test_a_server_that_refuses_the_gauges_of_tables_is_asked_for_them_once(
+    observed: MeshStorage, recorder: Recorder, raw: psycopg.Connection[Any]
+) -> None:
+    with observed.begin() as uow:
+        uow.messages.send(MessageFactory.build(to_node="a"))
+    raw.execute("CREATE SEQUENCE refusals")
+    raw.execute(
+        """
+        CREATE FUNCTION refuse() RETURNS SETOF int AS $$ BEGIN
+            PERFORM nextval('refusals');
+            RAISE EXCEPTION USING ERRCODE = '0A000', MESSAGE = 'as Citus does';
+        END $$ LANGUAGE plpgsql
+        """
+    )
+    raw.execute("ALTER TABLE mesh_deliveries RENAME TO distributed")
+    raw.execute("CREATE VIEW mesh_deliveries AS SELECT distributed.* FROM refuse() CROSS JOIN distributed")
+    for _ in range(3):
+        read = recorder.metrics().keys() & NAMES
+        assert read == {"mesh_storage.transaction.oldest_age"}
+    assert raw.execute("SELECT last_value, is_called FROM refusals").fetchone() == (1, True)
+
+
 def test_the_oldest_transaction_is_seen_by_its_age(
     observed: MeshStorage, recorder: Recorder, raw: psycopg.Connection[Any], mesh_storage_url: str
 ) -> None:

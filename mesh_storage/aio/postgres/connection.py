@@ -210,6 +210,7 @@ class AsyncUnitOfWorkConnection:
     async def roll_back_to(self, savepoint: AsyncTransaction) -> None:
         """Roll back to a savepoint, after which the transaction can continue."""
         self.savepoints.pop()
+        self.driver.removed.forget()
         if self.driver.status() != TransactionStatus.UNKNOWN and not self.owner.closed:
             self._failure = None
             with self._deadline.extended():
@@ -238,6 +239,7 @@ class AsyncUnitOfWorkConnection:
             if self._failure is None:  # COMMIT was not sent
                 raise
             self._failure = self._outcome(error)
+            self.driver.removed.forget()
             if self._failure is error or not isinstance(error, MeshStorageError):
                 raise
             raise self._failure from error
@@ -342,6 +344,7 @@ class AsyncUnitOfWorkConnection:
     async def _rollback(self) -> None:
         self._failure = None
         self.savepoints.rolled_back()
+        self.driver.removed.forget()
         with self._deadline.extended():
             try:
                 await self.joined.undo()

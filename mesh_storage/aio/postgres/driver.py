@@ -24,7 +24,7 @@ from mesh_storage.postgres import jsonb, timestamps
 from mesh_storage.postgres.characteristics import Mode
 from mesh_storage.postgres.deadline import SessionLimits
 from mesh_storage.postgres.events import Events
-from mesh_storage.postgres.floors import Floors
+from mesh_storage.postgres.floors import Floors, Removed
 from mesh_storage.postgres.liveness import Liveness
 from mesh_storage.postgres.statement import Parameters, Row
 from mesh_storage.postgres.wal import Standing
@@ -54,6 +54,7 @@ class AsyncDriver:
         self.unreplicated = False
         """Whether the server warned that a commit did not wait for a synchronous standby."""
         self.floors = Floors()
+        self.removed = Removed()
         self.standing: Standing | None = None
         """Where the server stood when it was asked last; only units of work that read from replicas ask."""
         self._events = events

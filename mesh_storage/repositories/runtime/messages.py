@@ -9,11 +9,30 @@ from datetime import timedelta
 from operator import itemgetter, lt
 from typing import Any
 
-from sqlalchemy import ARRAY, BigInteger, Column, ColumnElement, Text, bindparam, cast, func, select, tuple_
-from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Column,
+    ColumnElement,
+    Text,
+    bindparam,
+    cast,
+    collate,
+    func,
+    literal_column,
+    select,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.dml import ReturningInsert
 
-from mesh_storage.errors import AlreadyExistsError, ConflictError, NotFoundError
+from mesh_storage.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    InvalidInputError,
+    MeshStorageError,
+    NotFoundError,
+)
 from mesh_storage.models import Message
 from mesh_storage.models.base import mark_written
 from mesh_storage.postgres.batch import Batch
@@ -22,8 +41,9 @@ from mesh_storage.postgres.statement import Row, Statement
 from mesh_storage.repositories import checks, queueing
 from mesh_storage.repositories.aggregates import LIMIT
 from mesh_storage.repositories.base import Listing
+from mesh_storage.repositories.deliveries import ADVANCE_SEVERAL, check_delay
 from mesh_storage.repositories.deliveries import MESSAGES as _MESSAGES
-from mesh_storage.repositories.deliveries import check_delay
+from mesh_storage.repositories.maintenance import Maintenance
 from mesh_storage.repositories.pages import MAX_ROWS, Page, Position
 from mesh_storage.repositories.runtime.deliveries import DeliveryRepository
 
@@ -46,14 +66,22 @@ def _store() -> ReturningInsert[Any]:
     return insert(_TABLE).values(values).on_conflict_do_nothing().returning(*times)
 
 
-def _store_many() -> Insert:
+def _store_many() -> ReturningInsert[Any]:
     rows = _BATCH.table()
     values = [*(rows.c[column.name] for column in _COLUMNS[:-1]), _or_now(rows.c.timestamp)]
-    return insert(_TABLE).from_select(_COLUMNS, select(*values)).on_conflict_do_nothing()
+    stored = insert(_TABLE).from_select(_COLUMNS, select(*values)).on_conflict_do_nothing()
+    return stored.returning(literal_column("1"))
 
 
 _STORE = Statement(_store)
+# Rows are counted by what is returned: of an INSERT ... SELECT, Citus reports the number selected.
 _STORE_MANY = Statement(_store_many)
+# By receiver as well, since in a distributed database others may have messages of the same id.
+_SELECT_STORED = Statement(
+    lambda: select(_TABLE).where(
+        _TABLE.c.to_node == collate(bindparam("to_node", type_=Text), "POSIX"), _TABLE.c.id == bindparam("id")
+    )
+)
 _SELECT_MANY = Statement(lambda: select(_TABLE).where(_TABLE.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))))
 
 
@@ -109,7 +137,7 @@ class MessageRepository(DeliveryRepository):
         columns = _in_order(_columns(messages))
         if not columns["id"]:
             return 0
-        stored = self._connection.execute(_STORE_MANY, columns)
+        stored = len(self._connection.fetch_all(_STORE_MANY, columns))
         if stored < len(columns["id"]):
             self._check_same(columns)
         return stored
@@ -132,7 +160,7 @@ class MessageRepository(DeliveryRepository):
             key: Messages of one key (1 to 255 characters) go to a receiver one at a time, in the order of sending: a
                 message that is delayed, fails or is dead holds up the others of its key. Two units of work that send
                 to the same key and receiver wait for one another.
-            receivers: To whom, one delivery each; to its `to_node` if None.
+            receivers: To whom, one delivery each; to its `to_node` if None. In a distributed database, nobody else.
 
         Raises:
             AlreadyExistsError: A different message has this id.
@@ -147,8 +175,17 @@ class MessageRepository(DeliveryRepository):
         }
         if key is not None:
             parameters["key"] = checks.text("key", key, queueing.KEY_LENGTH)
-        keyed = key is not None
-        self._store_by(queueing.SEND[keyed], queueing.QUEUE[keyed], message, **parameters)
+        keyed, to_others = key is not None, parameters["receivers"] != [given.get("to_node")]
+        try:
+            self._store_by(queueing.SEND[keyed, to_others], queueing.QUEUE[keyed], message, **parameters)
+        except MeshStorageError as error:
+            if to_others and error.sqlstate == queueing.NO_SUCH_KEY:
+                raise InvalidInputError(
+                    "in a distributed database, a message is for its to_node only: send one to each receiver",
+                    field="receivers",
+                    sqlstate=error.sqlstate,
+                ) from error
+            raise
         return message
 
     def send_many(self, messages: Iterable[Message], *, delay: timedelta | None = None) -> int:
@@ -173,7 +210,8 @@ class MessageRepository(DeliveryRepository):
                 return queued
             found = self._check_same(columns)
             left = sum(not row[_QUEUED] for row in found)
-            again = int(self._fetch_value(queueing.QUEUE_MANY, id=columns["id"], **parameters)) if left else 0
+            receivers = {"id": columns["id"], "to_node": columns["to_node"]}
+            again = int(self._fetch_value(queueing.QUEUE_MANY, **receivers, **parameters)) if left else 0
             queued += again
             if len(found) == len(columns["id"]) and again == left:
                 return queued
@@ -186,7 +224,7 @@ class MessageRepository(DeliveryRepository):
         that `store` or another service wrote, and needs the privilege UPDATE on the messages.
         """
         parameters = {"since": checks.integer("since", since), "limit": checks.integer("limit", limit, 1, MAX_ROWS)}
-        return int(self._fetch_value(queueing.ENQUEUE, **parameters))
+        return int(self._fetch_value(queueing.ENQUEUE[self._is_distributed()], **parameters))
 
     def delete(self, key: str) -> None:
         """Delete the message with this id and its deliveries, open ones as well: an `ack` of one fails then.
@@ -196,22 +234,25 @@ class MessageRepository(DeliveryRepository):
         """
         checked = [self._aggregate.check_key(key)]
         # One that is queued meanwhile is not deleted at first, since its deliveries are not seen.
-        if not self._delete(queueing.DELETE, checked) and not self._delete(queueing.DELETE, checked):
+        if not self._delete(checked) and not self._delete(checked):
             raise NotFoundError(self._aggregate.name, key)
 
     def delete_many(self, ids: Iterable[str]) -> int:
         """Delete those messages with these ids that have no open delivery, dead ones included, and return how many."""
-        return self._delete(
-            queueing.DELETE_SETTLED, sorted(set(self._aggregate.check_key.column(checks.many("ids", ids))))
-        )
+        checked = sorted(set(self._aggregate.check_key.column(checks.many("ids", ids))))
+        row = self._connection.fetch_one(queueing.DELETE_UNDELIVERED, {"id": checked})
+        assert row is not None, "the statement always returns one row"
+        deleted, settled, *heads = row
+        self._follow(heads)
+        return int(deleted) + (self._delete(settled) if settled else 0)
 
     def purge(self, before: int, *, limit: int = 10_000) -> int:
         """Delete up to `limit` messages from before a Unix time in seconds, the oldest first, and return their number.
 
         Those with a delivery stay, with a dead one as well.
         """
-        parameters = {"before": checks.integer("before", before), "limit": checks.integer("limit", limit, 1, MAX_ROWS)}
-        return self._connection.execute(queueing.PURGE, parameters)
+        before, limit = checks.integer("before", before), checks.integer("limit", limit, 1, MAX_ROWS)
+        return Maintenance(self._connection).remove_messages(queueing.PURGE, limit, before=before)
 
     def page(
         self,
@@ -265,11 +306,14 @@ class MessageRepository(DeliveryRepository):
         """Store a message by a statement, and what is there already and the same by another one."""
         (given,) = _MESSAGES.attributes("message", [message])
         values = {name: check(given.get(name)) for name, check in _CHECKS.items()}
+        key = {"to_node": values["to_node"], "id": values["id"]}
         for _ in range(3):  # the conflicting row may be deleted before it is read
             row = self._connection.fetch_one(store, {**values, **parameters})
             if row is None:
-                there = self._connection.fetch_one(self._aggregate.select, {"key": message.id})
+                there = self._connection.fetch_one(_SELECT_STORED, key)
                 if there is None:
+                    if self.find(message.id) is not None and not self._is_distributed():
+                        raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
                     continue
                 found = _MESSAGES.load.of_values(there)
                 if not _same(found, values):
@@ -277,7 +321,7 @@ class MessageRepository(DeliveryRepository):
                 if store_again is None or there[_QUEUED]:
                     row = (found.timestamp, found.created_at)
                 else:
-                    row = self._connection.fetch_one(store_again, {"id": message.id, **parameters})
+                    row = self._connection.fetch_one(store_again, {**key, **parameters})
                     if row is None:  # queued or deleted meanwhile
                         continue
             timestamp, created_at, *under_another_key = row
@@ -296,19 +340,42 @@ class MessageRepository(DeliveryRepository):
     def _check_same(self, columns: dict[str, list[Any]]) -> list[Row]:
         """Return the rows that are there, after a check that each is the same as the message given."""
         by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
+        others: set[str] = set()
+        same: list[Row] = []
         rows = self._connection.fetch_all(_SELECT_MANY, {"ids": list(by_id)})
-        for found in _MESSAGES.load.many(rows):
-            if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
+        for row, found in zip(rows, _MESSAGES.load.many(rows), strict=True):
+            values = dict(zip(_CHECKS, by_id[found.id], strict=True))
+            if found.to_node != values["to_node"]:
+                others.add(found.id)
+            elif _same(found, values):
+                same.append(row)
+            else:
                 raise self._connection.fail(AlreadyExistsError(f"a different message with id {found.id!r} exists"))
-        return rows
+        others.difference_update(row[0] for row in same)
+        if others and not self._is_distributed():
+            raise self._connection.fail(AlreadyExistsError(f"a different message with id {min(others)!r} exists"))
+        return same
 
-    def _delete(self, statement: Statement, ids: list[str]) -> int:
-        row = self._connection.fetch_one(statement, {"id": ids})
+    def _delete(self, ids: list[str]) -> int:
+        row = self._connection.fetch_one(queueing.DELETE, {"id": ids})
         assert row is not None, "the statement always returns one row"
         deleted, *heads = row
-        if heads[0] is not None:
-            self._advance(list(zip(*heads, strict=True)))
+        self._follow(heads)
         return int(deleted)
+
+    def _follow(self, heads: list[Any]) -> None:
+        """Let the next message of each key follow, of several receivers at once where one server has them all."""
+        receivers, keys, numbers = heads
+        if receivers is None:
+            return
+        if len(set(receivers)) > 1 and not self._is_distributed():
+            parameters = {"receiver": receivers, "key": keys, "seq": numbers}
+            self._connection.execute(ADVANCE_SEVERAL, parameters)
+        else:
+            self._advance(list(zip(receivers, keys, numbers, strict=True)))
+
+    def _is_distributed(self) -> bool:
+        return bool(self._fetch_value(queueing.IS_DISTRIBUTED))
 
     def _by_time(
         self, to_node: str | None, from_node: str | None, since: int | None, until: int | None

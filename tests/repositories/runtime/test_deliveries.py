@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -179,6 +180,7 @@ def test_a_waiting_message_that_is_deleted_while_its_turn_comes_leaves_no_gap(st
     assert take(storage, 10) == ["m-3"]
 
 
+@pytest.mark.one_server
 def test_a_message_is_not_purged_while_it_is_queued(storage: MeshStorage) -> None:
     with storage.begin() as uow:
         uow.messages.store(Message(id="m", from_node="a", to_node="b", content=b"", timestamp=1))
@@ -198,6 +200,7 @@ def test_a_message_is_not_purged_while_it_is_queued(storage: MeshStorage) -> Non
 # What a claim looks at
 
 
+@pytest.mark.one_server
 def test_a_claim_does_not_look_at_those_that_wait_behind_a_key(storage: MeshStorage) -> None:
     send(storage, 0, key="hot")
     fill = """
@@ -238,13 +241,13 @@ def test_behind_an_old_snapshot_a_look_begins_where_the_last_one_did(
             assert fetched(uow) - before < 250  # those of the second sending, and none of the first
 
 
-def fetched(uow: UnitOfWork) -> int:
-    """Return how many index entries of deliveries this transaction has read."""
+def fetched(uow: UnitOfWork, table: str = "mesh_deliveries") -> int:
+    """Return how many index entries of a table this transaction has read."""
     query = """
         SELECT sum(pg_stat_get_xact_tuples_returned(indexrelid))::bigint FROM pg_index
-        WHERE indrelid = 'mesh_deliveries'::regclass
+        WHERE indrelid = CAST(:table AS regclass)
     """
-    return int(uow.session.execute(text(query)).scalar_one())
+    return int(uow.session.execute(text(query), {"table": table}).scalar_one())
 
 
 def test_what_was_committed_late_with_an_early_time_is_not_missed(storage: MeshStorage) -> None:
@@ -312,6 +315,7 @@ def test_a_stored_message_that_changes_while_it_is_sent_is_sent_once(
     assert take(storage, 10) == ["m-1"]
 
 
+@pytest.mark.one_server
 def test_an_acknowledgement_of_several_receivers_and_a_message_to_them_do_not_deadlock(storage: MeshStorage) -> None:
     with storage.begin() as uow:
         uow.messages.send(message(1), key="k", receivers=["b", "c"])
@@ -354,6 +358,28 @@ def test_in_an_old_snapshot_no_lane_is_taken_for_empty(storage: MeshStorage, iso
     assert take(storage, 10) == ["m-3"]
 
 
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_in_an_old_snapshot_no_lane_is_left_behind_what_was_acknowledged_since(
+    storage: MeshStorage, isolation: Any
+) -> None:
+    """Those sent later would wait for ever."""
+    send(storage, 1, key="k")
+    with storage.begin() as uow:
+        deliveries = uow.messages.claim("b")
+    attempts = []
+
+    def delete(uow: UnitOfWork) -> int:
+        attempts.append(uow.messages.count())
+        if len(attempts) == 1:
+            with storage.begin() as other:
+                other.messages.ack(deliveries)
+        return uow.messages.delete_many(["m-1"])
+
+    assert storage.run(delete, isolation=isolation) == 1
+    send(storage, 2, key="k")
+    assert take(storage, 10) == ["m-2"]
+
+
 def beside(storage: MeshStorage, first: Callable[[UnitOfWork], object], second: Callable[[UnitOfWork], Any]) -> Any:
     """Return what a unit of work gets that has to wait for another one."""
 
@@ -382,6 +408,22 @@ def test_a_message_that_is_queued_while_it_is_deleted_stays_or_takes_its_deliver
     with storage.begin(read_only=True) as uow:
         assert (uow.messages.count(), uow.messages.backlog().due) == (1, 1)
     assert take(storage, 10) == ["m-1"]
+
+
+@pytest.mark.parametrize("how", ["delete", "delete_many"])
+def test_a_key_whose_only_message_is_acknowledged_while_it_is_deleted_is_not_held(
+    storage: MeshStorage, how: str
+) -> None:
+    send(storage, 1, key="k")
+    with storage.begin() as uow:
+        deliveries = uow.messages.claim("b")
+
+    def delete(uow: UnitOfWork) -> None:
+        uow.messages.delete("m-1") if how == "delete" else uow.messages.delete_many(["m-1"])
+
+    beside(storage, lambda uow: uow.messages.ack(deliveries), delete)
+    send(storage, 2, key="k")
+    assert take(storage) == ["m-2"]
 
 
 def test_a_dead_one_that_is_driven_back_while_it_is_deleted_stays(storage: MeshStorage) -> None:
@@ -463,3 +505,62 @@ def test_a_dead_one_whose_message_another_service_deleted_goes_when_it_is_driven
     with storage.begin() as uow:
         assert uow.messages.redrive("b") == 1
     assert take(storage) == ["m-2"]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+@pytest.mark.one_server
+def test_each_of_many_takes_no_longer_the_more_there_are(storage: MeshStorage) -> None:
+    """Together that would be the square of their number. The statistics of the server know nothing of them yet."""
+    ids = [f"m-{number}" for number in range(10_000)]
+    with storage.begin() as uow:
+        uow.messages.send_many(message(number, "a") for number in range(20_000, 21_000))
+        uow.session.execute(text("ANALYZE mesh_messages, mesh_deliveries"))
+
+    def run(work: Callable[[UnitOfWork], int], result: int) -> float:
+        def once() -> None:
+            with storage.begin() as uow:
+                assert work(uow) == result
+
+        return seconds(once)
+
+    stored = run(lambda uow: uow.messages.store_many(map(message, range(10_000))), 10_000)
+    assert run(lambda uow: uow.messages.enqueue(since=0), 10_000) < 20 * stored
+    assert run(lambda uow: uow.messages.delete_many(ids), 0) < 20 * stored
+
+
+NUMBER = 2_000
+BY_ID: dict[str, Callable[[Any], object]] = {
+    "claim": lambda messages: messages.claim("b", limit=NUMBER // 2),
+    "store again": lambda messages: [messages.store(message(number)) for number in range(50)],
+    "send of what was stored": lambda messages: [messages.send(message(5000 + number)) for number in range(50)],
+    "send_many of what was stored": lambda messages: messages.send_many(message(5000 + n) for n in range(NUMBER)),
+    "delete_many": lambda messages: messages.delete_many([f"m-{5000 + number}" for number in range(NUMBER)]),
+    "dead": lambda messages: messages.dead("c").items,
+}
+
+
+@pytest.mark.one_server
+@pytest.mark.parametrize("name", BY_ID)
+@pytest.mark.parametrize("collation", ["default", "C"])
+def test_messages_are_found_by_their_ids_though_the_statistics_do_not_know_the_receiver(
+    storage: MeshStorage, name: str, collation: str
+) -> None:
+    with storage.begin() as uow:
+        uow.session.execute(text(f'ALTER TABLE mesh_messages ALTER to_node TYPE varchar COLLATE "{collation}"'))
+        uow.messages.send_many(message(number, "a") for number in range(20_000, 21_000))
+        uow.session.execute(text("ANALYZE mesh_messages, mesh_deliveries"))
+    with storage.begin() as uow:
+        uow.messages.send_many(map(message, range(NUMBER)))
+        uow.messages.store_many(message(5000 + number) for number in range(NUMBER))
+        uow.messages.send_many(message(10_000 + number, "c") for number in range(NUMBER))
+    with storage.begin() as uow:
+        uow.messages.bury(uow.messages.claim("c", limit=NUMBER), "reason")
+    with storage.begin() as uow:
+        before = fetched(uow, "mesh_messages")
+        assert BY_ID[name](uow.messages)
+        assert fetched(uow, "mesh_messages") - before < 10 * NUMBER

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import groupby
+from operator import itemgetter
 
 from mesh_storage.aio.repositories.base import AsyncKeyedRepository, AsyncListing
 from mesh_storage.errors import ConflictError
 from mesh_storage.models import Message
 from mesh_storage.postgres.floors import BEGINNING
-from mesh_storage.postgres.statement import Row, Statement
+from mesh_storage.postgres.statement import Parameters, Row, Statement
 from mesh_storage.repositories import checks
 from mesh_storage.repositories import deliveries as sql
 from mesh_storage.repositories.deliveries import LEASE, Backlog, Claimed, Delivery
@@ -41,7 +43,7 @@ class AsyncDeliveryRepository(AsyncKeyedRepository[Message]):
         claimed: list[Delivery] = []
         while left:
             begun = floors.of(receiver)
-            rows = await self._connection.fetch_all(sql.CLAIM, {**parameters, "limit": left, "floor": begun})
+            rows = await self._with_messages(sql.CLAIM, {**parameters, "limit": left, "floor": begun})
             found = [sql.claimed(row) for row in rows]
             if found:
                 floors.note(receiver, found[0].due_at, begun)
@@ -110,8 +112,15 @@ class AsyncDeliveryRepository(AsyncKeyedRepository[Message]):
 
         async def fetch(position: Position | None, number: int) -> list[Row]:
             name, seq = ("", 0) if position is None else position
-            parameters = {"receiver": receiver or name, "seq": seq, "limit": number}
-            return await self._connection.fetch_all(sql.DEAD if receiver else sql.DEAD_OF_ALL, parameters)
+            found: list[Row] = []
+            while (left := number - len(found)) > 0:
+                parameters = {"receiver": receiver or name, "seq": seq, "limit": left}
+                rows = await self._with_messages(sql.DEAD if receiver else sql.DEAD_OF_ALL, parameters)
+                found += filter(sql.has_message, rows)
+                if len(rows) < left:
+                    break
+                name, seq = sql.place(rows[-1])
+            return found
 
         return await AsyncListing(fetch, lambda rows: map(sql.delivery, rows), sql.place, (str, int)).page(after, limit)
 
@@ -132,6 +141,13 @@ class AsyncDeliveryRepository(AsyncKeyedRepository[Message]):
         row = await self._connection.fetch_one(sql.BACKLOG_OF_ALL if receiver is None else sql.BACKLOG, parameters)
         assert row is not None, "the statement always returns one row"
         return sql.backlog(row)
+
+    async def _with_messages(self, statement: Statement, parameters: Parameters) -> list[Row]:
+        """Return deliveries with their messages, those to others than their `to_node` by a second statement."""
+        rows = await self._connection.fetch_all(statement, parameters)
+        if lacking := sql.lacking(rows):
+            rows = sql.completed(rows, await self._connection.fetch_all(sql.MESSAGES_OF, {"id": lacking}))
+        return rows
 
     async def _leased(self, found: list[Claimed]) -> list[Delivery]:
         """Return what was claimed, without what was set aside; remove that whose message is gone."""
@@ -154,9 +170,9 @@ class AsyncDeliveryRepository(AsyncKeyedRepository[Message]):
 
     async def _advance(self, heads: list[tuple[str, str, int]]) -> None:
         """Let the next message of each key follow the removed first one; its lane is locked."""
-        if heads:
-            receivers, keys, numbers = zip(*heads, strict=True)
-            parameters = {"receiver": list(receivers), "key": list(keys), "seq": list(numbers)}
+        for receiver, group in groupby(sorted(heads), itemgetter(0)):
+            _, keys, numbers = zip(*group, strict=True)
+            parameters = {"receiver": receiver, "key": list(keys), "seq": list(numbers)}
             await self._connection.execute(sql.ADVANCE, parameters)
 
     async def _extend(self, group: list[Delivery], lease: timedelta) -> list[Delivery]:

@@ -7,22 +7,42 @@ from datetime import timedelta
 from operator import itemgetter, lt
 from typing import Any
 
-from sqlalchemy import ARRAY, BigInteger, Column, ColumnElement, Text, bindparam, cast, func, select, tuple_
-from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Column,
+    ColumnElement,
+    Text,
+    bindparam,
+    cast,
+    collate,
+    func,
+    literal_column,
+    select,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.dml import ReturningInsert
 
 from mesh_storage.aio.postgres.connection import AsyncUnitOfWorkConnection
 from mesh_storage.aio.repositories.base import AsyncListing
+from mesh_storage.aio.repositories.maintenance import AsyncMaintenance
 from mesh_storage.aio.repositories.runtime.deliveries import AsyncDeliveryRepository
-from mesh_storage.errors import AlreadyExistsError, ConflictError, NotFoundError
+from mesh_storage.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    InvalidInputError,
+    MeshStorageError,
+    NotFoundError,
+)
 from mesh_storage.models import Message
 from mesh_storage.models.base import mark_written
 from mesh_storage.postgres.batch import Batch
 from mesh_storage.postgres.statement import Row, Statement
 from mesh_storage.repositories import checks, queueing
 from mesh_storage.repositories.aggregates import LIMIT
+from mesh_storage.repositories.deliveries import ADVANCE_SEVERAL, check_delay
 from mesh_storage.repositories.deliveries import MESSAGES as _MESSAGES
-from mesh_storage.repositories.deliveries import check_delay
 from mesh_storage.repositories.pages import MAX_ROWS, Page, Position
 
 _TABLE = _MESSAGES.table
@@ -44,14 +64,22 @@ def _store() -> ReturningInsert[Any]:
     return insert(_TABLE).values(values).on_conflict_do_nothing().returning(*times)
 
 
-def _store_many() -> Insert:
+def _store_many() -> ReturningInsert[Any]:
     rows = _BATCH.table()
     values = [*(rows.c[column.name] for column in _COLUMNS[:-1]), _or_now(rows.c.timestamp)]
-    return insert(_TABLE).from_select(_COLUMNS, select(*values)).on_conflict_do_nothing()
+    stored = insert(_TABLE).from_select(_COLUMNS, select(*values)).on_conflict_do_nothing()
+    return stored.returning(literal_column("1"))
 
 
 _STORE = Statement(_store)
+# Rows are counted by what is returned: of an INSERT ... SELECT, Citus reports the number selected.
 _STORE_MANY = Statement(_store_many)
+# By receiver as well, since in a distributed database others may have messages of the same id.
+_SELECT_STORED = Statement(
+    lambda: select(_TABLE).where(
+        _TABLE.c.to_node == collate(bindparam("to_node", type_=Text), "POSIX"), _TABLE.c.id == bindparam("id")
+    )
+)
 _SELECT_MANY = Statement(lambda: select(_TABLE).where(_TABLE.c.id == func.any(bindparam("ids", type_=ARRAY(Text)))))
 
 
@@ -107,7 +135,7 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         columns = _in_order(_columns(messages))
         if not columns["id"]:
             return 0
-        stored = await self._connection.execute(_STORE_MANY, columns)
+        stored = len(await self._connection.fetch_all(_STORE_MANY, columns))
         if stored < len(columns["id"]):
             await self._check_same(columns)
         return stored
@@ -130,7 +158,7 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
             key: Messages of one key (1 to 255 characters) go to a receiver one at a time, in the order of sending: a
                 message that is delayed, fails or is dead holds up the others of its key. Two units of work that send
                 to the same key and receiver wait for one another.
-            receivers: To whom, one delivery each; to its `to_node` if None.
+            receivers: To whom, one delivery each; to its `to_node` if None. In a distributed database, nobody else.
 
         Raises:
             AlreadyExistsError: A different message has this id.
@@ -145,8 +173,17 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         }
         if key is not None:
             parameters["key"] = checks.text("key", key, queueing.KEY_LENGTH)
-        keyed = key is not None
-        await self._store_by(queueing.SEND[keyed], queueing.QUEUE[keyed], message, **parameters)
+        keyed, to_others = key is not None, parameters["receivers"] != [given.get("to_node")]
+        try:
+            await self._store_by(queueing.SEND[keyed, to_others], queueing.QUEUE[keyed], message, **parameters)
+        except MeshStorageError as error:
+            if to_others and error.sqlstate == queueing.NO_SUCH_KEY:
+                raise InvalidInputError(
+                    "in a distributed database, a message is for its to_node only: send one to each receiver",
+                    field="receivers",
+                    sqlstate=error.sqlstate,
+                ) from error
+            raise
         return message
 
     async def send_many(self, messages: Iterable[Message], *, delay: timedelta | None = None) -> int:
@@ -171,7 +208,8 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
                 return queued
             found = await self._check_same(columns)
             left = sum(not row[_QUEUED] for row in found)
-            again = int(await self._fetch_value(queueing.QUEUE_MANY, id=columns["id"], **parameters)) if left else 0
+            receivers = {"id": columns["id"], "to_node": columns["to_node"]}
+            again = int(await self._fetch_value(queueing.QUEUE_MANY, **receivers, **parameters)) if left else 0
             queued += again
             if len(found) == len(columns["id"]) and again == left:
                 return queued
@@ -184,7 +222,7 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         that `store` or another service wrote, and needs the privilege UPDATE on the messages.
         """
         parameters = {"since": checks.integer("since", since), "limit": checks.integer("limit", limit, 1, MAX_ROWS)}
-        return int(await self._fetch_value(queueing.ENQUEUE, **parameters))
+        return int(await self._fetch_value(queueing.ENQUEUE[await self._is_distributed()], **parameters))
 
     async def delete(self, key: str) -> None:
         """Delete the message with this id and its deliveries, open ones as well: an `ack` of one fails then.
@@ -194,22 +232,25 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         """
         checked = [self._aggregate.check_key(key)]
         # One that is queued meanwhile is not deleted at first, since its deliveries are not seen.
-        if not await self._delete(queueing.DELETE, checked) and not await self._delete(queueing.DELETE, checked):
+        if not await self._delete(checked) and not await self._delete(checked):
             raise NotFoundError(self._aggregate.name, key)
 
     async def delete_many(self, ids: Iterable[str]) -> int:
         """Delete those messages with these ids that have no open delivery, dead ones included, and return how many."""
-        return await self._delete(
-            queueing.DELETE_SETTLED, sorted(set(self._aggregate.check_key.column(checks.many("ids", ids))))
-        )
+        checked = sorted(set(self._aggregate.check_key.column(checks.many("ids", ids))))
+        row = await self._connection.fetch_one(queueing.DELETE_UNDELIVERED, {"id": checked})
+        assert row is not None, "the statement always returns one row"
+        deleted, settled, *heads = row
+        await self._follow(heads)
+        return int(deleted) + (await self._delete(settled) if settled else 0)
 
     async def purge(self, before: int, *, limit: int = 10_000) -> int:
         """Delete up to `limit` messages from before a Unix time in seconds, the oldest first, and return their number.
 
         Those with a delivery stay, with a dead one as well.
         """
-        parameters = {"before": checks.integer("before", before), "limit": checks.integer("limit", limit, 1, MAX_ROWS)}
-        return await self._connection.execute(queueing.PURGE, parameters)
+        before, limit = checks.integer("before", before), checks.integer("limit", limit, 1, MAX_ROWS)
+        return await AsyncMaintenance(self._connection).remove_messages(queueing.PURGE, limit, before=before)
 
     async def page(
         self,
@@ -263,11 +304,14 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
         """Store a message by a statement, and what is there already and the same by another one."""
         (given,) = _MESSAGES.attributes("message", [message])
         values = {name: check(given.get(name)) for name, check in _CHECKS.items()}
+        key = {"to_node": values["to_node"], "id": values["id"]}
         for _ in range(3):  # the conflicting row may be deleted before it is read
             row = await self._connection.fetch_one(store, {**values, **parameters})
             if row is None:
-                there = await self._connection.fetch_one(self._aggregate.select, {"key": message.id})
+                there = await self._connection.fetch_one(_SELECT_STORED, key)
                 if there is None:
+                    if await self.find(message.id) is not None and not await self._is_distributed():
+                        raise AlreadyExistsError(f"a different message with id {message.id!r} exists")
                     continue
                 found = _MESSAGES.load.of_values(there)
                 if not _same(found, values):
@@ -275,7 +319,7 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
                 if store_again is None or there[_QUEUED]:
                     row = (found.timestamp, found.created_at)
                 else:
-                    row = await self._connection.fetch_one(store_again, {"id": message.id, **parameters})
+                    row = await self._connection.fetch_one(store_again, {**key, **parameters})
                     if row is None:  # queued or deleted meanwhile
                         continue
             timestamp, created_at, *under_another_key = row
@@ -294,19 +338,42 @@ class AsyncMessageRepository(AsyncDeliveryRepository):
     async def _check_same(self, columns: dict[str, list[Any]]) -> list[Row]:
         """Return the rows that are there, after a check that each is the same as the message given."""
         by_id = dict(zip(columns["id"], zip(*columns.values(), strict=True), strict=True))
+        others: set[str] = set()
+        same: list[Row] = []
         rows = await self._connection.fetch_all(_SELECT_MANY, {"ids": list(by_id)})
-        for found in _MESSAGES.load.many(rows):
-            if not _same(found, dict(zip(_CHECKS, by_id[found.id], strict=True))):
+        for row, found in zip(rows, _MESSAGES.load.many(rows), strict=True):
+            values = dict(zip(_CHECKS, by_id[found.id], strict=True))
+            if found.to_node != values["to_node"]:
+                others.add(found.id)
+            elif _same(found, values):
+                same.append(row)
+            else:
                 raise self._connection.fail(AlreadyExistsError(f"a different message with id {found.id!r} exists"))
-        return rows
+        others.difference_update(row[0] for row in same)
+        if others and not await self._is_distributed():
+            raise self._connection.fail(AlreadyExistsError(f"a different message with id {min(others)!r} exists"))
+        return same
 
-    async def _delete(self, statement: Statement, ids: list[str]) -> int:
-        row = await self._connection.fetch_one(statement, {"id": ids})
+    async def _delete(self, ids: list[str]) -> int:
+        row = await self._connection.fetch_one(queueing.DELETE, {"id": ids})
         assert row is not None, "the statement always returns one row"
         deleted, *heads = row
-        if heads[0] is not None:
-            await self._advance(list(zip(*heads, strict=True)))
+        await self._follow(heads)
         return int(deleted)
+
+    async def _follow(self, heads: list[Any]) -> None:
+        """Let the next message of each key follow, of several receivers at once where one server has them all."""
+        receivers, keys, numbers = heads
+        if receivers is None:
+            return
+        if len(set(receivers)) > 1 and not await self._is_distributed():
+            parameters = {"receiver": receivers, "key": keys, "seq": numbers}
+            await self._connection.execute(ADVANCE_SEVERAL, parameters)
+        else:
+            await self._advance(list(zip(receivers, keys, numbers, strict=True)))
+
+    async def _is_distributed(self) -> bool:
+        return bool(await self._fetch_value(queueing.IS_DISTRIBUTED))
 
     def _by_time(
         self, to_node: str | None, from_node: str | None, since: int | None, until: int | None
