@@ -29,7 +29,7 @@ class Run(Protocol):
         ...
 
 
-@pytest.fixture(params=LOOPS)
+@pytest.fixture(params=["asyncio", pytest.param("uvloop", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest) -> Run:
     """Return what runs a coroutine; nothing may be left for the loop to report."""
 

@@ -52,7 +52,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("loop", ["asyncio", pytest.param("uvloop", marks=pytest.mark.slow)])
 def test_opening_and_closing_never_block_the_event_loop(loop: str) -> None:
     # Other processes take the processor away from the ticking task at times, which looks like a blocked loop. What the
     # library itself does happens each time, so the best of a few runs shows it; each is a fresh process, since the

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -50,6 +50,12 @@ def name(block: Block) -> str:
     return f"{block.document}:{block.line}"
 
 
+def commands() -> Iterator[Any]:
+    for block in blocks("console"):
+        measures = "python -m benchmarks" in block.text
+        yield pytest.param(block, id=name(block), marks=[pytest.mark.slow] if measures else [])
+
+
 @pytest.mark.parametrize("block", blocks("python"), ids=name)
 def test_python_runs(
     block: Block, mesh_storage: MeshStorage, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -60,7 +66,7 @@ def test_python_runs(
     exec(compile(code, block.document, "exec"), {"storage": mesh_storage, "__name__": "document"})  # noqa: S102
 
 
-@pytest.mark.parametrize("block", blocks("console", "bash", "sh"), ids=name)
+@pytest.mark.parametrize("block", commands())
 def test_commands_run(block: Block, mesh_storage_url: str, tmp_path: Path) -> None:
     environment = os.environ | {
         "MESH_STORAGE_URL": mesh_storage_url,

@@ -40,7 +40,7 @@ from tests.pgbouncer import pgbouncer
 CLIENTS, ROUNDS = 8, 10
 
 
-@pytest.fixture(params=["sync", "asyncio", "uvloop"])
+@pytest.fixture(params=["sync", "asyncio", pytest.param("uvloop", marks=pytest.mark.slow)])
 def opens(request: pytest.FixtureRequest) -> Iterator[Open]:
     """Yield what opens a storage of the sync API, or of the async one behind the same names."""
     with opener(request.param) as given:

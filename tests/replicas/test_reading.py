@@ -233,7 +233,7 @@ def test_the_position_of_a_commit_that_waits_for_no_disk_is_after_it(servers: Re
         for options, durability in (("-csynchronous_commit=off", "strict"), ("", "relaxed")):
             url = SecretStr(servers.url(servers.primary, options=options))
             async with side.open(servers, url=url) as storage:
-                for number in range(20):
+                for number in range(8):
                     async with storage.begin(position=True, durability=durability) as uow:
                         await uow.state.put("k", str(number).encode())
                     value, port = await read(storage, after=position_of(uow))

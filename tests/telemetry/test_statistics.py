@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import text
 
 from mesh_storage import MeshStorage, schema
 from mesh_storage.embedded.server import programs
@@ -98,6 +99,7 @@ def test_the_backlog_of_deliveries_and_the_age_of_the_oldest(
         for number, receiver in enumerate(["a", "b", "b", "c"]):
             uow.messages.send(MessageFactory.build(id=f"m{number}", to_node=receiver))
         uow.messages.send(MessageFactory.build(id="later", to_node="0"), delay=timedelta(hours=1))
+        uow.session.execute(text("SELECT pg_stat_force_next_flush()"))
     raw.execute("UPDATE mesh_deliveries SET available_at = now() - interval '1 hour' WHERE message_id = 'm2'")
     raw.execute(
         "UPDATE mesh_deliveries SET available_at = now() - interval '2 hours', state = 'dead' WHERE receiver = 'c'"
