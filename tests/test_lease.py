@@ -367,6 +367,30 @@ print(interrupted)
     assert (ran.returncode, ran.stdout) == (0, "60\n"), ran.stderr
 
 
+def test_a_signal_whose_handler_exits_ends_a_watch_and_gives_the_lease_back(mesh_storage_url: str) -> None:
+    code = """
+import signal, sys
+from datetime import timedelta
+from mesh_storage import MeshStorage
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+with MeshStorage.open(sys.argv[1]) as storage, storage.lease("leader", b"a", ttl=timedelta(hours=1)):
+    for batch in storage.watch("routes", poll=60):
+        print("watching", flush=True)
+"""
+    command = [sys.executable, "-c", code, mesh_storage_url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "watching\n"
+            process.terminate()
+            assert (*process.communicate(timeout=30), process.returncode) == ("", "", 0)
+        finally:
+            process.kill()
+    with MeshStorage.open(mesh_storage_url) as storage, storage.begin(read_only=True) as uow:
+        assert uow.state.find("leader") is None
+
+
 # A holder that is gone
 
 
