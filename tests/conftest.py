@@ -26,6 +26,12 @@ KEPT = ("MESH_STORAGE_TEST_URL", "MESH_STORAGE_TEST_DISTRIBUTE")
 pytest_plugins = ["mesh_storage.testing"]
 
 
+def pytest_configure() -> None:
+    """Let Ctrl-C end what the tests start: in the background, a shell lets its commands ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what a distributed database refuses, if the databases of the tests are distributed."""
     if os.environ.get("MESH_STORAGE_TEST_DISTRIBUTE") == "1":
