@@ -548,12 +548,13 @@ BY_ID: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("name", BY_ID)
 @pytest.mark.parametrize("collation", ["default", "C"])
 def test_messages_are_found_by_their_ids_though_the_statistics_do_not_know_the_receiver(
-    storage: MeshStorage, name: str, collation: str
+    storage: MeshStorage, mesh_storage_url: str, name: str, collation: str
 ) -> None:
-    with storage.begin() as uow:
-        uow.session.execute(text(f'ALTER TABLE mesh_messages ALTER to_node TYPE varchar COLLATE "{collation}"'))
-        uow.messages.send_many(message(number, "a") for number in range(20_000, 21_000))
-        uow.session.execute(text("ANALYZE mesh_messages, mesh_deliveries"))
+    with psycopg.connect(mesh_storage_url, autocommit=True) as owner:
+        owner.execute(f'ALTER TABLE mesh_messages ALTER to_node TYPE varchar COLLATE "{collation}"'.encode())
+        with storage.begin() as uow:
+            uow.messages.send_many(message(number, "a") for number in range(20_000, 21_000))
+        owner.execute("ANALYZE mesh_messages, mesh_deliveries")
     with storage.begin() as uow:
         uow.messages.send_many(map(message, range(NUMBER)))
         uow.messages.store_many(message(5000 + number) for number in range(NUMBER))
