@@ -8,6 +8,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum, IntEnum
@@ -481,13 +482,19 @@ def test_nesting_of_an_older_service_is_read_or_says_what_it_is(uow: UnitOfWork)
         nest = "CAST(repeat('[', :depth) || repeat(']', :depth) AS jsonb)"
         uow.session.execute(sql(f"INSERT INTO mesh_runtime_config VALUES (:key, {nest})"), {"key": key, "depth": depth})
     assert isinstance(uow.runtime_config.value("deep"), list)
-    with (
-        pytest.raises(MeshStorageError, match="a JSON value stored by another service is nested too deep"),
-        uow.savepoint(),
-    ):
-        uow.runtime_config.all()
-    with pytest.raises(MeshStorageError, match="nested too deep"), uow.savepoint():
-        uow.session.get(ConfigEntry, "deeper")
+    try:
+        json.loads("[" * 5000 + "]" * 5000)
+    except RecursionError:  # as Python 3.11 does
+        refused: Any = pytest.raises(
+            MeshStorageError, match="a JSON value stored by another service is nested too deep"
+        )
+    else:
+        refused = nullcontext()
+    with refused, uow.savepoint():
+        assert isinstance(uow.runtime_config.all()["deeper"], list)
+    with refused, uow.savepoint():
+        assert isinstance(uow.session.get_one(ConfigEntry, "deeper").value, list)
+    uow.session.expire_all()
     uow.runtime_config.put("deeper", 1)
     assert uow.runtime_config.value("deeper") == 1
 
